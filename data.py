@@ -1,0 +1,353 @@
+"""From JSONL files and pictures to batches.
+
+One reading path for every data set: the built-in world (scenes.py), your own files, converted official releases. A
+data set is a JSONL file, one row a line, with image paths relative to that file:
+
+    pairs   {"image": "a.png", "caption": "a red circle"}      a list of captions means that all of them are right;
+                                                               optional "twin": rows that share it stay in one batch
+    foils   {"image": "a.png", "caption": "a red circle", "foils": {"colour": "a blue circle"}}
+
+More keys are allowed and kept. Every row is checked before the first step.
+
+Randomness belongs to the sample: the order of the rows follows from (seed, epoch); augmentation, the choice of a
+caption and the noise behind both masks follow from (seed, epoch, row). So a resumed run, another number of workers and
+another number of processes see the same samples masked in the same way.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from tokenizer import Tokenizer
+
+# ----------------------------------------------------------------------------------------------- reading and checking
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The keys that a row must have and the check of their values: check(row) returns what is wrong, or None."""
+
+    keys: dict[str, str]  # key: what it holds, for error messages
+    check: object
+
+
+def check_pair(row: dict) -> str | None:
+    captions = captions_of(row)
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        return "caption is empty: give a text, or a list of texts"
+    return None
+
+
+def check_foil(row: dict) -> str | None:
+    foils = row["foils"]
+    if not isinstance(foils, dict) or not all(isinstance(text, str) and text.strip() for text in foils.values()):
+        return 'foils must be {"kind": "wrong caption", ...} with no empty text'
+    if not isinstance(row["caption"], str):
+        return "caption of a foil row must be one text"
+    return check_pair(row)
+
+
+SCHEMAS = {
+    "pairs": Schema({"image": "a path relative to this file", "caption": "a text or a list of texts"}, check_pair),
+    "foils": Schema(
+        {"image": "a path relative to this file", "caption": "a text", "foils": "{kind: wrong caption}"}, check_foil
+    ),
+}
+
+
+def captions_of(row: dict) -> list[str]:
+    """The captions of a row, one or several, as a list."""
+    return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+
+
+def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_bad: bool = False) -> list[dict]:
+    """Read and check one or more JSONL files of a task.
+
+    Args:    paths      the files
+             task       a key of SCHEMAS
+             check      "header": every picture is there and its header can be read; "full": it can be decoded
+             skip_bad   leave bad rows out, with a count, instead of stopping at them
+    Returns: the rows, "image" made a full path, "twin" made unique to its file
+    Raises:  ValueError naming file, line, what was found and what was expected; for pictures a count and the first ten
+    """
+    rows, complaints = [], []
+    for path in map(Path, paths):
+        rows += read_file(path, SCHEMAS[task], complaints)
+    if complaints and not skip_bad:
+        raise ValueError(f"{complaints[0]}{f' ({len(complaints)} bad rows in all)' if len(complaints) > 1 else ''}")
+
+    status = {}  # each picture once, however many rows show it
+    for row in tqdm(rows, desc="checking pictures", disable=len(rows) < 5000, leave=False):
+        if row["image"] not in status:
+            status[row["image"]] = check_image(row["image"], check)
+    broken = [f"{image}: {fault}" for image, fault in status.items() if fault]
+    if broken and not skip_bad:
+        listed = "\n  ".join(broken[:10])
+        raise ValueError(
+            f"{len(broken)} of {len(status)} pictures cannot be read; mend the paths (relative to the JSONL file) or "
+            f"pass --skip-bad. The first are:\n  {listed}"
+        )
+    good = [row for row in rows if not status[row["image"]]]
+    if complaints or broken:
+        print(f"left out: {len(complaints)} bad rows and {len(rows) - len(good)} rows whose picture cannot be read")
+    if not good:
+        raise ValueError(f"no rows in {', '.join(map(str, paths))}: expected one JSON object a line")
+    return good
+
+
+def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
+    """Rows of one file that fit the schema; what does not fit is added to complaints as 'file:line: ...'."""
+    if not path.is_file():
+        hint = " (make the built-in world with: python scenes.py --out data/scenes)" if "scenes" in path.parts else ""
+        raise ValueError(f"{path} is not a file: give the path of a JSONL file{hint}")
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            fault = None
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row, fault = None, f"not JSON ({error.msg}): expected one object a line"
+            if fault is None and not isinstance(row, dict):
+                fault = f"found {type(row).__name__}: expected an object"
+            if fault is None and not schema.keys.keys() <= row.keys():
+                wanted = "; ".join(f'"{key}": {what}' for key, what in schema.keys.items())
+                fault = f"found the keys {sorted(row)}: expected {wanted}"
+            if fault is None and not isinstance(row["image"], str):
+                fault = "image must be a path relative to this file"
+            fault = fault or schema.check(row)
+            if fault:
+                complaints.append(f"{path}:{number}: {fault}")
+                continue
+            row["image"] = str(path.parent / row["image"])
+            if "twin" in row:
+                row["twin"] = f"{path}:{row['twin']}"
+            rows.append(row)
+    return rows
+
+
+def check_image(path: str, check: str) -> str | None:
+    """What is wrong with a picture, or None. "header" reads the first bytes, "full" decodes everything."""
+    try:
+        with Image.open(path) as image:
+            if check == "full":
+                image.load()
+    except FileNotFoundError:
+        return "missing"
+    except Exception as error:  # Pillow raises many kinds for broken files
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Any picture as RGB: turned as EXIF says, transparency on white, palette, grey, CMYK and 16 bit converted."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I") or image.mode == "F":
+                values = np.asarray(image, dtype=np.float32)
+                scale = 255 / 65535 if values.max() > 255 else 1
+                image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be decoded ({error}): replace it, or find all such with --check full"
+        ) from error
+
+
+def crop_and_tint(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Augmentation for photographs: a crop of 50 to 100 % of the area, brightness and contrast within 30 %.
+
+    No flip: it would make "left of" false.
+    """
+    area, aspect = rng.uniform(0.5, 1.0), math.exp(rng.uniform(-0.25, 0.25))
+    width = min(round(image.width * math.sqrt(area * aspect)), image.width)
+    height = min(round(image.height * math.sqrt(area / aspect)), image.height)
+    x, y = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    pixels = np.asarray(image.crop((x, y, x + width, y + height)), dtype=np.float32)
+    contrast, brightness = rng.uniform(0.7, 1.3, size=2)
+    middle = pixels.mean()
+    return Image.fromarray((((pixels - middle) * contrast + middle) * brightness).clip(0, 255).astype(np.uint8))
+
+
+def to_tensor(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
+    """Resize to image_size (height, width) -> (3, height, width), values in [-1, 1]."""
+    height, width = image_size
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+@lru_cache(maxsize=1_000_000)
+def stable_id(text: str) -> int:
+    """The same 63-bit number for the same text in every process and every run."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Pairs(Dataset):
+    """Rows of `pairs` as training samples; a sample's key is (epoch, row), and all its randomness follows from it."""
+
+    def __init__(
+        self,
+        rows: list[dict],
+        tokenizer: Tokenizer,
+        image_size: tuple[int, int],
+        patches: int,
+        max_tokens: int,
+        augment: str = "none",
+        seed: int = 0,
+    ):
+        self.rows, self.tokenizer, self.image_size, self.patches = rows, tokenizer, image_size, patches
+        self.max_tokens, self.augment, self.seed = max_tokens, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, number = key
+        row = self.rows[number]
+        rng = np.random.default_rng([self.seed, epoch, number])
+        noise = torch.from_numpy(rng.random(self.patches + 2 * self.max_tokens, dtype=np.float32))
+        patch_noise, token_noise, replace_noise = noise.split([self.patches, self.max_tokens, self.max_tokens])
+        captions = captions_of(row)
+        caption = captions[rng.integers(len(captions))]
+        image = load_image(row["image"])
+        if self.augment == "photo":
+            image = crop_and_tint(image, rng)
+        return {
+            "images": to_tensor(image, self.image_size),
+            "input_ids": self.tokenizer.encode(caption, self.max_tokens),
+            "image_id": stable_id(row["image"]),
+            "caption_id": stable_id(caption),
+            "patch_noise": patch_noise,
+            "token_noise": token_noise,
+            "replace_noise": replace_noise,
+        }
+
+
+def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> input_ids (b, l), attention_mask (b, l), True = real token; l = the longest of them."""
+    length = max(map(len, sequences))
+    input_ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in sequences])
+    attention_mask = torch.tensor([[True] * len(ids) + [False] * (length - len(ids)) for ids in sequences])
+    return input_ids, attention_mask
+
+
+@dataclass
+class Collate:
+    """Samples -> a batch, padded to the longest caption in it. A class, so that worker processes can be sent it."""
+
+    pad_id: int
+
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
+        input_ids, attention_mask = pad([sample["input_ids"] for sample in samples], self.pad_id)
+        length = input_ids.shape[1]
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        for name in ("image_id", "caption_id"):
+            batch[name] = torch.tensor([sample[name] for sample in samples])
+        for name in ("images", "patch_noise"):
+            batch[name] = torch.stack([sample[name] for sample in samples])
+        for name in (
+            "token_noise",
+            "replace_noise",
+        ):  # each sample's noise is cut, not redrawn: padding changes no mask
+            batch[name] = torch.stack([sample[name][:length] for sample in samples])
+        return batch
+
+
+class TwinBatches:
+    """Endless batches of sample keys (epoch, row) from a given batch on, in which twins stay together.
+
+    Each epoch visits the groups (twins, or a row alone) in an order that follows from (seed, epoch). A group that does
+    not fit into what is left of a batch waits for the next one; what does not fill a last batch is left out.
+    With several processes each takes its share of every batch, and a group stays on one process.
+    """
+
+    def __init__(self, rows: list[dict], batch_size: int, seed: int = 0, first: int = 0, rank: int = 0, world: int = 1):
+        self.batch_size, self.seed, self.first, self.rank, self.world = batch_size, seed, first, rank, world
+        groups: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            groups.setdefault(str(row.get("twin", f"row {number}")), []).append(number)
+        self.groups = list(groups.values())
+        sizes = {len(group) for group in self.groups}
+        # fillable[r]: groups of these sizes can add up to r rows.
+        self.fillable = [True]
+        for r in range(1, batch_size + 1):
+            self.fillable.append(any(size <= r and self.fillable[r - size] for size in sizes))
+        if batch_size * world > len(rows):
+            raise ValueError(
+                f"the batch of {batch_size * world} pairs is larger than the {len(rows)} rows at hand: "
+                f"use --batch-size {len(rows) // world} or less"
+            )
+        if not self.fillable[batch_size]:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be filled with twin groups of {sorted(sizes)} rows: use another"
+            )
+        self.batches_per_epoch = sum(1 for _ in self.epoch(0)) // world
+        if not self.batches_per_epoch:
+            raise ValueError(f"twin groups of {sorted(sizes)} rows fill no batch of {batch_size}: use a smaller batch")
+
+    def epoch(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
+        """All batches of one epoch, of all processes one after another."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
+        waiting, batch = [], []
+        for i in order:
+            waiting.append(self.groups[i])
+            for candidate in list(waiting):
+                left = self.batch_size - len(batch) - len(candidate)
+                if left >= 0 and self.fillable[left]:
+                    waiting.remove(candidate)
+                    batch += [(epoch, number) for number in candidate]
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = 0
+        for epoch in itertools.count():
+            for together in zip(*[self.epoch(epoch)] * self.world, strict=False):  # one batch for each process
+                if step >= self.first:
+                    yield together[self.rank]
+                step += 1
+
+
+def training_batches(dataset: Pairs, batches: TwinBatches, workers: int, pin_memory: bool = False) -> Iterator[dict]:
+    """Endless training batches, in the same order and with the same masks for any number of workers."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=Collate(dataset.tokenizer.pad_id),
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+    return iter(loader)
+
+
+def count_truncated(rows: list[dict], tokenizer: Tokenizer, max_tokens: int) -> int:
+    """How many captions are longer than max_tokens, [CLS] and [SEP] included, and lose their end."""
+    return sum(len(tokenizer.encode(caption)) > max_tokens for row in rows for caption in captions_of(row))

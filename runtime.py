@@ -1,0 +1,229 @@
+"""What every command needs around the method: options, device, run folder, checkpoints, log, interrupts."""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import json
+import os
+import pickle
+import random
+import signal
+import sys
+import types
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose error for an unknown option names the nearest one, and whose errors are one sentence."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse, but an unknown option is answered with the nearest that exists."""
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+            self.error(f"unknown option {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return known
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:
+    """One option per field of a dataclass: its name, type and default, and its comment's words as help.
+
+    Options that are not given are absent from the result, so that presets and checkpoints can supply them.
+    """
+    hints, texts = typing.get_type_hints(config_class), field_comments(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name in skip:
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        keywords = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{texts[field.name]} [{shown(default)}]"}
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) in (tuple, list):
+            keywords |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.name.upper()}
+        else:
+            keywords |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + field.name.replace("_", "-"), **keywords)
+
+
+def shown(default) -> str:
+    """A default as it would be typed."""
+    return " ".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
+
+
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass: it is written once, beside the field, and is the help text too."""
+    import inspect
+
+    comments = {}
+    for line in inspect.getsource(config_class).splitlines():
+        name, colon, rest = line.strip().partition(":")
+        if colon and name.isidentifier() and "# " in rest:
+            comments[name] = rest.split("# ", 1)[1].replace("%", "%%")
+    return comments
+
+
+def fail(message: object) -> typing.NoReturn:
+    """End the program with one clear sentence and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def guarded(main) -> None:
+    """Run main(); a mistake in the user's input ends with its sentence, not with a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted")
+
+
+# ------------------------------------------------------------------------------------------------- device, randomness
+
+
+def pick_device(name: str) -> torch.device:
+    """auto = cuda, else mps, else cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0]):
+        raise ValueError(
+            f"device {name} is not available here: use auto, or one of {[k for k, v in available.items() if v]}"
+        )
+    return torch.device(name)
+
+
+def seed_everything(*key: int) -> None:
+    """Seed every generator from a key such as (seed, step, rank): the same key gives the same draws."""
+    value = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MB: of the GPU where there is one, else of the process. nan where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# ---------------------------------------------------------------------------------------- files: nothing is ever lost
+
+
+def write_beside(path: Path, write) -> None:
+    """write(temporary path), then rename: whoever reads path, whenever, finds a whole file, the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Save plain tensors and plain Python values."""
+    write_beside(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Load what save_checkpoint wrote, on the CPU.
+
+    Raises: ValueError if there is no such file, if it is not a checkpoint, or if it holds more than plain data: such a
+            file could run code while it is read, so it is refused
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file: give the checkpoint.pt of a run folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is damaged or holds more than plain tensors and plain values, which could run code "
+            "while it is read; use a checkpoint that train.py wrote"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]}): use another") from error
+    if not isinstance(state, dict) or "config" not in state or "model" not in state:
+        raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
+    return state
+
+
+def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> None:
+    """Load weights exactly; else one sentence that names the first differences."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [f"{name} is {found.get(name, 'missing')} where {expected.get(name, 'nothing')} is expected"
+             for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{path} was saved by a model of another shape: {'; '.join(wrong[:3])}{more}; "
+            "build the model with the options in the checkpoint's config"
+        )
+    model.load_state_dict(weights)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON that a person can read."""
+    write_beside(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+class CsvLog:
+    """log.csv: one row per logging step. On resume, rows past the checkpoint's step are dropped and written anew."""
+
+    def __init__(self, path: Path, first_step: int):
+        self.path, self.rows = path, []
+        if path.is_file() and first_step > 0:
+            with open(path, newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rewrite()
+
+    def rewrite(self) -> None:
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if self.rows:
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def write(self, row: dict) -> None:
+        """Append one row; a column that is new makes the file be written anew with it."""
+        row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+        self.rows.append(row)
+        if not row.keys() <= set(self.columns):
+            self.rewrite()
+            return
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+
+class Interrupt:
+    """Ctrl-C or a polite kill asks the loop to save and stop at the end of the step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.asked = True

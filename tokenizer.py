@@ -1,0 +1,178 @@
+"""WordPiece tokenizer with BERT's uncased normalisation, in the standard library alone.
+
+It gives the ids that BERT's own tokenizer gives for the same vocab.txt (Devlin et al., arXiv:1810.04805), and it can
+build a small vocabulary from captions. The one difference: "[MASK]", "[SEP]" or another special token written out in a
+text is ordinary text here ('[', 'mask', ']'), so that no caption can hide a word or end a sentence.
+
+How to read it: split_words turns text into words as BERT does; Tokenizer cuts words into pieces, pieces become ids.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+UNK = "[UNK]"
+MAX_WORD = 100  # characters; BERT calls a longer word [UNK]
+MAX_CACHE = 200_000  # remembered chunks, so that memory stays bounded on endless text
+
+# Every step of the normalisation stays inside a chunk, so a chunk's pieces can be remembered.
+CHUNK = re.compile(r"[^ \t\n\r]+")
+
+# The ranges of the original code. The Rust tokenizer starts the sixth at U+2B920, which looks like a slip.
+IDEOGRAPHS = re.compile(
+    "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
+)
+
+# ---------------------------------------------------------------- words
+
+
+def split_words(chunk: str) -> list[str]:
+    """Lower-case words of a chunk of text without accents; punctuation marks and CJK ideographs are words of their own.
+
+    Where Hugging Face's two BertTokenizers differ (Python in transformers 4, Rust in tokenizers), Google's original
+    decides: unassigned code points stay, and categories are those of this Python's Unicode, not Rust's older table.
+    Where the two agree against Google they are followed: private use is dropped, and sigma has one lower-case form.
+    """
+    # Control and format characters go without leaving a gap. Lone surrogates (Cs) go too, as in the Python tokenizer:
+    # the Rust one refuses them, and no UTF-8 file can hold them.
+    dropped = ("Cc", "Cf", "Co", "Cs")
+    kept = (c.lower() for c in chunk if c != "\ufffd" and unicodedata.category(c) not in dropped)
+    spread = unicodedata.normalize("NFD", "".join(kept))
+    bare = (c for c in spread if unicodedata.category(c) != "Mn")
+    return "".join(f" {c} " if _stands_alone(c) else c for c in bare).split()
+
+
+def _stands_alone(c: str) -> bool:
+    """True for punctuation and ideographs. BERT counts every ASCII symbol, such as $ ^ `, as punctuation."""
+    return c in string.punctuation or unicodedata.category(c).startswith("P") or IDEOGRAPHS.match(c) is not None
+
+
+# ---------------------------------------------------------------- pieces and ids
+
+
+class Tokenizer:
+    """Text to ids and back. A piece that starts with ## continues the word before it.
+
+    Args:    vocab   one entry per id, the five special tokens at any place
+    Raises:  ValueError if a special token is missing, or an entry is duplicated, empty or holds a line break
+    """
+
+    def __init__(self, vocab: list[str]):
+        self.vocab = list(vocab)
+        self._ids = {token: i for i, token in enumerate(self.vocab)}
+        if missing := [token for token in SPECIAL_TOKENS if token not in self._ids]:
+            raise ValueError(
+                f"the vocabulary of {len(self.vocab)} entries lacks {' '.join(missing)}: "
+                "use a vocab.txt of BERT, one token a line, or Tokenizer.build"
+            )
+        if len(self._ids) < len(self.vocab):
+            token, count = Counter(self.vocab).most_common(1)[0]
+            raise ValueError(f"the vocabulary holds {token!r} {count} times: every entry must be there once")
+        for i, token in enumerate(self.vocab):
+            if not token or "\n" in token or "\r" in token:
+                raise ValueError(f"entry {i} of the vocabulary is {token!r}: it must be one line that is not empty")
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self._ids[t] for t in SPECIAL_TOKENS)
+        self.special_ids = tuple(sorted(self._ids[t] for t in SPECIAL_TOKENS))
+        self._cache: dict[str, list[str]] = {}  # training reads the same captions again and again
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Tokenizer of a vocab.txt (UTF-8, one token a line). Raises ValueError if it cannot be read or is not one."""
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")  # -sig, because Windows editors write a byte order mark
+            return cls(text.removesuffix("\n").split("\n"))
+        except OSError as error:
+            raise ValueError(f"cannot read the vocabulary {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text at byte {error.start}: save it as UTF-8") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the vocabulary as a vocab.txt that BERT's own tokenizers read too."""
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(token + "\n" for token in self.vocab)
+
+    @classmethod
+    def build(cls, captions: Iterable[str], max_size: int = 8000, min_count: int = 2) -> Tokenizer:
+        """Vocabulary of captions: special tokens, characters, then words, most frequent first, ties alphabetical.
+
+        The characters are printable ASCII and the captions' own, as normalised, with ## where they can continue a
+        word. So no word of at most 100 such characters is [UNK].
+
+        Args:    captions    an iterable of texts, read once
+                 max_size    largest number of entries; words are left out first
+                 min_count   a word seen less often is spelled in characters. 2, because a piece seen once would learn
+                             its caption by heart, and new words need ## pieces that training has seen
+        Raises:  ValueError if special tokens and characters alone exceed max_size
+        """
+        chunks = Counter(chunk for caption in captions for chunk in CHUNK.findall(caption))
+        counts = Counter()
+        for chunk, count in chunks.items():
+            for word in split_words(chunk):
+                counts[word] += count
+        printable = split_words("".join(map(chr, range(33, 127))))
+        chars = sorted({c for word in [*printable, *counts] for c in word})
+        entries = [*SPECIAL_TOKENS, *chars, *("##" + c for c in chars if not _stands_alone(c))]
+        if len(entries) > max_size:
+            raise ValueError(f"max_size {max_size} is too small: special tokens and characters need {len(entries)}")
+        words = [w for w, count in counts.items() if count >= min_count and 1 < len(w) <= MAX_WORD]
+        words.sort(key=lambda word: (-counts[word], word))
+        return cls(entries + words[: max_size - len(entries)])
+
+    def tokenize(self, text: str) -> list[str]:
+        """Word pieces of a text, without special tokens other than [UNK] for a word that no pieces spell."""
+        pieces = []
+        for chunk in CHUNK.findall(text):
+            if chunk not in self._cache:
+                if len(self._cache) >= MAX_CACHE:
+                    self._cache.clear()
+                self._cache[chunk] = [piece for word in split_words(chunk) for piece in self._pieces(word)]
+            pieces += self._cache[chunk]
+        return pieces
+
+    def _pieces(self, word: str) -> list[str]:
+        """Pieces of one word, greedily the longest match first."""
+        if len(word) > MAX_WORD:
+            return [UNK]
+        pieces, start = [], 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self._ids), None)
+            if end is None:
+                return [UNK]
+            pieces.append(prefix + word[start:end])
+            start = end
+        return pieces
+
+    def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """Ids of [CLS] pieces [SEP], at most max_tokens in all: the last pieces are left out, [SEP] stays."""
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError(f"max_tokens is {max_tokens}: it must be at least 2, for [CLS] and [SEP]")
+        pieces = self.tokenize(text)[: None if max_tokens is None else max_tokens - 2]
+        return [self.cls_id, *(self._ids[piece] for piece in pieces), self.sep_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, lower-case, pieces joined to words, without [PAD] [CLS] [SEP]. Raises ValueError for no id."""
+        words = []
+        for i in map(int, ids):  # int, because the elements of a tensor are tensors
+            if not 0 <= i < len(self.vocab):
+                raise ValueError(f"id {i} is not in the vocabulary: expected 0 to {len(self.vocab) - 1}")
+            if i in (self.pad_id, self.cls_id, self.sep_id):
+                continue
+            if words and self.vocab[i].startswith("##"):
+                words[-1] += self.vocab[i][2:]
+            else:
+                words.append(self.vocab[i])
+        return " ".join(words)

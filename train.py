@@ -1,0 +1,309 @@
+"""Pre-train: one command, one process (several processes and lower precision come with torchrun).
+
+    python train.py                                             the demo: the built-in world, preset nano
+    python train.py --data my/pairs.jsonl --val my/val.jsonl --preset small --epochs 40 --augment photo --out runs/mine
+    python train.py --w-mrm 0                                   an ablation: a loss of weight 0 costs nothing
+    python train.py --objective control                         ITC + ITM + MLM, no teacher
+    python train.py --out runs/mine --resume                    go on after Ctrl-C or a crash
+
+A run folder holds config.json, log.csv and checkpoint.pt. The loop below is in the order of events: learning rate,
+forward, finite check, backward, clip, step, teacher, log, evaluate, save.
+"""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import runtime
+from data import Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
+from eval import OBJECTIVES, build_model, retrieval
+from mamo import PRESETS, Config, ema_for
+from tokenizer import Tokenizer
+
+
+@dataclass
+class TrainConfig:
+    """Everything about a run that is not the model's shape; with mamo.Config it makes up the command line."""
+
+    data: list[str] = field(default_factory=lambda: ["data/scenes/pairs_train.jsonl"])  # JSONL files to train on
+    val: list[str] = field(default_factory=list)  # JSONL files to evaluate on; without: pairs_val.jsonl beside data
+    out: str = "runs/demo"  # run folder
+    objective: str = "mamo"  # mamo, or control = ITC + ITM + MLM
+    preset: str = "nano"  # sizes: nano, tiny, small or base
+    vocab: str = ""  # vocab.txt to use; without: built from the captions
+    steps: int = 2750  # optimiser steps
+    epochs: float = 0.0  # passes over the data; when given, steps follow from it
+    batch_size: int = 64  # pairs per forward pass
+    accumulate: int = 1  # forward passes per optimiser step; does not add negatives to the contrast
+    lr: float = 2e-3  # peak learning rate
+    lr_end: float = 0.01  # learning rate of the last step as a share of the peak
+    warmup: float = 0.05  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.02  # of AdamW, not on norms, biases, positions and single tokens
+    beta2: float = 0.98  # second-moment decay of AdamW
+    clip: float = 1.0  # largest norm of the gradient
+    augment: str = "none"  # none, or photo = crop, brightness, contrast
+    seed: int = 0  # decides initial weights, order, masks and negatives
+    workers: int = 0  # processes that load data beside the training process
+    device: str = "auto"  # auto, cuda, mps or cpu
+    log_every: int = 50  # steps between rows of log.csv
+    eval_every: int = 500  # steps between evaluations on val
+    save_every: int = 500  # steps between checkpoints
+    check: str = "header"  # header, or full = decode every picture before the first step
+    skip_bad: bool = False  # leave bad rows out instead of stopping at them
+    resume: bool = False  # go on from the checkpoint in the run folder, if there is one
+
+    def __post_init__(self):
+        choices = {
+            "objective": OBJECTIVES,
+            "preset": PRESETS,
+            "augment": ("none", "photo"),
+            "check": ("header", "full"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size is {self.batch_size}: contrast and matching need at least 2 pairs")
+
+
+# Options that may change when a run goes on, because they do not change what it computes.
+FREE_ON_RESUME = {"out", "workers", "device", "log_every", "eval_every", "save_every", "resume", "check"}
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from lr to lr * lr_end at the last step; step counts from 0."""
+    warm = max(round(config.warmup * config.steps), 1)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    progress = (step - warm) / max(config.steps - 1 - warm, 1)
+    return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, while norms, biases, positions, single tokens and the temperature do not."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim == 2 and not name.endswith(("positions", "types"))].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": config.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(0.9, config.beta2),
+        fused=True,
+    )
+
+
+class Run:
+    """One training run: what is made before the first step, and the loop."""
+
+    def __init__(self, config: TrainConfig, sizes: dict):
+        """config: the run's options; sizes: fields of mamo.Config that override the preset's."""
+        self.out = Path(config.out)
+        self.device = runtime.pick_device(config.device)
+        state = self.previous(config)
+        self.rows = read_rows(config.data, "pairs", config.check, config.skip_bad)
+        self.val_rows = self.read_val(config)
+        if state:
+            vocabulary, model_config = state["vocab"], state["config"]
+        else:
+            vocabulary = self.vocabulary(config)
+            model_config = {}
+        self.tokenizer = Tokenizer(vocabulary)
+        if not state:
+            batches = TwinBatches(self.rows, config.batch_size, config.seed)
+            if config.epochs:
+                config.steps = max(round(config.epochs * batches.batches_per_epoch / config.accumulate), 1)
+            model_config = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | sizes
+            model_config |= {"vocab_size": len(self.tokenizer), "mask_id": self.tokenizer.mask_id}
+            model_config |= {"special_ids": self.tokenizer.special_ids}
+            if model_config.get("ema", -1) < 0:
+                model_config["ema"] = ema_for(config.steps)
+        self.config = config
+        runtime.seed_everything(config.seed)
+        self.model = build_model(config.objective, model_config).to(self.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.step, self.meter = 0, {}
+        if state:
+            runtime.load_weights(self.model, state["model"], self.out / "checkpoint.pt")
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.meter = state["step"], state["meter"]
+        self.log = runtime.CsvLog(self.out / "log.csv", self.step)
+        runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
+        self.announce()
+
+    def previous(self, config: TrainConfig) -> dict | None:
+        """The state to go on from, or None. A run folder with a checkpoint is never overwritten by accident."""
+        path = self.out / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        if not config.resume:
+            raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
+        return runtime.load_checkpoint(path)
+
+    def read_val(self, config: TrainConfig) -> list[dict]:
+        """Rows to evaluate on, at most 1,000: --val, or pairs_val.jsonl beside the training data, or none."""
+        beside = Path(config.data[0]).with_name("pairs_val.jsonl")
+        paths = config.val or ([beside] if beside.is_file() else [])
+        return read_rows(paths, "pairs", config.check, config.skip_bad)[:1000] if paths else []
+
+    def vocabulary(self, config: TrainConfig) -> list[str]:
+        """From --vocab, else built from the training captions."""
+        if config.vocab:
+            return Tokenizer.from_file(config.vocab).vocab
+        return Tokenizer.build(caption for row in self.rows for caption in captions_of(row)).vocab
+
+    def announce(self) -> None:
+        """Say what is about to run, and what a model that knows nothing would score."""
+        config, model = self.config, self.model
+        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(
+            f"{config.objective} {config.preset}: {millions:.2f} M parameters on {self.device}, {len(self.rows)} rows"
+        )
+        print(
+            f"{config.steps} steps of {config.batch_size} x {config.accumulate} pairs, teacher {model.config.ema:.4f}"
+        )
+        cut = count_truncated(self.rows, self.tokenizer, model.config.max_tokens)
+        if cut:
+            print(f"{cut} captions are longer than max_tokens {model.config.max_tokens} and lose their end")
+        chance = ", ".join(f"{name} {level:.2f}" for name, level in model.chance(config.batch_size).items())
+        print(f"losses of a model that knows nothing: {chance}")
+
+    def batches(self):
+        """Endless batches from the current step on."""
+        config, shape = self.config, self.model.config
+        dataset = Pairs(
+            self.rows, self.tokenizer, shape.image_size, shape.patches, shape.max_tokens, config.augment, config.seed
+        )
+        order = TwinBatches(self.rows, config.batch_size, config.seed, first=self.step * config.accumulate)
+        return training_batches(dataset, order, config.workers, pin_memory=self.device.type == "cuda")
+
+    def train(self, stop_at: int | None = None) -> None:
+        """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
+        config = self.config
+        interrupt, batches = runtime.Interrupt(), self.batches()
+        stop_at = min(stop_at or config.steps, config.steps)
+        progress = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
+        since = (time.perf_counter(), self.step)
+        while self.step < stop_at and not interrupt.asked:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, config)
+            total = self.one_step(batches)
+            progress.update()
+            progress.set_postfix(loss=f"{total:.3f}", refresh=False)
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                seconds, steps = time.perf_counter() - since[0], self.step - since[1]
+                self.write_log(steps * config.batch_size * config.accumulate / seconds)
+                since = (time.perf_counter(), self.step)
+            if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
+                self.evaluate(progress)
+                since = (time.perf_counter(), self.step)
+            if self.step % config.save_every == 0 or self.step == stop_at:
+                self.save()
+        progress.close()
+        if interrupt.asked:
+            self.save()
+            print(f"stopped at step {self.step} and saved; go on with: python train.py --out {self.out} --resume")
+
+    def one_step(self, batches) -> float:
+        """Forward, finite check, backward, clip, step, teacher. Returns the weighted total of the losses."""
+        config, model, weights = self.config, self.model, self.model.config.weights
+        model.train()
+        summed = 0.0
+        for part in range(config.accumulate):
+            batch = {name: value.to(self.device, non_blocking=True) for name, value in next(batches).items()}
+            runtime.seed_everything(config.seed, self.step, part)
+            batch["negative_noise"] = torch.rand(2, config.batch_size, config.batch_size).to(self.device)
+            losses = model(batch)
+            total = sum(weights[name] * loss for name, loss in losses.items() if name in weights)
+            if not torch.isfinite(total):
+                bad = ", ".join(name for name, loss in losses.items() if not torch.isfinite(loss))
+                raise ValueError(
+                    f"the loss {bad} is not finite at step {self.step + 1}; the step was not made and the last "
+                    "checkpoint is whole: try a lower --lr or a longer --warmup"
+                )
+            (total / config.accumulate).backward()
+            summed += total.item() / config.accumulate
+            for name, loss in losses.items():
+                self.meter[name] = self.meter.get(name, 0.0) + loss.item() / config.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        model.after_step()
+        self.step += 1
+        self.meter["grad_norm"] = self.meter.get("grad_norm", 0.0) + norm.item()
+        self.meter["steps"] = self.meter.get("steps", 0) + 1
+        return summed
+
+    def write_log(self, rate: float) -> None:
+        """One row: means since the last row, so that a curve is smooth."""
+        steps = self.meter.pop("steps")
+        means = {name: value / steps for name, value in self.meter.items()}
+        self.meter = {}
+        row = {"step": self.step, "lr": learning_rate(self.step - 1, self.config), **means}
+        if self.model.log_temperature is not None:
+            row["temperature"] = self.model.temperature.item()
+        self.log.write(row | {"pairs_per_s": rate, "peak_memory_mb": runtime.peak_memory_mb(self.device)})
+
+    def evaluate(self, progress: tqdm) -> None:
+        """Zero-shot retrieval by contrast on val; the test set is not touched while training."""
+        if self.model.config.w_itc <= 0:
+            return
+        scores = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=0)["contrast"]
+        i2t, t2i = scores["image_to_text"]["R@1"], scores["text_to_image"]["R@1"]
+        self.log.write({"step": self.step, "val_i2t_r1": i2t, "val_t2i_r1": t2i})
+        progress.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image")
+
+    def save(self) -> None:
+        """Everything that the next step depends on, as plain tensors and plain values."""
+        state = {
+            "objective": self.config.objective,
+            "config": dataclasses.asdict(self.model.config),
+            "train": dataclasses.asdict(self.config),
+            "vocab": self.tokenizer.vocab,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "meter": self.meter,
+        }
+        runtime.save_checkpoint(self.out / "checkpoint.pt", state)
+
+
+def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
+    """Command line -> the run's options and the model's sizes that override the preset's."""
+    parser = runtime.Parser(
+        prog="train.py", description=__doc__, formatter_class=runtime.argparse.RawDescriptionHelpFormatter
+    )
+    runtime.add_options(parser, TrainConfig)
+    runtime.add_options(parser, Config, skip=("vocab_size", "mask_id", "special_ids"))
+    given = vars(parser.parse_args(arguments))
+    run_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    options = {name: value for name, value in given.items() if name in run_fields}
+    sizes = {name: value for name, value in given.items() if name not in run_fields}
+    checkpoint = Path(options.get("out", TrainConfig.out)) / "checkpoint.pt"
+    if options.get("resume") and checkpoint.is_file():
+        saved = runtime.load_checkpoint(checkpoint)
+        before = saved["train"] | saved["config"]
+        changed = [name for name in given if name not in FREE_ON_RESUME and before[name] != given[name]]
+        if changed:
+            was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
+            raise ValueError(
+                f"a resumed run keeps its options, and these differ: {was}; leave them out or use another --out"
+            )
+        options = saved["train"] | {name: value for name, value in options.items() if name in FREE_ON_RESUME}
+    return TrainConfig(**options), sizes
+
+
+def main() -> None:
+    run = Run(*parse())
+    if run.step >= run.config.steps:
+        print(f"{run.out} is already trained to its last step, {run.config.steps}")
+    run.train()
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
