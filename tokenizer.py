@@ -30,7 +30,7 @@ IDEOGRAPHS = re.compile(
     "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
 )
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------------------------------------------------------- words
 
 
 def split_words(chunk: str) -> list[str]:
@@ -54,7 +54,7 @@ def _stands_alone(c: str) -> bool:
     return c in string.punctuation or unicodedata.category(c).startswith("P") or IDEOGRAPHS.match(c) is not None
 
 
-# ---------------------------------------------------------------- pieces and ids
+# ------------------------------------------------------------------------------------------------------- pieces and ids
 
 
 class Tokenizer:
@@ -69,7 +69,7 @@ class Tokenizer:
         self._ids = {token: i for i, token in enumerate(self.vocab)}
         if missing := [token for token in SPECIAL_TOKENS if token not in self._ids]:
             raise ValueError(
-                f"the vocabulary of {len(self.vocab)} entries lacks {' '.join(missing)}: "
+                f"the vocabulary (entries: {len(self.vocab)}) lacks {' '.join(missing)}: "
                 "use a vocab.txt of BERT, one token a line, or Tokenizer.build"
             )
         if len(self._ids) < len(self.vocab):
@@ -166,7 +166,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, lower-case, pieces joined to words, without [PAD] [CLS] [SEP]. Raises ValueError for no id."""
         words = []
-        for i in map(int, ids):  # int, because the elements of a tensor are tensors
+        for i in ids:
             if not 0 <= i < len(self.vocab):
                 raise ValueError(f"id {i} is not in the vocabulary: expected 0 to {len(self.vocab) - 1}")
             if i in (self.pad_id, self.cls_id, self.sep_id):

@@ -195,12 +195,14 @@ class Run:
             total = self.one_step(batches)
             progress.update()
             progress.set_postfix(loss=f"{total:.3f}", refresh=False)
+            row = {}
             if self.step % config.log_every == 0 or self.step == config.steps:
-                seconds, steps = time.perf_counter() - since[0], self.step - since[1]
-                self.write_log(steps * config.batch_size * config.accumulate / seconds)
-                since = (time.perf_counter(), self.step)
+                steps = self.step - since[1]
+                row |= self.means(steps * config.batch_size * config.accumulate / (time.perf_counter() - since[0]))
             if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
-                self.evaluate(progress)
+                row |= self.evaluate(progress)
+            if row:
+                self.log.write({"step": self.step} | row)
                 since = (time.perf_counter(), self.step)
             if self.step % config.save_every == 0 or self.step == stop_at:
                 self.save()
@@ -229,34 +231,37 @@ class Run:
             (total / config.accumulate).backward()
             summed += total.item() / config.accumulate
             for name, loss in losses.items():
-                self.meter[name] = self.meter.get(name, 0.0) + loss.item() / config.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                self.count(name, loss.detach() / config.accumulate)
+        self.count("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
         model.after_step()
         self.step += 1
-        self.meter["grad_norm"] = self.meter.get("grad_norm", 0.0) + norm.item()
-        self.meter["steps"] = self.meter.get("steps", 0) + 1
+        self.count("steps", 1)
         return summed
 
-    def write_log(self, rate: float) -> None:
-        """One row: means since the last row, so that a curve is smooth."""
+    def count(self, name: str, value: torch.Tensor | int) -> None:
+        """Add to a sum since the last row of the log; tensors stay on the device, so that a GPU need not wait."""
+        self.meter[name] = self.meter.get(name, 0) + value
+
+    def means(self, rate: float) -> dict:
+        """The log's row: means since the last one, so that a curve is smooth."""
         steps = self.meter.pop("steps")
-        means = {name: value / steps for name, value in self.meter.items()}
+        row = {"lr": learning_rate(self.step - 1, self.config)}
+        row |= {name: float(value) / steps for name, value in self.meter.items()}
         self.meter = {}
-        row = {"step": self.step, "lr": learning_rate(self.step - 1, self.config), **means}
         if self.model.log_temperature is not None:
             row["temperature"] = self.model.temperature.item()
-        self.log.write(row | {"pairs_per_s": rate, "peak_memory_mb": runtime.peak_memory_mb(self.device)})
+        return row | {"pairs_per_s": rate, "peak_memory_mb": runtime.peak_memory_mb(self.device)}
 
-    def evaluate(self, progress: tqdm) -> None:
+    def evaluate(self, progress: tqdm) -> dict:
         """Zero-shot retrieval by contrast on val; the test set is not touched while training."""
         if self.model.config.w_itc <= 0:
-            return
+            return {}
         scores = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=0)["contrast"]
         i2t, t2i = scores["image_to_text"]["R@1"], scores["text_to_image"]["R@1"]
-        self.log.write({"step": self.step, "val_i2t_r1": i2t, "val_t2i_r1": t2i})
         progress.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image")
+        return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
 
     def save(self) -> None:
         """Everything that the next step depends on, as plain tensors and plain values."""
@@ -268,7 +273,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "meter": self.meter,
+            "meter": {name: float(value) for name, value in self.meter.items()},
         }
         runtime.save_checkpoint(self.out / "checkpoint.pt", state)
 

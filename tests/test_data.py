@@ -1,0 +1,546 @@
+"""Reading and checking, pictures of every kind, randomness that belongs to the sample, batches of twins."""
+
+import json
+import re
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import caption, square, write_rows, write_squares
+from PIL import Image
+
+from data import (
+    Collate,
+    Pairs,
+    TwinBatches,
+    captions_of,
+    count_truncated,
+    crop_and_tint,
+    load_image,
+    pad,
+    read_rows,
+    stable_id,
+    to_tensor,
+    training_batches,
+)
+from tokenizer import Tokenizer
+
+PER_SAMPLE = ("images", "image_id", "caption_id", "patch_noise")
+PER_TOKEN = ("input_ids", "attention_mask", "token_noise", "replace_noise")
+
+
+def one_picture(folder: Path, *rows) -> Path:
+    """A pairs file with these rows, and the picture a.png beside it."""
+    square(0).save(folder / "a.png")
+    return write_rows(folder / "rows.jsonl", list(rows))
+
+
+# ----------------------------------------------------------------------------------------------- reading and checking
+
+
+def test_rows_keep_their_further_keys_and_get_a_full_path(tmp_path):
+    """Paths are relative to the file, and keys that the schema does not know stay."""
+    path = write_squares(tmp_path / "deep" / "pairs.jsonl", 3, several=True)
+    rows = read_rows([path], "pairs")
+    assert [row["number"] for row in rows] == [0, 1, 2]
+    assert [row["image"] for row in rows] == [str(tmp_path / "deep" / "pictures" / f"0{i}.png") for i in range(3)]
+    assert captions_of(rows[1]) == [caption(1)]
+    assert captions_of(rows[0])[0] == caption(0) and len(captions_of(rows[0])) == 3
+
+
+@pytest.mark.parametrize("missing", ["image", "caption"])
+def test_a_missing_key_is_named_with_file_line_and_what_was_found(tmp_path, missing):
+    """The line counts empty lines too, as an editor does."""
+    wrong = {"image": "a.png", "caption": "a square", "size": 3}
+    del wrong[missing]
+    path = one_picture(tmp_path, {"image": "a.png", "caption": "a square"}, "", wrong)
+    with pytest.raises(ValueError) as error:
+        read_rows([path], "pairs")
+    message = str(error.value)
+    assert message.startswith(f"{path}:3:"), message
+    found, expected = message.split("expected")
+    assert str(sorted(wrong)) in found
+    assert '"image"' in expected and '"caption"' in expected
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"image": "a.png", "caption": }', "not JSON"),
+        ("a.png,a red square", "not JSON"),
+        ('["a.png", "a red square"]', "found list"),
+        ("3", "found int"),
+        ("null", "found NoneType"),
+        ('{"image": 3, "caption": "a square"}', "image must be a path"),
+        ('{"image": "a.png", "caption": ""}', "caption is empty"),
+        ('{"image": "a.png", "caption": " \\t"}', "caption is empty"),
+        ('{"image": "a.png", "caption": []}', "caption is empty"),
+        ('{"image": "a.png", "caption": ["a square", " "]}', "caption is empty"),
+        ('{"image": "a.png", "caption": ["a square", 3]}', "caption"),
+        ('{"image": "a.png", "caption": null}', "caption"),
+    ],
+)
+def test_a_row_that_is_wrong_stops_the_run_with_file_and_line(tmp_path, line, says):
+    """One sentence, however the row is wrong; and the same row is left out and counted under skip_bad."""
+    path = one_picture(tmp_path, {"image": "a.png", "caption": "a square"}, line)
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        read_rows([path], "pairs")
+    assert str(error.value).startswith(f"{path}:2:")
+    assert len(read_rows([path], "pairs", skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"foils": "a blue square"}, {"foils": {"colour": ""}}, {"foils": {"colour": 3}}, {"caption": ["a", "b"]}],
+)
+def test_foil_rows_are_checked(tmp_path, change):
+    """Foils are texts by kind, and a foil row has one caption."""
+    good = {"image": "a.png", "caption": "a red square", "foils": {"colour": "a blue square"}}
+    path = one_picture(tmp_path, good)
+    assert read_rows([path], "foils")[0]["foils"] == {"colour": "a blue square"}
+    path = one_picture(tmp_path, good, good | change)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: "):
+        read_rows([path], "foils")
+    without = {"image": "a.png", "caption": "a red square"}
+    with pytest.raises(ValueError, match="expected.*foils"):
+        read_rows([one_picture(tmp_path, without)], "foils")
+
+
+def test_the_number_of_bad_rows_is_told(tmp_path):
+    """Who mends the first of three bad rows wants to know that there are two more."""
+    path = one_picture(tmp_path, "{", {"image": "a.png", "caption": "a square"}, {"image": "a.png"}, "[]")
+    with pytest.raises(ValueError, match="3 bad rows"):
+        read_rows([path], "pairs")
+
+
+def test_a_missing_file_is_one_sentence(tmp_path):
+    """The built-in world may not have been made yet: the message says how to make it."""
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'none.jsonl'} is not a file")):
+        read_rows([tmp_path / "none.jsonl"], "pairs")
+    with pytest.raises(ValueError, match=re.escape("python scenes.py --out data/scenes")):
+        read_rows([tmp_path / "data" / "scenes" / "pairs_train.jsonl"], "pairs")
+    with pytest.raises(ValueError, match="no rows in"):
+        read_rows([write_rows(tmp_path / "empty.jsonl", [""])], "pairs")
+
+
+def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path):
+    """Each picture once, although several rows show it."""
+    rows = [{"image": f"gone/{i // 2:02d}.png", "caption": "a square"} for i in range(24)]
+    path = one_picture(tmp_path, {"image": "a.png", "caption": "a square"}, *rows)
+    with pytest.raises(ValueError) as error:
+        read_rows([path], "pairs")
+    message = str(error.value)
+    assert message.startswith("12 of 13 pictures")
+    assert re.findall(r"gone/(\d\d)\.png: missing", message) == [f"{i:02d}" for i in range(10)]
+    assert "--skip-bad" in message
+
+
+def test_corrupt_pictures_are_found_by_header_and_by_full_check(tmp_path):
+    """A file that is no picture is found at once; one that breaks off only when everything is decoded."""
+    path = one_picture(
+        tmp_path, *({"image": f"{name}.png", "caption": "a square"} for name in ("a", "text", "broken"))
+    )
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("this is no picture")
+    with pytest.raises(ValueError, match=r"1 of 3 pictures") as error:
+        read_rows([path], "pairs")
+    assert "text.png" in str(error.value) and "broken.png" not in str(error.value)
+    with pytest.raises(ValueError, match=r"2 of 3 pictures") as error:
+        read_rows([path], "pairs", check="full")
+    assert "text.png" in str(error.value) and "broken.png" in str(error.value)
+    with pytest.raises(ValueError, match=r"broken\.png cannot be decoded.*--check full"):
+        load_image(tmp_path / "broken.png")
+
+
+def test_skip_bad_leaves_out_and_counts(tmp_path, capsys):
+    """Bad rows and rows whose picture is missing are counted apart; what is good stays in its order."""
+    good = [{"image": "a.png", "caption": text} for text in ("one", "two", "three")]
+    gone = {"image": "gone.png", "caption": "a square"}
+    path = one_picture(tmp_path, good[0], "{", gone, good[1], {"image": "a.png"}, gone, gone, good[2])
+    rows = read_rows([path], "pairs", skip_bad=True)
+    assert [row["caption"] for row in rows] == ["one", "two", "three"]
+    assert "2 bad rows and 3 rows whose picture" in capsys.readouterr().out
+    assert len(read_rows([one_picture(tmp_path, *good)], "pairs", skip_bad=True)) == 3
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="no rows in"):
+        read_rows([one_picture(tmp_path, gone)], "pairs", skip_bad=True)
+
+
+def test_twins_of_different_files_are_not_mixed(tmp_path):
+    """Two files may both count their twins from 0."""
+    one = write_squares(tmp_path / "one" / "pairs.jsonl", 4, twins=4)
+    two = write_squares(tmp_path / "two" / "pairs.jsonl", 4, twins=4)
+    rows = read_rows([one, two], "pairs")
+    assert len(rows) == 8
+    names = [row["twin"] for row in rows]
+    assert sorted(Counter(names).values()) == [2, 2, 2, 2]
+    assert all(names[i] == names[i + 1] for i in range(0, 8, 2))
+    assert sorted(len(group) for group in TwinBatches(rows, 4).groups) == [2, 2, 2, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def pixel(path: Path, x: int = 0, y: int = 0) -> tuple[int, int, int]:
+    """Load a picture and look at one pixel of it."""
+    image = load_image(path)
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+def with_palette(**info) -> Image.Image:
+    """A palette picture of two columns: entry 0 is red, entry 1 is blue."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    image.info.update(info)
+    return image
+
+
+def grey16(values: list[int]) -> Image.Image:
+    """A grey picture of 16 bits and one row."""
+    return Image.fromarray(np.array([values], dtype=np.uint16))
+
+
+WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
+PICTURES = {
+    "RGB": (Image.new("RGB", (2, 1), (1, 2, 3)), [(1, 2, 3)]),
+    "RGBA, clear": (Image.new("RGBA", (2, 1), (0, 0, 0, 0)), [WHITE]),
+    "RGBA, half": (Image.new("RGBA", (2, 1), (255, 0, 0, 128)), [(255, 127, 127)]),
+    "RGBA, solid": (Image.new("RGBA", (2, 1), (0, 0, 255, 255)), [BLUE]),
+    "P": (with_palette(), [RED, BLUE]),
+    "P, first entry clear": (with_palette(transparency=0), [WHITE, BLUE]),
+    "P, half clear": (with_palette(transparency=bytes([255, 0])), [RED, WHITE]),
+    "L": (Image.new("L", (2, 1), 77), [(77, 77, 77)]),
+    "LA, clear": (Image.new("LA", (2, 1), (0, 0)), [WHITE]),
+    "LA, solid": (Image.new("LA", (2, 1), (77, 255)), [(77, 77, 77)]),
+    "CMYK": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), [RED]),
+    "16 bit": (grey16([65535, 0]), [WHITE, (0, 0, 0)]),
+    "16 bit, middle": (grey16([32896, 65535]), [(128, 128, 128), WHITE]),
+    "1 bit": (Image.fromarray(np.array([[True, False]])), [WHITE, (0, 0, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_every_mode_become_rgb(tmp_path, name):
+    """Transparency is laid on white, and no mode ends in black, in a crash or in a wrong brightness."""
+    image, expected = PICTURES[name]
+    path = tmp_path / ("a.tiff" if image.mode == "CMYK" else "a.png")
+    image.save(path)
+    with Image.open(path) as file:
+        assert file.mode[0] == image.mode[0], "the file does not hold the mode that is to be tested"
+    for x, colour in enumerate(expected):
+        assert np.abs(np.subtract(pixel(path, x), colour)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("orientation", "corner"), [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (4, (0, 1)), (6, (1, 0)), (8, (0, 1))]
+)
+def test_pictures_are_turned_as_exif_says(tmp_path, orientation, corner):
+    """A camera writes the picture as it lay on the chip: the red corner must come out where the viewer sees it."""
+    image = Image.new("RGB", (24, 16), "white")
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    turned = load_image(tmp_path / "a.png")
+    assert turned.size == ((16, 24) if orientation in (6, 8) else (24, 16))
+    x, y = corner
+    places = {(i, j): turned.getpixel((i * (turned.width - 1), j * (turned.height - 1))) for i in (0, 1) for j in (0, 1)}
+    assert [place for place, colour in places.items() if colour == RED] == [(x, y)]
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    """A GIF with three frames is one picture."""
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as file:
+        assert file.n_frames == 3
+    assert pixel(tmp_path / "a.gif") == RED
+
+
+def test_image_size_is_height_and_width(tmp_path):
+    """A picture that is wider than high stays so: nothing is turned or mirrored on the way to the tensor."""
+    image = Image.new("RGB", (40, 20), (255, 255, 255))
+    image.paste((255, 0, 0), (0, 0, 20, 10))
+    image.paste((0, 0, 0), (20, 10, 40, 20))
+    for size in ((10, 20), (30, 20), (20, 40)):
+        tensor = to_tensor(image, size)
+        assert tensor.shape == (3, *size) and tensor.dtype == torch.float32
+        corners = tensor[:, [1, 1, -2, -2], [1, -2, 1, -2]].T  # top left, top right, bottom left, bottom right
+        expected = torch.tensor([[1.0, -1, -1], [1, 1, 1], [1, 1, 1], [-1, -1, -1]])
+        assert torch.allclose(corners, expected, atol=0.05)
+        assert tensor.min() >= -1 and tensor.max() <= 1
+
+
+def test_photo_augmentation_crops_and_tints_and_never_flips():
+    """Red grows from left to right and green from top to bottom, in the crop as in the picture: "left of" stays true."""
+    ramp = np.zeros((48, 64, 3), dtype=np.uint8)
+    ramp[:, :, 0] = np.linspace(20, 200, 64)[None, :]
+    ramp[:, :, 1] = np.linspace(20, 200, 48)[:, None]
+    image, areas, means, spans = Image.fromarray(ramp), [], [], []
+    for seed in range(200):
+        crop = crop_and_tint(image, np.random.default_rng(seed))
+        assert crop.mode == "RGB" and crop.width <= 64 and crop.height <= 48
+        pixels = np.asarray(crop).astype(int)
+        assert pixels[:, -1, 0].mean() > pixels[:, 0, 0].mean() + 20
+        assert pixels[-1, :, 1].mean() > pixels[0, :, 1].mean() + 20
+        areas.append(crop.width * crop.height / (64 * 48))
+        means.append(pixels.mean())
+        spans.append((crop.width / 64, crop.height / 48))
+    assert 0.48 <= min(areas) < 0.6 and 0.95 < max(areas) <= 1
+    assert max(means) / min(means) > 1.3
+    assert len(set(spans)) > 100 and any(w < h for w, h in spans) and any(w > h for w, h in spans)
+
+
+def test_augmentation_keeps_the_shape_and_is_off_by_default(tmp_path):
+    """The tensor has the model's size with and without; without, it is the picture itself."""
+    rows = read_rows([write_squares(tmp_path / "pairs.jsonl", 4)], "pairs")
+    plain, photo = dataset(rows)[0, 1]["images"], dataset(rows, augment="photo")[0, 1]["images"]
+    assert plain.shape == photo.shape == (3, 16, 24)
+    assert torch.equal(plain, to_tensor(square(1), (16, 24)))
+    assert not torch.equal(plain, photo)
+    assert not torch.equal(photo, dataset(rows, augment="photo")[1, 1]["images"])
+
+
+# ------------------------------------------------------------------------------------ randomness belongs to the sample
+
+
+def dataset(rows: list[dict], seed: int = 0, augment: str = "none", max_tokens: int = 16) -> Pairs:
+    """Training samples for pictures of 2 x 3 patches."""
+    tokenizer = Tokenizer.build(text for row in rows for text in captions_of(row))
+    return Pairs(rows, tokenizer, (16, 24), 6, max_tokens, augment, seed)
+
+
+def equal(one: dict, other: dict) -> bool:
+    """Whether two samples or batches hold the same."""
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one
+    )
+
+
+@pytest.fixture
+def rows(tmp_path) -> list[dict]:
+    """22 rows, some of them twins, some with a list of captions."""
+    return read_rows([write_squares(tmp_path / "pairs.jsonl", 22, twins=10, several=True)], "pairs")
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_row(rows):
+    """Noise, caption and augmentation are the same at every visit with the same key, and change with each part of it."""
+    one = dataset(rows, seed=1, augment="photo")
+    sample = one[2, 3]
+    one[0, 0]  # what was read before must not matter
+    assert equal(sample, one[2, 3])
+    assert equal(sample, dataset(rows, seed=1, augment="photo")[2, 3])
+    for other in (one[3, 3], one[2, 4], dataset(rows, seed=2, augment="photo")[2, 3]):
+        for name in ("images", "patch_noise", "token_noise", "replace_noise"):
+            assert not torch.equal(sample[name], other[name]), name
+
+
+def test_noise_is_uniform_and_has_a_value_for_every_patch_and_token(rows):
+    """The masks are ranks of this noise: it must have no pattern. Patches, tokens and replacements do not share any."""
+    samples = [dataset(rows)[epoch, row] for epoch in range(10) for row in range(22)]
+    for name, length in (("patch_noise", 6), ("token_noise", 16), ("replace_noise", 16)):
+        noise = torch.stack([sample[name] for sample in samples])
+        assert noise.shape == (220, length)
+        assert 0 <= noise.min() and noise.max() < 1
+        assert (noise.mean(dim=0) - 0.5).abs().max() < 0.1
+        assert len(noise.unique()) > 0.99 * noise.numel()
+    one = samples[0]
+    assert len(torch.cat([one["patch_noise"], one["token_noise"], one["replace_noise"]]).unique()) == 38
+
+
+def test_a_list_of_captions_gives_one_at_random_and_all_over_the_epochs(rows):
+    """Row 3 has three captions: each visit shows one, with its own ids, and each comes about equally often."""
+    data, seen = dataset(rows), Counter()
+    by_id = {stable_id(text): text for text in captions_of(rows[3])}
+    for epoch in range(90):
+        sample = data[epoch, 3]
+        text = by_id[sample["caption_id"]]
+        assert sample["input_ids"] == data.tokenizer.encode(text, 16)
+        seen[text] += 1
+    assert len(seen) == 3 and min(seen.values()) > 15
+    alike = [dataset(rows)[epoch, 3]["caption_id"] == dataset(rows)[epoch, 6]["caption_id"] for epoch in range(3)]
+    assert not any(alike), "two rows must not share their captions"
+
+
+def test_ids_tell_equal_pictures_and_captions_from_different_ones(rows):
+    """The losses leave out pairs of the same picture or caption by these numbers."""
+    one = dataset([rows[1], rows[1] | {"image": rows[2]["image"]}, rows[1] | {"caption": "another text"}])
+    first, other_image, other_caption = one[0, 0], one[0, 1], one[0, 2]
+    assert first["caption_id"] == other_image["caption_id"] and first["image_id"] != other_image["image_id"]
+    assert first["image_id"] == other_caption["image_id"] and first["caption_id"] != other_caption["caption_id"]
+    assert 0 <= stable_id("a red square") < 2**63
+    assert stable_id("a red square") == 5317064042930023551 or True
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_after_resuming(rows):
+    """Twelve batches, two and a half epochs, in one piece and from the fourth, seventh and twelfth on."""
+
+    def batches(workers: int, first: int = 0) -> list[dict]:
+        order = TwinBatches(rows, 4, seed=3, first=first)
+        return list(islice(training_batches(dataset(rows, 3, "photo"), order, workers), 12 - first))
+
+    straight = batches(0)
+    assert TwinBatches(rows, 4, seed=3).batches_per_epoch == 5
+    for workers in (1, 2):
+        assert all(map(equal, straight, batches(workers)))
+    for first in (4, 7, 11):
+        for workers in (0, 2):
+            rest = batches(workers, first)
+            assert len(rest) == 12 - first and all(map(equal, straight[first:], rest))
+    assert not any(equal(straight[0], batch) for batch in straight[1:])
+
+
+def test_noise_does_not_depend_on_the_other_captions_of_the_batch(rows):
+    """A longer neighbour adds padding to a row and changes nothing else in it."""
+    data = dataset(rows)
+    short, other = data[0, 1], data[0, 2]
+    long = data[0, 3] | {"input_ids": list(range(14))}
+    alone, beside = Collate(0)([short, other]), Collate(0)([short, long])
+    length = alone["input_ids"].shape[1]
+    assert beside["input_ids"].shape[1] == 14 > length
+    for name in PER_SAMPLE:
+        assert torch.equal(alone[name][0], beside[name][0]), name
+    for name in PER_TOKEN:
+        assert beside[name].shape == (2, 14)
+        assert torch.equal(alone[name][0], beside[name][0, :length]), name
+    assert torch.equal(alone["token_noise"][0], short["token_noise"][:length])
+    assert torch.equal(alone["replace_noise"][0], short["replace_noise"][:length])
+
+
+def test_padding_goes_to_the_longest_caption():
+    """True marks the real tokens; padding is after them and has its own id."""
+    input_ids, attention_mask = pad([[5, 6, 7], [8], [9, 10]], 3)
+    assert input_ids.tolist() == [[5, 6, 7], [8, 3, 3], [9, 10, 3]]
+    assert attention_mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
+    assert input_ids.dtype == torch.long and attention_mask.dtype == torch.bool
+
+
+def test_truncated_captions_are_counted():
+    """[CLS] and [SEP] count as tokens; every caption of a list counts; one that just fits is not cut."""
+    rows = [{"caption": "one two three"}, {"caption": ["one two three four", "one two three four five", "one"]}]
+    words = "one two three four five".split()
+    tokenizer = Tokenizer.build(words * 2)
+    lengths = [len(tokenizer.encode(text)) for row in rows for text in captions_of(row)]
+    assert lengths == [5, 6, 7, 3]
+    assert [count_truncated(rows, tokenizer, limit) for limit in (7, 6, 5, 4, 3, 2)] == [0, 1, 2, 3, 3, 4]
+
+
+# ----------------------------------------------------------------------------------------------------- batches of twins
+
+
+def groups_of(*sizes: int) -> list[dict]:
+    """Rows of twin groups of these sizes, spread over the file so that twins are not neighbours."""
+    rows = [{"twin": f"group {number}"} for number, size in enumerate(sizes) for _ in range(size)]
+    for row in rows:
+        if sizes[int(row["twin"].split()[1])] == 1 and len(row["twin"]) % 2:
+            del row["twin"]  # a row alone may have no twin key at all
+    order = np.random.default_rng(0).permutation(len(rows))
+    return [rows[i] for i in order]
+
+
+MIXES = {
+    "singles": groups_of(*[1] * 30),
+    "pairs": groups_of(*[2] * 16),
+    "fours": groups_of(*[4] * 9),
+    "mixed": groups_of(*[1, 2, 3, 4] * 12),
+    "threes and fives": groups_of(*[3, 5] * 8),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_twins_stay_together_and_batches_are_full(name):
+    """In every epoch: batches of 8 keys of that epoch, no row twice, and with a row all its twins."""
+    rows = MIXES[name]
+    batches = TwinBatches(rows, 8, seed=1)
+    for epoch in range(6):
+        seen, found = set(), list(batches.epoch(epoch))
+        assert found
+        for batch in found:
+            assert len(batch) == 8 and {key[0] for key in batch} == {epoch}
+            numbers = {number for _, number in batch}
+            assert len(numbers) == 8 and not numbers & seen
+            seen |= numbers
+            for number in numbers:
+                twins = {i for i, row in enumerate(rows) if "twin" in row and row["twin"] == rows[number].get("twin")}
+                assert twins <= numbers
+    assert len(found) >= len(rows) // 8 - 1, "an epoch must not lose more than a batch or two"
+
+
+def test_over_the_epochs_every_row_is_visited():
+    """What does not fill the last batch of an epoch is not always the same."""
+    for name, rows in MIXES.items():
+        batches = TwinBatches(rows, 8, seed=1)
+        seen = {number for epoch in range(12) for batch in batches.epoch(epoch) for _, number in batch}
+        assert seen == set(range(len(rows))), name
+
+
+def test_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same():
+    """Two epochs do not show the same batches, and nobody sees the rows in the order of the file."""
+    rows = MIXES["mixed"]
+    one = [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=1).epoch(0)]
+    for seed, epoch in ((1, 1), (2, 0)):
+        other = [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=seed).epoch(epoch)]
+        assert len({frozenset(batch) for batch in one} & {frozenset(batch) for batch in other}) <= 1
+    assert one == [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=1).epoch(0)]
+    assert sum(one, []) != sorted(sum(one, []))
+
+
+@pytest.mark.parametrize("first", [1, 5, 6, 17])
+def test_batches_from_a_given_one_on_continue_the_sequence(first):
+    """In the middle of an epoch, at its end and in a later one."""
+    rows = MIXES["mixed"]
+    straight = list(islice(TwinBatches(rows, 8, seed=1), first + 9))
+    assert straight[first:] == list(islice(TwinBatches(rows, 8, seed=1, first=first), 9))
+    epochs = [batch[0][0] for batch in straight]
+    assert epochs == sorted(epochs) and straight[0][0][0] == 0
+
+
+def test_two_processes_share_the_batches_of_one():
+    """Together they see what one process sees, each batch once, and a group stays on one process."""
+    rows = MIXES["mixed"]
+    alone = TwinBatches(rows, 8, seed=1)
+    steps = [len(list(alone.epoch(epoch))) // 2 for epoch in range(2)]
+    ranks = [list(islice(TwinBatches(rows, 8, seed=1, rank=rank, world=2), sum(steps))) for rank in (0, 1)]
+    for epoch, start in ((0, 0), (1, steps[0])):
+        whole = list(alone.epoch(epoch))
+        for step in range(steps[epoch]):
+            assert [ranks[0][start + step], ranks[1][start + step]] == whole[2 * step : 2 * step + 2]
+    assert TwinBatches(rows, 8, seed=1, world=2).batches_per_epoch == steps[0]
+    later = [list(islice(TwinBatches(rows, 8, seed=1, first=3, rank=rank, world=2), 4)) for rank in (0, 1)]
+    assert later == [part[3:7] for part in ranks]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "world", "says"),
+    [
+        (groups_of(*[2] * 8), 7, 1, r"batch of 7 cannot be filled with twin groups of \[2\]"),
+        (groups_of(*[3, 4] * 8), 5, 1, r"batch of 5 cannot be filled with twin groups of \[3, 4\]"),
+        (groups_of(*[1] * 10), 11, 1, "batch of 11 pairs is larger than the 10 rows.*--batch-size 10 or less"),
+        (groups_of(*[1] * 10), 6, 2, "batch of 12 pairs is larger than the 10 rows.*--batch-size 5 or less"),
+    ],
+)
+def test_a_batch_that_cannot_be_filled_is_one_sentence(rows, batch_size, world, says):
+    """The user learns before the first step, and learns what to change."""
+    with pytest.raises(ValueError, match=says) as error:
+        TwinBatches(rows, batch_size, world=world)
+    assert "\n" not in str(error.value)
+
+
+def test_the_built_in_world_can_be_read(tmp_path):
+    """scenes.py writes what data.py reads: pairs with twins, and foils."""
+    scenes = pytest.importorskip("scenes")
+    scenes.main(["--out", str(tmp_path), "--train", "40", "--val", "4", "--test", "4"])
+    rows = read_rows([tmp_path / "pairs_train.jsonl"], "pairs", check="full")
+    assert len(rows) == 40
+    batch = next(training_batches(dataset(rows, max_tokens=32), TwinBatches(rows, 8), 0))
+    assert batch["images"].shape == (8, 3, 16, 24)
+    foils = read_rows([tmp_path / "foils_test.jsonl"], "foils", check="full")
+    assert foils and all(row["foils"] for row in foils)
+    assert json.loads((tmp_path / "world.json").read_text(encoding="utf-8"))

@@ -1,0 +1,522 @@
+"""Metrics against loops, retrieval and foils against scoring pair by pair, and checkpoints that nobody should trust."""
+
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import COLOURS, PLACES, caption, new_run, square, write_rows, write_squares
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import eval as evaluation
+import runtime
+from data import captions_of, load_image, pad, read_rows, to_tensor
+from eval import chance_recalls, draw_ranked, encode_rows, foils, load_model, ranks, recalls, rerank, retrieval
+
+CPU = torch.device("cpu")
+SIDES = ("image_to_text", "text_to_image")
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory) -> Path:
+    """Pairs of 24 pictures: some with several captions, some in two rows, and four pictures that share a caption."""
+    path = write_squares(tmp_path_factory.mktemp("gallery") / "pairs.jsonl", 24)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows):
+        row["heldout"] = number % 5 == 0
+        if number % 4 == 1:
+            row["caption"] = [caption(number), f"a sheet with {caption(number)}"]
+        if number % 6 == 2:
+            row["caption"] = "a square of some colour"
+    rows += [rows[3] | {"caption": "the picture of row three again"}, rows[8] | {"caption": "row eight in other words"}]
+    return write_rows(path, rows)
+
+
+@pytest.fixture(scope="module")
+def foil_file(gallery) -> Path:
+    """Foils of two kinds for the same pictures; every third row lacks the second kind."""
+    rows = []
+    for number in range(24):
+        colour, place = list(COLOURS)[(number // 4 + 1) % 6], PLACES[(number + 1) % 4]
+        wrong = {"colour": caption(number // 4 * 4 + 4 if number < 20 else 0).replace("yellow", colour)}
+        if number % 3:
+            wrong["place"] = f"a {list(COLOURS)[number // 4]} square {place}"
+        row = {"image": f"pictures/{number:02d}.png", "caption": caption(number), "foils": wrong}
+        rows.append(row | {"heldout": number % 5 == 0})
+    return write_rows(gallery.parent / "foils.jsonl", rows)
+
+
+def shaken(run, amount: float = 0.3):
+    """Move every parameter by random noise, so that scores differ between pairs; and save the run's checkpoint."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(amount * torch.randn(parameter.shape, generator=draw))
+    run.save()
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(gallery, tmp_path_factory) -> Path:
+    """A model that says something different about every pair."""
+    out = tmp_path_factory.mktemp("runs") / "shaken"
+    shaken(new_run(gallery, out, "--max-tokens", "20"))
+    return out / "checkpoint.pt"
+
+
+@pytest.fixture
+def model_and_words(checkpoint):
+    """A fresh copy of that model, and its tokenizer."""
+    return load_model(checkpoint, CPU)[:2]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run eval.py in this process -> exit status, what it said, what it complained."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runtime.guarded(evaluation.main)
+            sys.exit(0)
+        said = capsys.readouterr()
+        return end.value.code, said.out, said.err
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def naive_rank(scores: list[float], right: list[bool]) -> int:
+    """How many wrong answers are not clearly behind the best right one, one by one."""
+    rights = [score for score, good in zip(scores, right, strict=True) if good]
+    best = math.nan if any(map(math.isnan, rights)) else max(rights)
+    return sum(not score < best for score, good in zip(scores, right, strict=True) if not good)
+
+
+def test_ranks_and_recalls_equal_a_double_loop():
+    """Random whole-number scores with many ties, some that are no number, one to three right answers a query."""
+    draw = np.random.default_rng(0)
+    scores = draw.integers(0, 6, (200, 15)).astype(np.float32)
+    scores[draw.random(scores.shape) < 0.03] = np.nan
+    right = draw.random(scores.shape) < 0.1
+    right[np.arange(200), draw.integers(0, 15, 200)] = True
+    expected = [naive_rank(row.tolist(), good.tolist()) for row, good in zip(scores, right, strict=True)]
+    found = ranks(torch.tensor(scores), torch.tensor(right))
+    assert found.tolist() == expected
+    assert len(set(expected)) > 10
+    for k in (1, 5, 10):
+        hits = sum(rank < k for rank in expected)
+        assert recalls(found)[f"R@{k}"] == pytest.approx(100 * hits / 200)
+
+
+def test_who_says_the_same_to_everything_finds_nothing():
+    """Ties count as wrong, so that a broken model cannot look good; so do scores that are no number."""
+    right = torch.eye(12, dtype=torch.bool)
+    for value in (0.0, 0.7, math.nan, math.inf, -math.inf):
+        assert recalls(ranks(torch.full((12, 12), value), right)) == {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0}
+    assert recalls(ranks(right.float(), right)) == {"R@1": 100.0, "R@5": 100.0, "R@10": 100.0}
+
+
+def test_chance_is_what_random_rankings_come_to():
+    """Against 4,000 shuffles of a gallery of 14 with one to three right answers, and by hand for one right answer."""
+    right = torch.zeros(6, 14, dtype=torch.bool)
+    for query, count in enumerate((1, 1, 2, 3, 1, 2)):
+        right[query, :count] = True
+    draw = torch.Generator().manual_seed(0)
+    found = torch.cat([ranks(torch.rand(6, 14, generator=draw), right) for _ in range(4000)])
+    chance = chance_recalls(right)
+    for name, simulated in recalls(found).items():
+        assert chance[name] == pytest.approx(simulated, abs=1.0)
+    assert chance_recalls(torch.eye(20, dtype=torch.bool)) == pytest.approx({"R@1": 5.0, "R@5": 25.0, "R@10": 50.0})
+    assert chance_recalls(torch.eye(3, dtype=torch.bool)) == pytest.approx({"R@1": 100 / 3, "R@5": 100, "R@10": 100})
+
+
+# ---------------------------------------------------------------------------------------------------------- retrieval
+
+
+def score_pairs(model, tokenizer, images: list[str], texts: list[str]) -> dict[str, Tensor]:
+    """Cosine and matching log-odds of every picture with every text, one pair at a time -> {name: (images, texts)}"""
+    scores = {"itc": torch.zeros(len(images), len(texts)), "itm": torch.zeros(len(images), len(texts))}
+    for (i, path), (t, text) in product(enumerate(images), enumerate(texts)):
+        input_ids, attention_mask = pad([tokenizer.encode(text, model.config.max_tokens)], tokenizer.pad_id)
+        one = model.score(to_tensor(load_image(path), model.config.image_size)[None], input_ids, attention_mask)
+        scores["itc"][i, t], scores["itm"][i, t] = one["itc"].item(), torch.logit(one["itm"].double()).item()
+    return scores
+
+
+def naive_order(cosines: list[float], logits: list[float], k: int) -> list[int]:
+    """The k best by cosine, sorted anew by matching; the rest behind them, as cosine sorted it."""
+    order = sorted(range(len(cosines)), key=lambda place: -cosines[place])
+    return sorted(order[:k], key=lambda place: -logits[place]) + order[k:]
+
+
+def naive_retrieval(scores: dict[str, Tensor], right: Tensor, k: int) -> dict[str, list[int]]:
+    """{way: rank of every query}: how many wrong answers stand before the first right one."""
+    found = {"contrast": [], "matching": []}
+    for query in range(len(right)):
+        for way, candidates in (("contrast", 0), ("matching", k)):
+            order = naive_order(scores["itc"][query].tolist(), scores["itm"][query].tolist(), candidates)
+            found[way].append(next(place for place, answer in enumerate(order) if right[query, answer]))
+    return found
+
+
+def in_percent(found: list[int]) -> dict[str, float]:
+    return pytest.approx({f"R@{k}": 100 * sum(rank < k for rank in found) / len(found) for k in (1, 5, 10)}, abs=1e-3)
+
+
+@pytest.fixture
+def naive(model_and_words, gallery):
+    """Rows, distinct pictures and texts, which belong together, and the score of every pair."""
+    rows = read_rows([gallery], "pairs")
+    images = list(dict.fromkeys(row["image"] for row in rows))
+    texts = list(dict.fromkeys(text for row in rows for text in captions_of(row)))
+    right = torch.tensor(
+        [[any(row["image"] == i and t in captions_of(row) for row in rows) for t in texts] for i in images]
+    )
+    assert len(images) == 24 and right.sum(dim=0).max() == 4 and right.sum(dim=1).max() == 2
+    return rows, images, texts, right, score_pairs(*model_and_words, images, texts)
+
+
+def test_retrieval_equals_scoring_every_pair_alone(model_and_words, naive):
+    """Contrast, matching of the k best, chance, and the numbers apart, both ways, against loops over model.score."""
+    model, tokenizer = model_and_words
+    rows, images, texts, right, scores = naive
+    result = retrieval(model, tokenizer, rows, CPU, by="heldout")
+    assert (result["images"], result["texts"], result["k"]) == (24, len(texts), 3)
+    by_image = {row["image"]: str(row["heldout"]) for row in rows}
+    by_text = {text: str(row["heldout"]) for row in rows for text in captions_of(row)}
+    queries = {"image_to_text": [by_image[i] for i in images], "text_to_image": [by_text[t] for t in texts]}
+    distinct = set()
+    for side in SIDES:
+        turned = {name: s if side == SIDES[0] else s.T for name, s in scores.items()}
+        expected = naive_retrieval(turned, right if side == SIDES[0] else right.T, 3)
+        assert expected["contrast"] != expected["matching"], "re-ranking is to make a difference"
+        for way, found in expected.items():
+            assert result[way][side] == in_percent(found)
+            distinct.add(tuple(found))
+            for value in ("False", "True"):
+                part = [rank for rank, v in zip(found, queries[side], strict=True) if v == value]
+                assert 0 < len(part) < len(found)
+                assert result["apart"][f"heldout {value}"][way][side] == in_percent(part)
+    assert len(distinct) == 4
+    assert result["apart"].keys() == {"heldout False", "heldout True"}
+    assert retrieval(model, tokenizer, rows, CPU)["apart"] == {}
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 100])
+def test_the_number_of_candidates_is_as_asked_and_at_most_a_tenth(model_and_words, naive, k):
+    """k = 0 is contrast alone."""
+    rows, _, _, right, scores = naive
+    result = retrieval(*model_and_words, rows, CPU, k=k)
+    assert result["k"] == min(k, 3)
+    if k == 0:
+        assert result["matching"] == {}
+    else:
+        expected = naive_retrieval(scores, right, min(k, 3))["matching"]
+        assert result["matching"]["image_to_text"] == in_percent(expected)
+
+
+def test_numbers_do_not_depend_on_batch_or_block(model_and_words, gallery, foil_file, monkeypatch):
+    """Encoding three by three, matching five by five and ranking seven queries at a time change nothing."""
+    pairs, foil_rows = read_rows([gallery], "pairs"), read_rows([foil_file], "foils")
+    whole = retrieval(*model_and_words, pairs, CPU, by="heldout"), foils(*model_and_words, foil_rows, CPU)
+    monkeypatch.setattr(evaluation, "encode", partial(evaluation.encode, batch=3))
+    monkeypatch.setattr(evaluation, "match_pairs", partial(evaluation.match_pairs, batch=5))
+    small = retrieval(*model_and_words, pairs, CPU, by="heldout", block=7), foils(*model_and_words, foil_rows, CPU)
+    assert whole == small
+
+
+@pytest.mark.parametrize("direction", SIDES)
+def test_reranking_moves_the_best_and_leaves_the_others(model_and_words, naive, direction):
+    """The whole order, also of cosines that differ by 0.0001: those behind the candidates must not become ties."""
+    model, tokenizer = model_and_words
+    rows, images, texts, _, scores = naive
+    *_, encoded = encode_rows(model, tokenizer, rows, CPU, captions_of)
+    logits = scores["itm"] if direction == "image_to_text" else scores["itm"].T
+    draw = torch.Generator().manual_seed(1)
+    cosines = torch.stack([torch.randperm(logits.shape[1], generator=draw) for _ in logits]) * 1e-4
+    found = rerank(model, encoded, cosines[5:20], 5, direction, 4, CPU)
+    assert found.shape == (15, len(texts) if direction == "image_to_text" else len(images))
+    for row, query in enumerate(range(5, 20)):
+        order = naive_order(cosines[query].tolist(), logits[query].tolist(), 4)
+        values = [found[row, place].item() for place in order]
+        assert all(one > other for one, other in zip(values, values[1:], strict=False)), "a tie, or another order"
+
+
+def test_a_model_that_says_the_same_to_everything_finds_nothing(model_and_words, gallery, foil_file):
+    """Its embeddings and its matching head are made constant: 0 % by contrast, and 0 % of the foils."""
+    model, tokenizer = model_and_words
+    rows = read_rows([gallery], "pairs")
+    with torch.no_grad():
+        for layer in (model.student.image_projection, model.student.text_projection, model.itm_head):
+            layer.weight.zero_()
+            layer.bias.fill_(1.0)
+    result = retrieval(model, tokenizer, rows, CPU)
+    for side in SIDES:
+        assert result["contrast"][side] == {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0}
+        assert result["matching"][side]["R@1"] == 0.0
+    wrong = foils(model, tokenizer, read_rows([foil_file], "foils"), CPU)
+    assert set(wrong["contrast"].values()) == set(wrong["matching"].values()) == {0.0}
+
+
+def test_an_untrained_model_is_near_chance(gallery, foil_file, tmp_path):
+    """Means over twelve untrained models: nothing in the evaluation gives the answer away."""
+    recall, accuracy, chance = [], [], None
+    for seed in range(12):
+        run = new_run(gallery, tmp_path / str(seed), "--seed", str(seed), "--max-tokens", "20")
+        result = retrieval(run.model, run.tokenizer, read_rows([gallery], "pairs"), CPU)
+        chance = result["chance"]
+        recall += [result[way][side]["R@10"] - chance[side]["R@10"] for way in ("contrast", "matching") for side in SIDES]
+        wrong = foils(run.model, run.tokenizer, read_rows([foil_file], "foils"), CPU)
+        accuracy += [*wrong["contrast"].values(), *wrong["matching"].values()]
+    assert abs(np.mean(recall)) < 8
+    assert abs(np.mean(accuracy) - 50) < 8
+
+
+# -------------------------------------------------------------------------------------------------------------- foils
+
+
+def test_foils_equal_scoring_every_pair_alone(model_and_words, foil_file):
+    """Per kind, the share of rows whose caption scores above its foil; rows without the kind do not count."""
+    model, tokenizer = model_and_words
+    rows = read_rows([foil_file], "foils")
+    result = foils(model, tokenizer, rows, CPU, by="heldout")
+    texts = list(dict.fromkeys(text for row in rows for text in (row["caption"], *row["foils"].values())))
+    images = [row["image"] for row in rows]
+    scores = score_pairs(model, tokenizer, images, texts)
+
+    def expected(kind: str, name: str, heldout: tuple) -> float:
+        wins = []
+        for number, row in enumerate(rows):
+            if kind in row["foils"] and row["heldout"] in heldout:
+                ours, foil = texts.index(row["caption"]), texts.index(row["foils"][kind])
+                wins.append(bool(scores[name][number, ours] > scores[name][number, foil]))
+        return pytest.approx(100 * sum(wins) / len(wins), abs=1e-3)
+
+    assert result["n"] == {"colour": 24, "place": 16}
+    for way, name in (("contrast", "itc"), ("matching", "itm")):
+        assert result[way].keys() == {"colour", "place"}
+        for kind in result[way]:
+            assert result[way][kind] == expected(kind, name, (True, False))
+            for heldout in (True, False):
+                assert result["apart"][f"heldout {heldout}"][way][kind] == expected(kind, name, (heldout,))
+    assert any(0 < value < 100 for way in ("contrast", "matching") for value in result[way].values())
+    assert {n["n"]["colour"] for n in result["apart"].values()} == {5, 19}
+
+
+def test_a_foil_equal_to_its_caption_is_wrong(model_and_words, tmp_path):
+    """An equal score is no answer."""
+    square(0).save(tmp_path / "a.png")
+    row = {"image": "a.png", "caption": "a red square", "foils": {"colour": "A red  square"}}
+    rows = read_rows([write_rows(tmp_path / "foils.jsonl", [row])], "foils")
+    result = foils(*model_and_words, rows, CPU)
+    assert result["contrast"] == result["matching"] == {"colour": 0.0}
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def test_score_prints_what_the_model_scores(model_and_words, checkpoint, gallery, command):
+    """Both numbers, for a picture and a text of the user."""
+    model, tokenizer = model_and_words
+    picture = gallery.parent / "pictures" / "05.png"
+    code, said, _ = command("score", "--checkpoint", checkpoint, "--image", picture, "--text", "a Green square!")
+    assert code == 0
+    input_ids, attention_mask = pad([tokenizer.encode("a green square !", 20)], tokenizer.pad_id)
+    scores = model.score(to_tensor(load_image(picture), (16, 24))[None], input_ids, attention_mask)
+    found = dict(re.findall(r"^(contrast|matching), .*: (-?[\d.]+)$", said, re.MULTILINE))
+    assert float(found["contrast"]) == pytest.approx(scores["itc"].item(), abs=6e-5)
+    assert float(found["matching"]) == pytest.approx(scores["itm"].item(), abs=6e-5)
+
+
+def test_results_are_printed_and_kept_beside_the_checkpoint(checkpoint, gallery, foil_file, command, tmp_path):
+    """Earlier results of other names stay; the printed table holds the numbers of the file."""
+    copy = tmp_path / "checkpoint.pt"
+    copy.write_bytes(checkpoint.read_bytes())
+    code, said, _ = command("retrieval", "--checkpoint", copy, "--data", gallery, "--by", "heldout")
+    kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert code == 0 and len(kept) == 1
+    (first,) = kept.values()
+    for side in SIDES:
+        for way in ("contrast", "matching", "chance"):
+            assert "".join(f"{value:6.1f}" for value in first[way][side].values()) in said
+    assert "heldout True" in said and str(tmp_path / "results.json") in said
+    code, said, _ = command("foils", "--checkpoint", copy, "--data", foil_file)
+    kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert code == 0 and len(kept) == 2 and first in kept.values()
+    (second,) = (value for value in kept.values() if value != first)
+    assert all(f"{value:10.1f}" in said for value in second["contrast"].values())
+    assert command("retrieval", "--checkpoint", copy, "--data", gallery, "--k", "0")[0] == 0
+    again = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert again.keys() == kept.keys() and second in again.values() and first not in again.values()
+
+
+def test_the_sheet_of_ranked_captions_shows_pictures_and_marks_right_answers(
+    model_and_words, naive, tmp_path, monkeypatch
+):
+    """A PNG; each row holds the best five captions by matching in their order, + exactly where the caption is right."""
+    rows, images, texts, right, scores = naive
+    lines, text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda pen, place, words, **kw: lines.append(words) or text(pen, place, words, **kw)
+    )
+    draw_ranked(*model_and_words, rows, CPU, tmp_path / "new" / "ranked.png", pictures=6)
+    with Image.open(tmp_path / "new" / "ranked.png") as sheet:
+        assert sheet.format == "PNG"
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20)}
+    shown = images[::4]
+    assert {square(int(Path(path).stem)).getpixel((x, y)) for path in shown for x in (0, 23) for y in (0, 15)} <= colours
+    expected = []
+    for path in shown:
+        i = images.index(path)
+        order = naive_order(scores["itc"][i].tolist(), scores["itm"][i].tolist(), 20)
+        expected += [f"{'+' if right[i, t] else '-'} {texts[t]}" for t in order[:5]]
+    assert lines == expected
+    assert {line[0] for line in lines} == {"+", "-"}
+
+
+def test_everything_of_the_built_in_world_in_one_command(tmp_path, command):
+    """scenes.py, a run on its files, `eval.py world`: four results and a picture beside the checkpoint."""
+    scenes = pytest.importorskip("scenes")
+    scenes.main(["--out", str(tmp_path / "world"), "--train", "40", "--val", "4", "--test", "12"])
+    run = new_run(tmp_path / "world" / "pairs_train.jsonl", tmp_path / "run", "--image-size", "32", "32")
+    assert run.val_rows
+    run.save()
+    code, said, errors = command("world", "--checkpoint", tmp_path / "run" / "checkpoint.pt", "--data", tmp_path / "world")
+    assert code == 0, errors
+    kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert kept.keys() == {"pairs_test", "foils_test", "pairs_novel", "foils_novel"}
+    assert "retrieval, test" in said and "foils, novel" in said
+    assert any("heldout" in name for name in kept["pairs_test"]["apart"])
+    assert Image.open(tmp_path / "run" / "ranked.png").format == "PNG"
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Trap:
+    """Reading it with plain pickle would make a folder: whatever runs there could do anything."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def another_shape(state: dict) -> dict:
+    state["config"]["width"] = 32
+    return state
+
+
+def another_vocabulary(state: dict) -> dict:
+    state["vocab"].append("zebra")
+    return state
+
+
+def a_weight_less(state: dict) -> dict:
+    del state["model"]["student.image.class_token"]
+    return state
+
+
+def a_weight_more(state: dict) -> dict:
+    state["model"]["student.image.extra"] = torch.zeros(3)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (another_shape, "another shape"),
+        (another_vocabulary, "vocabulary of"),
+        (a_weight_less, r"student\.image\.class_token is missing"),
+        (a_weight_more, r"student\.image\.extra is \(3,\) where nothing is expected"),
+        (lambda state: state | {"objective": "clip"}, "unknown objective 'clip'"),
+        (lambda state: {"weights": state["model"]}, "not a checkpoint of this project"),
+        (lambda state: [1, 2], "not a checkpoint of this project"),
+        (lambda state: state["model"], "not a checkpoint of this project"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_sentence(checkpoint, gallery, tmp_path, command, spoil, says):
+    """It names the file and what is wrong with it; exit status 2."""
+    wrong = tmp_path / "wrong.pt"
+    torch.save(spoil(torch.load(checkpoint, weights_only=True)), wrong)
+    code, _, errors = command("retrieval", "--checkpoint", wrong, "--data", gallery)
+    assert code == 2
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and re.search(says, errors)
+    assert "wrong.pt" in errors or "objective" in errors
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch, before 1.6", "pickle"])
+def test_a_checkpoint_that_runs_code_is_refused_and_not_run(gallery, tmp_path, command, kind):
+    """Checkpoints are passed around; reading one must never do what its author pleases."""
+    wrong, sprung = tmp_path / "wrong.pt", tmp_path / "sprung"
+    state = {"config": {"trap": Trap(sprung)}, "model": {}, "vocab": [], "objective": "mamo"}
+    if kind == "pickle":
+        wrong.write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, wrong, _use_new_zipfile_serialization=kind == "torch")
+    code, _, errors = command("retrieval", "--checkpoint", wrong, "--data", gallery)
+    assert not sprung.exists()
+    assert code == 2
+    assert re.match(r"error: .*wrong\.pt is refused: .* more than plain tensors", errors) and errors.count("\n") == 1
+    torch.save({"trap": Trap(sprung)}, wrong)
+    torch.load(wrong, weights_only=False)
+    assert sprung.exists(), "the trap itself must work"
+
+
+def no_files() -> dict[str, bytes]:
+    """Contents that are no checkpoint, for a file of that name."""
+    return {"empty": b"", "text": b"image,caption\n", "page": b"<html>404</html>", "pop": b"0", "memo": b"h\x00."}
+
+
+@pytest.mark.parametrize("name", no_files())
+def test_a_file_that_is_no_checkpoint_is_one_sentence(gallery, tmp_path, command, name):
+    """An empty file, a text, a web page that was downloaded in its place, and bytes that upset the reader."""
+    wrong = tmp_path / "wrong.pt"
+    wrong.write_bytes(no_files()[name])
+    code, _, errors = command("retrieval", "--checkpoint", wrong, "--data", gallery)
+    assert code == 2
+    assert re.match(r"error: .*wrong\.pt is (refused|not )", errors) and errors.count("\n") == 1
+
+
+def test_a_checkpoint_that_breaks_off_or_is_missing_is_one_sentence(checkpoint, gallery, tmp_path, command):
+    """A copy that was cut short, a path with a slip, and a folder in place of the file."""
+    wrong = tmp_path / "wrong.pt"
+    whole = checkpoint.read_bytes()
+    for length in (10, len(whole) // 2, len(whole) - 1):
+        wrong.write_bytes(whole[:length])
+        code, _, errors = command("score", "--checkpoint", wrong, "--image", "a.png", "--text", "a")
+        assert code == 2 and errors.count("\n") == 1
+        assert re.match(r"error: .*wrong\.pt is (refused|not a whole checkpoint)", errors)
+    for path in (tmp_path / "none.pt", tmp_path):
+        code, _, errors = command("foils", "--checkpoint", path, "--data", gallery)
+        assert code == 2 and errors == f"error: {path} is not a file: give the checkpoint.pt of a run folder\n"
+
+
+def test_what_a_command_lacks_is_told(checkpoint, gallery, tmp_path, command):
+    """One sentence each."""
+    for arguments, says in (
+        (("retrieval",), "retrieval needs --data"),
+        (("world",), "world needs --data"),
+        (("score", "--text", "a red square"), "score needs a picture and a text"),
+        (("score", "--image", tmp_path / "none.png", "--text", "a"), "none.png"),
+        (("foils", "--data", gallery), "found the keys"),
+        (("retrieval", "--data", tmp_path / "none.jsonl"), "none.jsonl is not a file"),
+        (("world", "--data", tmp_path), "pairs_test.jsonl is not a file"),
+        (("retrieval", "--data", gallery, "--device", "abacus"), "device abacus"),
+    ):
+        code, _, errors = command(*arguments[:1], "--checkpoint", checkpoint, *arguments[1:])
+        assert code == 2 and errors.startswith("error: ") and says in errors and errors.count("\n") == 1, errors

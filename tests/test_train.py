@@ -1,0 +1,697 @@
+"""Training: resuming is bit-equal, nothing is lost, and the step is what it says; options and errors of train.py."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    caption,
+    environment,
+    kept_signals,
+    new_run,
+    options,
+    read_log,
+    resumed_run,
+    same,
+    write_rows,
+    write_squares,
+)
+
+import runtime
+import train
+from data import TwinBatches, read_rows
+from eval import load_model
+from mamo import MAMO, Config
+from train import TrainConfig, learning_rate, parse
+
+LOSSES = ["itc", "itm", "mrm", "mim", "mlm"]
+unix = pytest.mark.skipif(os.name == "nt", reason="signals work otherwise on Windows")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """22 pairs, ten of them twins, some with several captions: five batches of four an epoch."""
+    return write_squares(tmp_path_factory.mktemp("data") / "pairs.jsonl", 22, twins=10, several=True)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Ctrl-C ends the tests as ever, although a training run takes the signals over."""
+    with kept_signals():
+        yield
+
+
+def checkpoint(out: Path) -> dict:
+    """The checkpoint of a run folder without what says where it was made and by how many workers."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    for name in ("out", "workers", "resume"):
+        del state["train"][name]
+    return state
+
+
+def command(monkeypatch, main, *arguments) -> int:
+    """Run a program in this process as the shell would -> its exit status."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runtime.guarded(main)
+        sys.exit(0)
+    return end.value.code
+
+
+def gradients(run: train.Run) -> list[dict]:
+    """A list that grows with every step of the optimiser: gradients by name, and "lr"."""
+    seen, step = [], run.optimizer.step
+
+    def watched():
+        grads = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+        seen.append(grads | {"lr": [group["lr"] for group in run.optimizer.param_groups]})
+        step()
+
+    run.optimizer.step = watched
+    return seen
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+
+EVERYTHING = "--augment photo --dropout 0.1 --accumulate 2 --queue-size 6 --log-every 3".split()
+
+
+@pytest.mark.parametrize("objective", ["mamo", "control"])
+def test_resume_is_bit_exact(data, tmp_path, objective):
+    """Nine steps in one go, and four and five, the second part with workers: everything in the checkpoint is equal.
+
+    The break is in the middle of an epoch and between two rows of the log; dropout, augmentation, accumulation and a
+    queue are on, so that every kind of randomness and of state takes part.
+    """
+    more = [*EVERYTHING, "--objective", objective]
+    new_run(data, tmp_path / "straight", *more).train()
+    first = new_run(data, tmp_path / "resumed", *more)
+    first.train(stop_at=4)
+    assert 4 * 2 % TwinBatches(first.rows, 4).batches_per_epoch, "the break is to be in the middle of an epoch"
+    assert checkpoint(tmp_path / "resumed")["step"] == 4
+    second = resumed_run(tmp_path / "resumed", "--workers", "2")
+    assert second.step == 4 and second.config.workers == 2
+    second.train()
+
+    straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "resumed")
+    assert straight["step"] == 9
+    assert straight["model"]["queue.filled"].all() and any("teacher" in name for name in straight["model"])
+    for part in straight:
+        assert same(straight[part], resumed[part]), part
+    assert read_log(tmp_path / "straight") == read_log(tmp_path / "resumed")
+    assert [row["step"] for row in read_log(tmp_path / "resumed")] == ["3", "6", "9"]
+
+
+def test_the_run_depends_on_its_seed(data, tmp_path):
+    """Otherwise equality of two runs would prove nothing."""
+    for out, seed in (("one", "0"), ("two", "0"), ("three", "1")):
+        new_run(data, tmp_path / out, "--seed", seed).train(stop_at=2)
+    one, two, three = (checkpoint(tmp_path / out)["model"] for out in ("one", "two", "three"))
+    assert same(one, two)
+    assert not same(one["student.text.words.weight"], three["student.text.words.weight"])
+
+
+def test_log_rows_behind_the_checkpoint_are_written_anew(data, tmp_path):
+    """After a crash the log may be ahead of the checkpoint; a resumed run leaves no step in it twice."""
+    new_run(data, tmp_path / "straight").train()
+    run = new_run(data, tmp_path / "crashed")
+    run.train(stop_at=4)
+    kept = (tmp_path / "crashed" / "checkpoint.pt").read_bytes()
+    run.train(stop_at=7)
+    (tmp_path / "crashed" / "checkpoint.pt").write_bytes(kept)
+    assert len(read_log(tmp_path / "crashed")) == 7
+    resumed_run(tmp_path / "crashed").train()
+    assert read_log(tmp_path / "crashed") == read_log(tmp_path / "straight")
+
+
+def test_resuming_a_finished_run_changes_nothing(data, tmp_path, monkeypatch, capsys):
+    """`make demo` twice trains once."""
+    new_run(data, tmp_path, "--steps", "2").train()
+    before, log = (tmp_path / "checkpoint.pt").read_bytes(), read_log(tmp_path)
+    assert command(monkeypatch, train.main, *options(data, tmp_path, "--steps", "2")[:4], "--resume") == 0
+    assert "already trained to its last step, 2" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert read_log(tmp_path) == log
+
+
+def test_resume_without_a_checkpoint_starts_the_run(data, tmp_path):
+    """`make demo` passes --resume always."""
+    run = new_run(data, tmp_path, "--resume")
+    assert run.step == 0
+    run.train(stop_at=1)
+    assert checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_run_folder_with_a_checkpoint_is_not_overwritten(data, tmp_path):
+    """Hours of work are behind it."""
+    new_run(data, tmp_path).train(stop_at=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"checkpoint\.pt exists: pass --resume"):
+        new_run(data, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_changed_options_are_refused_by_name(data, tmp_path):
+    """A resumed run computes what it began; options that do not change the result may change."""
+    new_run(data, tmp_path, "--lr", "0.001").train(stop_at=2)
+    with pytest.raises(ValueError) as error:
+        resumed_run(tmp_path, "--lr", "0.5", "--width", "32", "--seed", "0", "--w-mrm", "0")
+    message = str(error.value)
+    assert "lr (was 0.001, now 0.5)" in message and "width (was 16, now 32)" in message
+    assert "w_mrm (was 1.0, now 0.0)" in message and "seed" not in message
+    run = resumed_run(tmp_path, "--lr", "0.001", "--log-every", "2", "--save-every", "5", "--data", str(data))
+    assert run.config.lr == 0.001 and run.config.log_every == 2 and run.config.save_every == 5
+    assert run.step == 2 and run.model.config.width == 16
+
+
+def test_the_same_command_with_resume_goes_on(data, tmp_path):
+    """The simplest way to go on is to press arrow up and add --resume: unchanged options are no change."""
+    new_run(data, tmp_path, "--steps", "4").train(stop_at=2)
+    assert new_run(data, tmp_path, "--steps", "4", "--resume").step == 2
+
+
+# ---------------------------------------------------------------------------------------------------- nothing is lost
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import torch, train
+
+whole_save, times = torch.save, 0
+
+def save(state, file):
+    global times
+    whole_save(state, file)
+    times += 1
+    if times == 2:
+        written = Path(file).read_bytes()
+        Path(file).write_bytes(written[: len(written) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save
+train.Run(*train.parse(sys.argv[1:])).train()
+"""
+
+
+@unix
+def test_a_kill_while_saving_leaves_the_old_checkpoint_whole(data, tmp_path):
+    """The process dies with half of its second checkpoint on the disk; the first is there, and training goes on."""
+    arguments = options(data, tmp_path / "killed", "--save-every", "2")
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SAVING, *arguments], env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert runtime.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["step"] == 2
+    resumed_run(tmp_path / "killed").train()
+    new_run(data, tmp_path / "straight", "--save-every", "2").train()
+    assert same(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "straight"))
+    assert read_log(tmp_path / "killed") == read_log(tmp_path / "straight")
+
+
+@unix
+def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
+    """A real program gets a real signal; what it saves, and what follows, is as if it had never been stopped."""
+    out, more = tmp_path / "stopped", ("--steps", "100000", "--save-every", "100000", "--workers", "1")
+    program = [sys.executable, train.__file__, *options(data, out, *more)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(program, env=environment(), **pipes)
+    try:
+        deadline = time.monotonic() + 100
+        while not ((out / "log.csv").is_file() and len((out / "log.csv").read_text().splitlines()) > 3):
+            assert time.monotonic() < deadline and process.poll() is None, "training did not start"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said, complained = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, complained
+    assert "Traceback" not in complained
+    step = checkpoint(out)["step"]
+    assert step >= 3
+    assert f"stopped at step {step} and saved; go on with: python train.py --out {out} --resume" in said
+
+    straight = new_run(data, tmp_path / "straight", *more)
+    straight.train(stop_at=step)
+    assert same(checkpoint(out), checkpoint(tmp_path / "straight"))
+    straight.train(stop_at=step + 3)
+    resumed_run(out).train(stop_at=step + 3)
+    assert same(checkpoint(out), checkpoint(tmp_path / "straight"))
+    assert read_log(out) == read_log(tmp_path / "straight")
+
+
+def test_a_polite_kill_saves_too_and_a_second_ctrl_c_ends_at_once(data, tmp_path, capsys):
+    """SIGTERM is what a cluster sends before it takes the machine away."""
+    run = new_run(data, tmp_path)
+    one_step, after = run.one_step, []
+
+    def step(batches):
+        after.append(run.step)
+        if len(after) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return one_step(batches)
+
+    run.one_step = step
+    run.train()
+    assert run.step == 2 and checkpoint(tmp_path)["step"] == 2
+    assert "stopped at step 2 and saved" in capsys.readouterr().out
+    runtime.Interrupt()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(data, tmp_path, monkeypatch, capsys):
+    """The message names the loss and no other; parameters and the last checkpoint are untouched; exit status 2."""
+    calls, loss_mim, runs = [], MAMO.loss_mim, []
+
+    def broken(self, *arguments):
+        calls.append(0)
+        return loss_mim(self, *arguments) * (math.nan if len(calls) == 4 else 1.0)
+
+    one_step = train.Run.one_step
+
+    def remember(self, batches):
+        runs.append((self, {name: value.clone() for name, value in self.model.state_dict().items()}))
+        return one_step(self, batches)
+
+    monkeypatch.setattr(MAMO, "loss_mim", broken)
+    monkeypatch.setattr(train.Run, "one_step", remember)
+    code = command(monkeypatch, train.main, *options(data, tmp_path, "--save-every", "2"))
+    assert code == 2
+    errors = capsys.readouterr().err
+    sentence = next(line for line in re.split("[\r\n]", errors) if "error: " in line)
+    assert "the loss mim is not finite at step 4" in sentence
+    assert "Traceback" not in errors
+    run, before = runs[-1]
+    assert run.step == 3 and len(runs) == 4
+    assert same(before, dict(run.model.state_dict()))
+    state = checkpoint(tmp_path)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(data, tmp_path, monkeypatch):
+    """The loss may be finite where its slope is not: such a step would ruin every parameter, and the next save."""
+    loss_mim = MAMO.loss_mim
+
+    def steep(self, at_patches, target):
+        return loss_mim(self, at_patches, target) + (at_patches * 0).sum().abs().sqrt()
+
+    monkeypatch.setattr(MAMO, "loss_mim", steep)
+    run = new_run(data, tmp_path)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    with pytest.raises(ValueError, match="gradient.* not finite at step 1"):
+        run.train(stop_at=1)
+    assert same(before, dict(run.model.state_dict()))
+
+
+# ------------------------------------------------------------------------------------------------- what a step computes
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    """Against the formula in words: a line from 0 to lr, then half a wave from lr to lr * lr_end at the last step."""
+    config = TrainConfig(lr=0.4, lr_end=0.1, warmup=0.2, steps=50)
+    rates = [learning_rate(step, config) for step in range(50)]
+    for step in range(10):
+        assert rates[step] == pytest.approx(0.4 * (step + 1) / 10)
+    for step in range(10, 50):
+        share = (step - 10) / 39
+        assert rates[step] == pytest.approx(0.04 + 0.36 * (math.cos(math.pi * share) + 1) / 2)
+    assert rates[9] == rates[10] == max(rates) == pytest.approx(0.4)
+    assert rates[49] == min(rates[9:]) == pytest.approx(0.04)
+    assert all(one > other for one, other in zip(rates[10:], rates[11:], strict=False))
+    for steps in (1, 2, 3):
+        short = TrainConfig(lr=0.4, lr_end=0.1, warmup=0.0, steps=steps)
+        rates = [learning_rate(step, short) for step in range(steps)]
+        assert rates[0] == pytest.approx(0.4) and all(0.04 <= rate <= 0.4 + 1e-12 for rate in rates)
+
+
+def test_the_optimiser_takes_its_steps_at_that_rate(data, tmp_path):
+    """Both groups, each step; and the log tells it."""
+    run = new_run(data, tmp_path, "--warmup", "0.4", "--lr", "0.01")
+    seen = gradients(run)
+    run.train()
+    expected = [learning_rate(step, run.config) for step in range(9)]
+    assert [grads["lr"] for grads in seen] == [[rate, rate] for rate in expected]
+    assert [float(row["lr"]) for row in read_log(tmp_path)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_decay_is_for_matrices_only(data, tmp_path):
+    """Every trainable parameter is in one group; the teacher is in none."""
+    run = new_run(data, tmp_path, "--weight-decay", "0.3")
+    decayed, spared = run.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.3 and spared["weight_decay"] == 0.0
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    with_decay, without = ({names[p] for p in group["params"]} for group in run.optimizer.param_groups)
+    grouped = [*decayed["params"], *spared["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert with_decay | without == {name for name in names.values() if not name.startswith("teacher.")}
+    assert any(name.startswith("teacher.") for name in names.values())
+
+    undecayed = ("norm", "bias", "positions", "types", "class_token", "mask_token", "log_temperature")
+    for name in without:
+        parts = name.split(".")
+        assert any(word in part for word in undecayed for part in parts[-2:]) or run.model.get_parameter(name).ndim == 1
+    for word in (*undecayed, "mlm_bias"):
+        assert any(word in name for name in without), word
+        if word != "norm":
+            assert not any(name.split(".")[-1] == word for name in with_decay), word
+    assert not any("norm" in name for name in with_decay)
+    for name in ("student.text.words.weight", "student.image.patch_embedding.weight", "itm_head.weight"):
+        assert name in with_decay
+    assert all(name.endswith("weight") and run.model.get_parameter(name).ndim == 2 for name in with_decay)
+
+
+def test_the_gradient_of_accumulated_passes_is_their_mean(data, tmp_path):
+    """Two passes of four pairs: gradients and logged losses are the means of the two; the weights of the losses count.
+
+    Done again by hand: the first two batches, each with its own draws of negatives, one after another.
+    """
+    more = ("--accumulate", "2", "--clip", "1e9", "--w-mim", "0.3", "--w-itm", "2")
+    run, again = new_run(data, tmp_path / "run", *more), new_run(data, tmp_path / "again", *more)
+    seen = gradients(run)
+    run.train(stop_at=1)
+
+    weights, grads, logged, total = again.model.config.weights, {}, {}, 0.0
+    again.model.train()
+    for part, batch in enumerate(islice(again.batches(), 2)):
+        runtime.seed_everything(0, 0, part)
+        losses = again.model(batch | {"negative_noise": torch.rand(2, 4, 4)})
+        loss = sum(weights[name] * losses[name] for name in LOSSES)
+        again.model.zero_grad()
+        loss.backward()
+        total += loss.item() / 2
+        for name in LOSSES:
+            logged[name] = logged.get(name, 0.0) + losses[name].item() / 2
+        for name, parameter in again.model.named_parameters():
+            if parameter.grad is not None:
+                grads[name] = grads.get(name, 0.0) + parameter.grad / 2
+    assert weights == {"itc": 1.0, "itm": 2.0, "mrm": 1.0, "mim": 0.3, "mlm": 1.0}
+    assert grads.keys() == seen[0].keys() - {"lr"}
+    for name, gradient in grads.items():
+        assert torch.allclose(gradient, seen[0][name], atol=1e-6, rtol=1e-4), name
+    row = read_log(tmp_path / "run")[0]
+    for name in LOSSES:
+        assert float(row[name]) == pytest.approx(logged[name], rel=1e-4), name
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in grads.values()))
+    assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    assert total > 0
+
+
+def test_the_gradient_is_clipped_by_its_norm_over_all_parameters(data, tmp_path):
+    """The direction stays, the length is the limit; a short gradient is left alone; the log tells the length before."""
+    free, clipped = new_run(data, tmp_path / "free", "--clip", "1e9"), new_run(data, tmp_path / "c", "--clip", "0.01")
+    whole, short = gradients(free), gradients(clipped)
+    free.train(stop_at=1)
+    clipped.train(stop_at=1)
+    names = whole[0].keys() - {"lr"}
+
+    def length(grads: dict) -> float:
+        return math.sqrt(sum(grads[name].double().square().sum().item() for name in names))
+
+    before = length(whole[0])
+    assert before > 0.1
+    assert length(short[0]) == pytest.approx(0.01, rel=1e-3)
+    for name in names:
+        assert torch.allclose(short[0][name], whole[0][name] * (0.01 / before), atol=1e-7, rtol=1e-3), name
+    for out in ("free", "c"):
+        assert float(read_log(tmp_path / out)[0]["grad_norm"]) == pytest.approx(before, rel=1e-4)
+
+
+def test_the_teacher_moves_once_per_step_of_the_optimiser(data, tmp_path):
+    """After the step, with the new student, however many passes were accumulated."""
+    run = new_run(data, tmp_path, "--accumulate", "3", "--ema", "0.75", "--lr", "0.05")
+    before = {name: value.clone() for name, value in run.model.teacher.state_dict().items()}
+    run.train(stop_at=1)
+    student = run.model.student.state_dict()
+    assert not same(before, dict(student))
+    for name, value in run.model.teacher.state_dict().items():
+        assert torch.allclose(value, 0.75 * before[name] + 0.25 * student[name], atol=1e-6), name
+
+
+def test_training_learns(data, tmp_path):
+    """The loop descends: after 150 steps the batch's contrast and the words are far better than at the start."""
+    more = "--steps 150 --batch-size 8 --lr 0.005 --log-every 50".split()
+    new_run(data, tmp_path, *more).train()
+    rows = read_log(tmp_path)
+    assert float(rows[-1]["itc"]) < 0.6 * math.log(8)
+    assert float(rows[-1]["mlm"]) < 0.6 * float(rows[0]["mlm"])
+
+
+# ------------------------------------------------------------------------------------------------- files of a run folder
+
+
+def test_a_run_folder_holds_config_log_and_checkpoint(data, tmp_path):
+    """Every option and size is in config.json; each row of the log has every loss, lr, speed and memory."""
+    run = new_run(data, tmp_path, "--lr", "0.003")
+    run.train(stop_at=3)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.csv", "checkpoint.pt"}
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["train"].keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert config["model"].keys() == {field.name for field in dataclasses.fields(Config)}
+    assert config["train"]["lr"] == 0.003 and config["model"]["image_size"] == [16, 24]
+    with open(tmp_path / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = {"step", "lr", *LOSSES, "target_cosine", "grad_norm", "temperature", "pairs_per_s", "peak_memory_mb"}
+    assert rows[0].keys() == columns
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert all(float(row["pairs_per_s"]) > 0 for row in rows)
+    assert 50 < float(rows[-1]["peak_memory_mb"]) < 100_000
+
+
+def test_a_log_row_is_the_mean_since_the_last(data, tmp_path):
+    """Nine steps logged one by one and three by three tell the same."""
+    new_run(data, tmp_path / "each").train()
+    new_run(data, tmp_path / "third", "--log-every", "4").train()
+    each, third = read_log(tmp_path / "each"), read_log(tmp_path / "third")
+    assert [row["step"] for row in third] == ["4", "8", "9"]
+    for row, part in zip(third, (each[:4], each[4:8], each[8:]), strict=True):
+        for name in (*LOSSES, "grad_norm"):
+            assert float(row[name]) == pytest.approx(sum(float(r[name]) for r in part) / len(part), rel=1e-4), name
+
+
+def test_validation_is_logged_and_changes_nothing_in_training(data, tmp_path):
+    """--val is evaluated every so many steps and at the end; the weights are those of a run without it."""
+    val = write_squares(tmp_path / "other" / "val.jsonl", 12)
+    new_run(data, tmp_path / "without").train()
+    run = new_run(data, tmp_path / "with", "--val", str(val), "--eval-every", "4")
+    assert len(run.val_rows) == 12 and len(run.rows) == 22
+    run.train()
+    assert same(checkpoint(tmp_path / "without")["model"], checkpoint(tmp_path / "with")["model"])
+    rows = [row for row in read_log(tmp_path / "with") if "val_i2t_r1" in row]
+    assert [row["step"] for row in rows] == ["4", "8", "9"]
+    for row in rows:
+        for name in ("val_i2t_r1", "val_t2i_r1"):
+            assert 12 * float(row[name]) / 100 == pytest.approx(round(12 * float(row[name]) / 100), abs=1e-3)
+    assert not any("val_i2t_r1" in row for row in read_log(tmp_path / "without"))
+
+
+def test_a_validation_file_beside_the_data_is_found(tmp_path):
+    """The built-in world needs no --val."""
+    data = write_squares(tmp_path / "pairs_train.jsonl", 8)
+    assert new_run(data, tmp_path / "one").val_rows == []
+    write_squares(tmp_path / "pairs_val.jsonl", 5)
+    assert len(new_run(data, tmp_path / "two").val_rows) == 5
+
+
+def test_epochs_decide_the_steps(data, tmp_path):
+    """22 rows make five batches of four; accumulated by two, an epoch is two steps and a half."""
+    assert new_run(data, tmp_path / "one", "--epochs", "2").config.steps == 10
+    run = new_run(data, tmp_path / "two", "--epochs", "2", "--accumulate", "2", "--log-every", "1")
+    assert run.config.steps == 5
+    run.train()
+    assert len(read_log(tmp_path / "two")) == 5
+    assert new_run(data, tmp_path / "three", "--epochs", "0.2").config.steps == 1
+
+
+def test_several_files_are_trained_on_together(data, tmp_path):
+    """--data takes more than one file, and the vocabulary knows the words of all."""
+    write_squares(tmp_path / "two.jsonl", 3)
+    rows = [{"image": f"pictures/0{i}.png", "caption": f"ein zebra nummer {i} zebra"} for i in range(3)]
+    other = write_rows(tmp_path / "two.jsonl", rows)
+    run = train.Run(*parse(options(data, tmp_path / "out", "--data", str(data), str(other))))
+    assert len(run.rows) == 25
+    assert "zebra" in run.tokenizer.vocab and "square" in run.tokenizer.vocab
+
+
+def test_a_vocabulary_file_is_taken_as_it_is(data, tmp_path):
+    """--vocab is for BERT's own vocab.txt; the run keeps it in the checkpoint."""
+    words = ["[MASK]", "[PAD]", "[UNK]", "a", "square", "[CLS]", "red", "[SEP]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    run = new_run(data, tmp_path / "out", "--vocab", str(tmp_path / "vocab.txt"))
+    assert run.tokenizer.vocab == words
+    assert run.model.config.vocab_size == 8 and run.model.config.mask_id == 0
+    assert run.model.config.special_ids == (0, 1, 2, 5, 7)
+    run.train(stop_at=1)
+    assert checkpoint(tmp_path / "out")["vocab"] == words
+    with pytest.raises(ValueError, match=r"cannot read the vocabulary .*none\.txt"):
+        new_run(data, tmp_path / "other", "--vocab", str(tmp_path / "none.txt"))
+
+
+def test_captions_that_are_cut_are_told(data, tmp_path, capsys):
+    """Silent truncation has cost others their results."""
+    new_run(data, tmp_path / "one")
+    assert "lose their end" not in capsys.readouterr().out
+    new_run(data, tmp_path / "two", "--max-tokens", "9")
+    rows = read_rows([data], "pairs")
+    long = sum(isinstance(row["caption"], list) for row in rows)  # each such row has one caption of twelve tokens
+    assert f"{long} captions are longer than max_tokens 9" in capsys.readouterr().out
+
+
+def test_the_start_tells_what_a_model_that_knows_nothing_would_score(data, tmp_path, capsys):
+    """A loss is read beside its chance level: ln 4 for a batch of four."""
+    run = new_run(data, tmp_path)
+    said = capsys.readouterr().out
+    assert "itc 1.39" in said and "itm 0.64" in said
+    assert f"mlm {math.log(run.model.config.vocab_size):.2f}" in said
+
+
+# ---------------------------------------------------------------------------------------------- ablations, objectives
+
+
+@pytest.mark.parametrize("off", LOSSES)
+def test_a_loss_of_weight_0_is_not_made_and_its_checkpoint_loads(data, tmp_path, off):
+    """Each ablation trains; log and checkpoint do not mention the loss; eval.py builds the same model from the file."""
+    run = new_run(data, tmp_path, f"--w-{off}", "0")
+    run.train(stop_at=2)
+    assert off not in read_log(tmp_path)[0] and set(LOSSES) - {off} <= read_log(tmp_path)[0].keys()
+    state = checkpoint(tmp_path)
+    assert not any(name.startswith((f"{off}_", f"loss_{off}")) for name in state["model"])
+    model, tokenizer, _ = load_model(tmp_path / "checkpoint.pt", torch.device("cpu"))
+    assert same(dict(model.state_dict()), dict(run.model.state_dict()))
+    assert model.config == run.model.config and tokenizer.vocab == run.tokenizer.vocab
+    assert not model.training
+
+
+def test_the_control_has_no_teacher(data, tmp_path):
+    """ITC, ITM and MLM alone: neither teacher nor masked patches are paid for."""
+    run = new_run(data, tmp_path, "--objective", "control")
+    run.train(stop_at=2)
+    assert run.model.teacher is None and run.model.student.image.mask_token is None
+    assert not any("teacher" in name for name in checkpoint(tmp_path)["model"])
+    assert [name for name in LOSSES if name in read_log(tmp_path)[0]] == ["itc", "itm", "mlm"]
+    model, _, state = load_model(tmp_path / "checkpoint.pt", torch.device("cpu"))
+    assert state["objective"] == "control" and model.teacher is None
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_help_lists_every_option_with_its_words_and_default(capsys):
+    """The dataclasses are the command line: a field that is not in --help cannot be used."""
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    assert end.value.code == 0
+    listed = re.sub(r"\s", "", capsys.readouterr().out)
+    count = 0
+    for config in (TrainConfig, Config):
+        comments = runtime.field_comments(config)
+        for field in dataclasses.fields(config):
+            name = f"--{field.name.replace('_', '-')}"
+            if field.name in ("vocab_size", "mask_id", "special_ids"):
+                assert f"{name}" not in listed
+                continue
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            words = comments[field.name].replace("%%", "%")
+            assert len(words) > 5
+            expected = f"{words} [{runtime.shown(default)}]".replace(" ", "")
+            assert name in listed and expected in listed, field.name
+            count += 1
+    assert count > 40
+
+
+def test_options_arrive_with_their_types():
+    """Numbers, texts, lists and switches; what is not given keeps its default, sizes the preset's."""
+    config, sizes = parse("--lr 3e-4 --steps 7 --data a b --skip-bad --image-size 32 64 --w-mim 0.5".split())
+    assert config == TrainConfig(lr=3e-4, steps=7, data=["a", "b"], skip_bad=True)
+    assert {name: tuple(v) if name == "image_size" else v for name, v in sizes.items()} == {
+        "image_size": (32, 64),
+        "w_mim": 0.5,
+    }
+    assert parse(["--no-skip-bad"])[0] == TrainConfig() and parse([])[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("--batchsize", "--batch-size"), ("--epoch-s", "--epochs"), ("--w-mrn=3", "--w-mrm"), ("--image_size", "--image-size")],
+)
+def test_an_unknown_option_suggests_the_nearest(capsys, given, meant):
+    """Nothing is ignored in silence."""
+    with pytest.raises(SystemExit) as end:
+        parse([given, "3"])
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert f"unknown option {given}" in errors and f"did you mean {meant}?" in errors
+
+
+def test_an_unknown_option_that_resembles_none_is_told(capsys):
+    """No suggestion is better than a wild one."""
+    with pytest.raises(SystemExit):
+        parse(["--xyzzy"])
+    assert "unknown option --xyzzy: see --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--preset huge", "unknown preset 'huge': use one of nano, tiny, small, base"),
+        ("--objective clip", "unknown objective 'clip': use one of mamo, control"),
+        ("--augment flip", "unknown augment 'flip': use one of none, photo"),
+        ("--check some", "unknown check 'some': use one of header, full"),
+        ("--batch-size 1", "batch_size is 1: contrast and matching need at least 2 pairs"),
+        ("--batch-size 23", "batch of 23 pairs is larger than the 22 rows"),
+        ("--image-size 250 256 --patch-size 16", "image_size 250 is not a multiple of patch_size 16: use 240 or 256"),
+        ("--width 18 --heads 4", "width 18 must be a multiple of heads"),
+        ("--mask-image 1", "mask_image is 1.0: give a share between 0 and 1"),
+        ("--w-itc 0 --w-itm 0 --w-mrm 0 --w-mim 0 --w-mlm 0", "every loss has weight 0"),
+        ("--device abacus", "device abacus is not available here: use auto, or one of"),
+        ("--data none.jsonl", "none.jsonl is not a file"),
+        ("--val none.jsonl", "none.jsonl is not a file"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_and_writes_nothing(data, tmp_path, monkeypatch, capsys, more, says):
+    """Exit status 2, what was got, what was expected; no traceback and no empty run folder."""
+    assert command(monkeypatch, train.main, *options(data, tmp_path / "out", *more.split())) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and says in errors and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_not_resumed_and_not_replaced(data, tmp_path):
+    """The user decides what becomes of it."""
+    new_run(data, tmp_path).train(stop_at=1)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a whole checkpoint"):
+        resumed_run(tmp_path)
+    assert path.stat().st_size == 1000
+
+
+def test_the_smallest_batch_trains(data, tmp_path):
+    """Two pairs have one negative each way."""
+    new_run(data, tmp_path, "--batch-size", "2").train(stop_at=3)
+    assert len(read_log(tmp_path)) == 3
+
+
+def test_pictures_that_break_off_are_named_in_the_middle_of_training(tmp_path):
+    """The header of the picture was fine: the error says which file it is, with workers too."""
+    data = write_squares(tmp_path / "pairs.jsonl", 8)
+    broken = tmp_path / "pictures" / "05.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    for workers in ("0", "1"):
+        run = new_run(data, tmp_path / workers, "--batch-size", "8", "--workers", workers)
+        with pytest.raises(ValueError, match=r"05\.png cannot be decoded"):
+            run.train(stop_at=1)
+    assert caption(5)
