@@ -142,6 +142,8 @@ def retrieval(
     Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls, "apart": {value}}
              where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image": ...} in percent
     """
+    if model.config.w_itc <= 0:
+        raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     right = torch.zeros(len(images), len(texts), dtype=torch.bool)
     value_of_image, value_of_text = [""] * len(images), [""] * len(texts)

@@ -69,6 +69,9 @@ class Config:
                 low = side // self.patch_size * self.patch_size
                 near = " or ".join(str(s) for s in (low, low + self.patch_size) if s)
                 raise ValueError(f"image_size {side} is not a multiple of patch_size {self.patch_size}: use {near}")
+        for name in ("heads", "image_depth", "text_depth", "fusion_depth", "embed_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"width {self.width} must be a multiple of heads ({self.heads}) and of 4: change one of them"
@@ -76,8 +79,15 @@ class Config:
         for name in ("mask_image", "mask_text"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1, both excluded")
-        if not any(weight > 0 for weight in self.weights.values()):
+        if self.patches < 2:
+            raise ValueError(f"a picture of {self.image_size} is one patch of {self.patch_size}: use smaller patches")
+        for name, weight in self.weights.items():
+            if not weight >= 0:
+                raise ValueError(f"w_{name} is {weight}: a weight is 0 or more")
+        if not any(self.weights.values()):
             raise ValueError("every loss has weight 0: give at least one of w_itc, w_itm, w_mrm, w_mim, w_mlm a weight")
+        if self.queue_size < 0 or (self.queue_size and not self.w_itc):
+            raise ValueError(f"queue_size is {self.queue_size}: it must be 0 or more, and 0 without ITC (w_itc 0)")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -93,6 +103,11 @@ class Config:
     def weights(self) -> dict[str, float]:
         """Weight of each loss in the total. Eq. 6 of the paper gives all five the weight 1."""
         return {name: getattr(self, f"w_{name}") for name in ("itc", "itm", "mrm", "mim", "mlm")}
+
+    @property
+    def sees_whole(self) -> bool:
+        """Whether any loss looks at the student's (I, T)."""
+        return self.w_itc > 0 or self.w_itm > 0
 
     @property
     def hides_patches(self) -> bool:
@@ -164,7 +179,7 @@ class Attention(nn.Module):
 def record_attention(module: nn.Module):
     """Inside the block, every Attention in `module` records its maps, in the order of its blocks.
 
-    Yields a list of lists: one list per Attention, one map (b, h, n, n) per call. Row = query, column = key.
+    Yields a list of lists: one list per Attention, one map (b, h, queries, n) per call.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
     for layer in layers:
@@ -233,7 +248,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         d, p, (rows, columns) = config.width, config.patch_size, config.grid
-        self.patch_size = p
+        self.patch_size, self.image_size = p, config.image_size
         self.patch_embedding = nn.Linear(3 * p * p, d)  # a convolution of kernel and stride p, written as a product
         self.class_token = nn.Parameter(torch.zeros(d))
         self.mask_token = nn.Parameter(torch.zeros(d)) if config.hides_patches else None
@@ -249,6 +264,10 @@ class ImageEncoder(nn.Module):
         differs: the paper does not say how a patch is hidden; here a learned token takes its place after the patch
         embedding and before the positions are added, so that the sequence keeps its length.
         """
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"pictures of {tuple(images.shape[-2:])} pixels where (height, width) is {self.image_size}"
+            )
         p = self.patch_size
         hidden = self.patch_embedding(rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p))
         if patch_mask is not None:
@@ -271,7 +290,12 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (b, l), attention_mask (b, l), True = real token -> (b, l, d), [CLS] first."""
-        hidden = self.norm(self.words(input_ids) + self.positions[: input_ids.shape[1]])
+        length = input_ids.shape[1]
+        if length > len(self.positions):
+            raise ValueError(
+                f"a text of {length} tokens where max_tokens is {len(self.positions)}: cut it, or raise that"
+            )
+        hidden = self.norm(self.words(input_ids) + self.positions[:length])
         for block in self.blocks:
             hidden = block(hidden, attention_mask)
         return hidden
@@ -389,12 +413,13 @@ def hide_words(
     ordinary = attention_mask & ~torch.isin(input_ids, special)
     slots = math.ceil(config.mask_text * input_ids.shape[1])
     index = token_noise.masked_fill(~ordinary, 2.0).argsort(dim=1)[:, :slots]
-    chosen = (config.mask_text * ordinary.sum(dim=1, keepdim=True)).ceil()
+    chosen = (config.mask_text * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # 0.15 * 100 is 15, not 15.000001
     valid = torch.arange(slots, device=input_ids.device) < chosen
 
     # One number decides both: below 0.8 [MASK], in [0.8, 0.9) a word drawn by where in that stretch it lies.
     draw = replace_noise.gather(1, index)
-    word = ((draw - 0.8).clamp(0, 0.0999) * 10 * (config.vocab_size - len(config.special_ids))).long()
+    words = config.vocab_size - len(config.special_ids)
+    word = ((draw - 0.8) * 10 * words).long().clamp(0, words - 1)
     for special_id in sorted(config.special_ids):
         word = word + (word >= special_id)  # step over the special ids
     labels = input_ids.gather(1, index)
@@ -411,15 +436,25 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(rows: Tensor) -> Tensor:
-    """(b, ...) of this process -> (processes * b, ...) of all, with gradient to the process each row came from."""
-    if world()[1] == 1:
-        return rows
-    if not rows.requires_grad:
-        parts = [torch.empty_like(rows) for _ in range(world()[1])]
+class AllGather(torch.autograd.Function):
+    """Forward: the rows of all processes. Backward: each row's gradient is summed over the processes that used it."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
-    return torch.cat(dist.nn.functional.all_gather(rows.contiguous()))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(b, ...) of this process -> (processes * b, ...) of all, with gradient to the process each row came from."""
+    return rows if world()[1] == 1 else AllGather.apply(rows)
 
 
 def global_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -453,6 +488,8 @@ class VisionLanguageModel(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07))) if config.w_itc > 0 else None
         self.itm_head = nn.Linear(config.width, 2) if config.w_itm > 0 else None  # 0 = does not match, 1 = matches
         self.apply(init_weights)
+        if self.itm_head is not None:
+            nn.init.normal_(self.itm_head.weight, std=0.02)  # undecided at first
 
     @property
     def temperature(self) -> Tensor:
@@ -567,10 +604,11 @@ class MAMO(VisionLanguageModel):
         if config.w_mim > 0:
             self.mim_head = predictor(d)  # a deeper decoder does not help: Table 10
         if config.w_mlm > 0:
-            self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-6))
+            self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-6)).apply(init_weights)
             self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))  # the weight is the word table itself
-        self.apply(init_weights)
         needs_teacher = config.w_mrm > 0 or config.w_mim > 0 or config.queue_size > 0
+        if needs_teacher and not 0 <= config.ema <= 1:
+            raise ValueError(f"ema is {config.ema}: give the teacher a momentum in [0, 1], such as ema_for(steps)")
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval() if needs_teacher else None
         self.queue = Queue(config.queue_size, config.embed_dim) if config.queue_size > 0 else None
 
@@ -590,25 +628,15 @@ class MAMO(VisionLanguageModel):
         Raises:  ValueError for a batch of one, which has no negatives
         """
         config = self.config
-        images, input_ids, real = batch["images"], batch["input_ids"], batch["attention_mask"]
-        if len(images) < 2:
+        input_ids, real = batch["input_ids"], batch["attention_mask"]
+        if len(input_ids) < 2 and config.sees_whole:
             raise ValueError(
                 "the batch holds one pair, and contrast and matching need others: use a batch of 2 or more"
             )
 
-        # 1. Joint masking, and the student's unimodal encoders: I and I' in one call, T and T' in another.
-        if config.hides_patches:
-            patch_index, patch_mask = hide_patches(batch["patch_noise"], config.mask_image)
-            masks = torch.cat([torch.zeros_like(patch_mask), patch_mask])
-            image, image_masked = self.encode_image(torch.cat([images, images]), masks).chunk(2)
-        else:
-            image = self.encode_image(images)
-        if config.hides_words:
-            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config)
-            both = self.encode_text(torch.cat([input_ids, words.input_ids]), torch.cat([real, real]))
-            text, text_masked = both.chunk(2)
-        else:
-            text = self.encode_text(input_ids, real)
+        # 1. Joint masking, and the student's unimodal encoders.
+        image, image_masked, patch_index = self.encode_image_views(batch)
+        text, text_masked, words = self.encode_text_views(batch)
 
         # 2. What to recover: positions in the fused sequence [text; class token, patches].
         pair = torch.zeros_like(input_ids[:, :1])  # [CLS]
@@ -626,24 +654,25 @@ class MAMO(VisionLanguageModel):
         similarity = torch.zeros_like(same, dtype=torch.float32)
         if config.w_itc > 0:
             image_embed, text_embed = self.embed_image(image), self.embed_text(text)
-            similarity = (image_embed @ text_embed.T).detach()
+            with torch.autocast(real.device.type, enabled=False):  # fp32, as in the contrast itself
+                similarity = (image_embed @ text_embed.T).detach()
             losses["itc"] = self.contrast(image_embed, text_embed, batch, teacher)
 
-        # 4. The student's fusion, up to five views of the pair in one call.
+        # 5. The student's fusion, up to five views of the pair in one call.
         views = {}
         if config.hides_patches:
             views["I'T"] = image_masked, text, real, patches
         if config.hides_words:
             views["IT'"] = image, text_masked, real, words.index
         if config.w_itm > 0:
-            texts, valid_text = self.draw_negatives(similarity, same, batch["negative_noise"][0])
+            captions, valid_text = self.draw_negatives(similarity, same, batch["negative_noise"][0])
             others, valid_image = self.draw_negatives(similarity.T, same, batch["negative_noise"][1])
             views["IT"] = image, text, real, pair
-            views["IT-"] = image, text[texts], real[texts], pair
+            views["IT-"] = image, text[captions], real[captions], pair
             views["I-T"] = image[others], text, real, pair
         fused = self.fuse_views(views) if views else {}
 
-        # 5. Matching, and the recovery of what was hidden.
+        # 6. Matching, and the recovery of what was hidden.
         if config.w_itm > 0:
             negative = torch.cat([fused["IT-"], fused["I-T"]]).squeeze(1)
             losses["itm"] = self.loss_itm(fused["IT"].squeeze(1), negative, torch.cat([valid_text, valid_image]))
@@ -656,6 +685,31 @@ class MAMO(VisionLanguageModel):
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["IT'"], words.labels, words.valid)
         return losses
+
+    def encode_image_views(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """I and I' (b, 1 + n, d) in one call, and the hidden patches (b, m); only what a loss asks for."""
+        config, noise = self.config, batch["patch_noise"]
+        masks, patch_index = [], None
+        if config.sees_whole or config.hides_words:
+            masks.append(torch.zeros_like(noise, dtype=torch.bool))
+        if config.hides_patches:
+            patch_index, patch_mask = hide_patches(noise, config.mask_image)
+            masks.append(patch_mask)
+        images = torch.cat([batch["images"]] * len(masks))
+        views = self.encode_image(images, torch.cat(masks) if config.hides_patches else None).chunk(len(masks))
+        return views[0], views[-1], patch_index
+
+    def encode_text_views(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, HiddenWords | None]:
+        """T and T' (b, l, d) in one call, and the hidden words; only what a loss asks for."""
+        config, input_ids, real = self.config, batch["input_ids"], batch["attention_mask"]
+        texts, words = [], None
+        if config.sees_whole or config.hides_patches:
+            texts.append(input_ids)
+        if config.hides_words:
+            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config)
+            texts.append(words.input_ids)
+        views = self.encode_text(torch.cat(texts), torch.cat([real] * len(texts))).chunk(len(texts))
+        return views[0], views[-1], words
 
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor]) -> dict:
@@ -756,7 +810,7 @@ class MAMO(VisionLanguageModel):
 
 def predictor(width: int) -> nn.Sequential:
     """Two-layer MLP. differs: the paper says "non-linear projector" and "MLP" and gives no sizes."""
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)).apply(init_weights)
 
 
 def normalised(target: Tensor) -> Tensor:

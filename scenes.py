@@ -443,18 +443,21 @@ class Sample:
 
 
 def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
-    """Two training samples of the same objects: colours exchanged (half of them, where that can be) or rearranged.
+    """Two training samples of the same objects: a third each differ in colours, places or axis.
 
-    A relation caption is false of the twin's picture, so every batch asks what a random one hardly ever would.
+    A relation caption is false of the twin's picture, so every batch asks what a random one hardly ever would. Places
+    exchanged on the same axis must be frequent: against a twin on the other axis, the order need not be looked at.
     """
     kind = rng.choices(("related", "single", "count"), world.level.weights)[0]
-    meaning = tell(rng.choice(world.pools["exchangeable" if number % 2 else "seen"]), world, rng)
+    difference = ("colours", "places", "axis")[number % 3]
+    meaning = tell(rng.choice(world.pools["exchangeable" if difference == "colours" else "seen"]), world, rng)
     claim = draw_count(world.ordinary, rng) if kind == "count" else meaning
-    exchange, way = number % 2 == 1 and kind != "count", rng.randrange(3)
+    if difference == "colours" and kind == "count":  # other colours could be another count
+        difference = "places"
     side, style = rng.choice(("first", "second")), rng.randrange(world.level.styles)
     while True:
         scene = DRAW[world.name](claim, world, rng)
-        other, twin = (swap(meaning, world), exchanged(scene)) if exchange else rearrange(meaning, scene, way)
+        other, twin = differ(difference, meaning, scene, world, rng)
         if kind == "single":  # one caption for both arrangements, but for exchanged colours one that denies the twin
             captions = [Exists(getattr(m, side)) for m in (meaning, other)]
         else:
@@ -467,11 +470,13 @@ def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
     ]
 
 
-def rearrange(meaning: Related, scene: Scene, way: int) -> tuple[Related, Scene]:
-    """The same objects in one of the three other relations, and the meaning that is then true."""
-    if way in (0, 1):
+def differ(difference: str, meaning: Related, scene: Scene, world: World, rng: random.Random) -> tuple[Related, Scene]:
+    """The scene with one difference, and the meaning that is then true."""
+    if difference == "colours":
+        return swap(meaning, world), exchanged(scene)
+    if difference == "places" or rng.random() < 0.5:
         meaning, scene = reverse(meaning), places_exchanged(scene)
-    if way in (1, 2):
+    if difference == "axis":
         meaning, scene = replace(meaning, relation=TRANSPOSED[meaning.relation]), transposed(scene)
     return meaning, scene
 
@@ -682,7 +687,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to write (default: %(default)s)")
     parser.add_argument("--level", choices=LEVELS, default="easy", help="default: %(default)s")
-    parser.add_argument("--train", type=int, default=20000, help="training pairs, half of them twins (%(default)s)")
+    parser.add_argument("--train", type=int, default=20000, help="training pairs, two by two twins (%(default)s)")
     parser.add_argument("--val", type=int, default=500, help="pairs for validation (%(default)s)")
     parser.add_argument("--test", type=int, default=500, help="pairs for test, and again for novel (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -1,5 +1,6 @@
 """What the tests of data, training and evaluation share: tiny data sets of coloured squares, and a very small model."""
 
+import csv
 import json
 import os
 import signal
@@ -26,8 +27,8 @@ PLACES = ("at the top left", "at the top right", "at the bottom left", "at the b
 SIZES = (
     "--image-size 16 24 --patch-size 8 --width 16 --heads 2 --image-depth 1 --text-depth 1 --fusion-depth 2 "
     "--embed-dim 8 --max-tokens 16"
-).split()
-SMALL_RUN = "--steps 9 --batch-size 4 --log-every 1 --save-every 100 --eval-every 100 --device cpu".split()
+)
+SMALL_RUN = "--steps 9 --batch-size 4 --log-every 1 --save-every 100 --eval-every 100 --device cpu"
 
 
 def square(number: int, height: int = 16, width: int = 24) -> Image.Image:
@@ -73,7 +74,7 @@ def write_squares(path: Path, count: int = 22, twins: int = 0, several: bool = F
 
 def options(data: Path, out: Path, *more: str) -> list[str]:
     """The command line of a very small run; what comes later wins."""
-    return ["--data", str(data), "--out", str(out), *SIZES, *SMALL_RUN, *more]
+    return ["--data", str(data), "--out", str(out), *SIZES.split(), *SMALL_RUN.split(), *more]
 
 
 def new_run(data: Path, out: Path, *more: str) -> train.Run:
@@ -88,8 +89,6 @@ def resumed_run(out: Path, *more: str) -> train.Run:
 
 def read_log(out: Path) -> list[dict[str, str]]:
     """The rows of log.csv without what the clock and the machine decide; empty cells are left out."""
-    import csv
-
     with open(out / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows, "the log is empty"

@@ -105,7 +105,7 @@ def test_foil_rows_are_checked(tmp_path, change):
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: "):
         read_rows([path], "foils")
     without = {"image": "a.png", "caption": "a red square"}
-    with pytest.raises(ValueError, match="expected.*foils"):
+    with pytest.raises(ValueError, match=r"expected.*foils"):
         read_rows([one_picture(tmp_path, without)], "foils")
 
 
@@ -140,9 +140,7 @@ def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path):
 
 def test_corrupt_pictures_are_found_by_header_and_by_full_check(tmp_path):
     """A file that is no picture is found at once; one that breaks off only when everything is decoded."""
-    path = one_picture(
-        tmp_path, *({"image": f"{name}.png", "caption": "a square"} for name in ("a", "text", "broken"))
-    )
+    path = one_picture(tmp_path, *({"image": f"{name}.png", "caption": "a square"} for name in ("a", "text", "broken")))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     noise.save(tmp_path / "broken.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:3000])
@@ -181,6 +179,21 @@ def test_twins_of_different_files_are_not_mixed(tmp_path):
     assert sorted(Counter(names).values()) == [2, 2, 2, 2]
     assert all(names[i] == names[i + 1] for i in range(0, 8, 2))
     assert sorted(len(group) for group in TwinBatches(rows, 4).groups) == [2, 2, 2, 2]
+
+
+def test_a_row_without_a_twin_may_say_so(tmp_path):
+    """`"twin": null` is what a table with an empty cell becomes: such rows are not twins of each other."""
+    rows = [{"image": "a.png", "caption": "a square", "twin": twin} for twin in (None, 0, None, 0, None, "")]
+    groups = TwinBatches(read_rows([one_picture(tmp_path, *rows)], "pairs"), 2).groups
+    assert sorted(map(sorted, groups)) == [[0], [1, 3], [2], [4], [5]]
+
+
+def test_a_file_from_a_windows_editor_can_be_read(tmp_path):
+    """It begins with a byte order mark, and its lines end in another way."""
+    path = one_picture(tmp_path)
+    lines = '{"image": "a.png", "caption": "a café"}', '{"image": "a.png", "caption": "two"}', ""
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [row["caption"] for row in read_rows([path], "pairs")] == ["a café", "two"]
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -222,6 +235,7 @@ PICTURES = {
     "CMYK": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), [RED]),
     "16 bit": (grey16([65535, 0]), [WHITE, (0, 0, 0)]),
     "16 bit, middle": (grey16([32896, 65535]), [(128, 128, 128), WHITE]),
+    "16 bit, nearly black": (grey16([255, 0]), [(1, 1, 1), (0, 0, 0)]),
     "1 bit": (Image.fromarray(np.array([[True, False]])), [WHITE, (0, 0, 0)]),
 }
 
@@ -251,7 +265,9 @@ def test_pictures_are_turned_as_exif_says(tmp_path, orientation, corner):
     turned = load_image(tmp_path / "a.png")
     assert turned.size == ((16, 24) if orientation in (6, 8) else (24, 16))
     x, y = corner
-    places = {(i, j): turned.getpixel((i * (turned.width - 1), j * (turned.height - 1))) for i in (0, 1) for j in (0, 1)}
+    places = {
+        (i, j): turned.getpixel((i * (turned.width - 1), j * (turned.height - 1))) for i in (0, 1) for j in (0, 1)
+    }
     assert [place for place, colour in places.items() if colour == RED] == [(x, y)]
 
 
@@ -279,7 +295,7 @@ def test_image_size_is_height_and_width(tmp_path):
 
 
 def test_photo_augmentation_crops_and_tints_and_never_flips():
-    """Red grows from left to right and green from top to bottom, in the crop as in the picture: "left of" stays true."""
+    """Red grows from left to right and green from top to bottom, in every crop: "left of" stays true."""
     ramp = np.zeros((48, 64, 3), dtype=np.uint8)
     ramp[:, :, 0] = np.linspace(20, 200, 64)[None, :]
     ramp[:, :, 1] = np.linspace(20, 200, 48)[:, None]
@@ -296,6 +312,18 @@ def test_photo_augmentation_crops_and_tints_and_never_flips():
     assert 0.48 <= min(areas) < 0.6 and 0.95 < max(areas) <= 1
     assert max(means) / min(means) > 1.3
     assert len(set(spans)) > 100 and any(w < h for w, h in spans) and any(w > h for w, h in spans)
+
+
+def test_photo_augmentation_changes_brightness_and_contrast():
+    """Of fine stripes every crop is alike, so what differs is the tint: the mean by 30 %, the step by up to 69 %."""
+    stripes = np.full((40, 40, 3), 80, dtype=np.uint8)
+    stripes[:, ::2] = 120
+    crops = [np.asarray(crop_and_tint(Image.fromarray(stripes), np.random.default_rng(seed))) for seed in range(200)]
+    means = [crop.mean() for crop in crops]
+    steps = [float(crop.max()) - float(crop.min()) for crop in crops]
+    assert 68 <= min(means) < 74 and 126 < max(means) <= 132
+    assert 18 <= min(steps) < 24 and 60 < max(steps) <= 69
+    assert len({round(step / mean, 2) for step, mean in zip(steps, means, strict=True)}) > 15
 
 
 def test_augmentation_keeps_the_shape_and_is_off_by_default(tmp_path):
@@ -331,7 +359,7 @@ def rows(tmp_path) -> list[dict]:
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_row(rows):
-    """Noise, caption and augmentation are the same at every visit with the same key, and change with each part of it."""
+    """Noise, caption and augmentation are the same at every visit with the same key, and change with every part."""
     one = dataset(rows, seed=1, augment="photo")
     sample = one[2, 3]
     one[0, 0]  # what was read before must not matter
@@ -348,7 +376,7 @@ def test_noise_is_uniform_and_has_a_value_for_every_patch_and_token(rows):
     for name, length in (("patch_noise", 6), ("token_noise", 16), ("replace_noise", 16)):
         noise = torch.stack([sample[name] for sample in samples])
         assert noise.shape == (220, length)
-        assert 0 <= noise.min() and noise.max() < 1
+        assert noise.min() >= 0 and noise.max() < 1
         assert (noise.mean(dim=0) - 0.5).abs().max() < 0.1
         assert len(noise.unique()) > 0.99 * noise.numel()
     one = samples[0]
@@ -365,8 +393,11 @@ def test_a_list_of_captions_gives_one_at_random_and_all_over_the_epochs(rows):
         assert sample["input_ids"] == data.tokenizer.encode(text, 16)
         seen[text] += 1
     assert len(seen) == 3 and min(seen.values()) > 15
-    alike = [dataset(rows)[epoch, 3]["caption_id"] == dataset(rows)[epoch, 6]["caption_id"] for epoch in range(3)]
-    assert not any(alike), "two rows must not share their captions"
+    places = [
+        [[stable_id(text) for text in captions_of(rows[row])].index(data[epoch, row]["caption_id"]) for row in (3, 6)]
+        for epoch in range(60)
+    ]
+    assert 5 < sum(one == other for one, other in places) < 35, "each row is to draw on its own"
 
 
 def test_ids_tell_equal_pictures_and_captions_from_different_ones(rows):
@@ -376,7 +407,7 @@ def test_ids_tell_equal_pictures_and_captions_from_different_ones(rows):
     assert first["caption_id"] == other_image["caption_id"] and first["image_id"] != other_image["image_id"]
     assert first["image_id"] == other_caption["image_id"] and first["caption_id"] != other_caption["caption_id"]
     assert 0 <= stable_id("a red square") < 2**63
-    assert stable_id("a red square") == 5317064042930023551 or True
+    assert stable_id("a red square") == 666931742951634193, "another process, or another run, must find the same number"
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_after_resuming(rows):
@@ -425,7 +456,7 @@ def test_padding_goes_to_the_longest_caption():
 def test_truncated_captions_are_counted():
     """[CLS] and [SEP] count as tokens; every caption of a list counts; one that just fits is not cut."""
     rows = [{"caption": "one two three"}, {"caption": ["one two three four", "one two three four five", "one"]}]
-    words = "one two three four five".split()
+    words = ["one", "two", "three", "four", "five"]
     tokenizer = Tokenizer.build(words * 2)
     lengths = [len(tokenizer.encode(text)) for row in rows for text in captions_of(row)]
     assert lengths == [5, 6, 7, 3]
@@ -470,7 +501,19 @@ def test_twins_stay_together_and_batches_are_full(name):
             for number in numbers:
                 twins = {i for i, row in enumerate(rows) if "twin" in row and row["twin"] == rows[number].get("twin")}
                 assert twins <= numbers
-    assert len(found) >= len(rows) // 8 - 1, "an epoch must not lose more than a batch or two"
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size"),
+    [*((rows, 8) for rows in MIXES.values()), (groups_of(*[2] * 60, 1), 8), (groups_of(*[2] * 90, *[3] * 9, 1), 16)],
+)
+def test_an_epoch_visits_nearly_all_rows(rows, batch_size):
+    """Twins of different numbers fill batches together. One row alone must not block a batch that pairs would fill."""
+    batches = TwinBatches(rows, batch_size, seed=1)
+    found = [len(list(batches.epoch(epoch))) for epoch in range(8)]
+    ideal = len(rows) // batch_size
+    assert min(found) >= ideal - 2 and sum(found) >= 8 * (ideal - 1)
+    assert batches.batches_per_epoch == found[0]
 
 
 def test_over_the_epochs_every_row_is_visited():
@@ -489,7 +532,8 @@ def test_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same():
         other = [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=seed).epoch(epoch)]
         assert len({frozenset(batch) for batch in one} & {frozenset(batch) for batch in other}) <= 1
     assert one == [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=1).epoch(0)]
-    assert sum(one, []) != sorted(sum(one, []))
+    visited = [number for batch in one for number in batch]
+    assert visited != sorted(visited)
 
 
 @pytest.mark.parametrize("first", [1, 5, 6, 17])
@@ -497,6 +541,7 @@ def test_batches_from_a_given_one_on_continue_the_sequence(first):
     """In the middle of an epoch, at its end and in a later one."""
     rows = MIXES["mixed"]
     straight = list(islice(TwinBatches(rows, 8, seed=1), first + 9))
+    assert straight[0] == next(TwinBatches(rows, 8, seed=1).epoch(0))
     assert straight[first:] == list(islice(TwinBatches(rows, 8, seed=1, first=first), 9))
     epochs = [batch[0][0] for batch in straight]
     assert epochs == sorted(epochs) and straight[0][0][0] == 0

@@ -7,7 +7,7 @@ import pickle
 import re
 import sys
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -145,13 +145,19 @@ def test_chance_is_what_random_rankings_come_to():
 # ---------------------------------------------------------------------------------------------------------- retrieval
 
 
+def score(model, tokenizer, path: str, text: str) -> dict[str, float]:
+    """Cosine and matching probability of one picture and one text."""
+    input_ids, attention_mask = pad([tokenizer.encode(text, model.config.max_tokens)], tokenizer.pad_id)
+    image = to_tensor(load_image(path), model.config.image_size)[None]
+    return {name: value.item() for name, value in model.score(image, input_ids, attention_mask).items()}
+
+
 def score_pairs(model, tokenizer, images: list[str], texts: list[str]) -> dict[str, Tensor]:
-    """Cosine and matching log-odds of every picture with every text, one pair at a time -> {name: (images, texts)}"""
+    """Cosine and matching probability of every picture with every text, one at a time -> {name: (images, texts)}"""
     scores = {"itc": torch.zeros(len(images), len(texts)), "itm": torch.zeros(len(images), len(texts))}
     for (i, path), (t, text) in product(enumerate(images), enumerate(texts)):
-        input_ids, attention_mask = pad([tokenizer.encode(text, model.config.max_tokens)], tokenizer.pad_id)
-        one = model.score(to_tensor(load_image(path), model.config.image_size)[None], input_ids, attention_mask)
-        scores["itc"][i, t], scores["itm"][i, t] = one["itc"].item(), torch.logit(one["itm"].double()).item()
+        for name, value in score(model, tokenizer, path, text).items():
+            scores[name][i, t] = value
     return scores
 
 
@@ -175,8 +181,8 @@ def in_percent(found: list[int]) -> dict[str, float]:
     return pytest.approx({f"R@{k}": 100 * sum(rank < k for rank in found) / len(found) for k in (1, 5, 10)}, abs=1e-3)
 
 
-@pytest.fixture
-def naive(model_and_words, gallery):
+@pytest.fixture(scope="module")
+def naive(checkpoint, gallery):
     """Rows, distinct pictures and texts, which belong together, and the score of every pair."""
     rows = read_rows([gallery], "pairs")
     images = list(dict.fromkeys(row["image"] for row in rows))
@@ -185,7 +191,9 @@ def naive(model_and_words, gallery):
         [[any(row["image"] == i and t in captions_of(row) for row in rows) for t in texts] for i in images]
     )
     assert len(images) == 24 and right.sum(dim=0).max() == 4 and right.sum(dim=1).max() == 2
-    return rows, images, texts, right, score_pairs(*model_and_words, images, texts)
+    scores = score_pairs(*load_model(checkpoint, CPU)[:2], images, texts)
+    assert all(len(values.unique()) == values.numel() for values in scores.values()), "ties would decide by chance"
+    return rows, images, texts, right, scores
 
 
 def test_retrieval_equals_scoring_every_pair_alone(model_and_words, naive):
@@ -251,7 +259,7 @@ def test_reranking_moves_the_best_and_leaves_the_others(model_and_words, naive, 
     for row, query in enumerate(range(5, 20)):
         order = naive_order(cosines[query].tolist(), logits[query].tolist(), 4)
         values = [found[row, place].item() for place in order]
-        assert all(one > other for one, other in zip(values, values[1:], strict=False)), "a tie, or another order"
+        assert all(one > other for one, other in pairwise(values)), "a tie, or another order"
 
 
 def test_a_model_that_says_the_same_to_everything_finds_nothing(model_and_words, gallery, foil_file):
@@ -277,7 +285,9 @@ def test_an_untrained_model_is_near_chance(gallery, foil_file, tmp_path):
         run = new_run(gallery, tmp_path / str(seed), "--seed", str(seed), "--max-tokens", "20")
         result = retrieval(run.model, run.tokenizer, read_rows([gallery], "pairs"), CPU)
         chance = result["chance"]
-        recall += [result[way][side]["R@10"] - chance[side]["R@10"] for way in ("contrast", "matching") for side in SIDES]
+        recall += [
+            result[way][side]["R@10"] - chance[side]["R@10"] for way in ("contrast", "matching") for side in SIDES
+        ]
         wrong = foils(run.model, run.tokenizer, read_rows([foil_file], "foils"), CPU)
         accuracy += [*wrong["contrast"].values(), *wrong["matching"].values()]
     assert abs(np.mean(recall)) < 8
@@ -292,16 +302,15 @@ def test_foils_equal_scoring_every_pair_alone(model_and_words, foil_file):
     model, tokenizer = model_and_words
     rows = read_rows([foil_file], "foils")
     result = foils(model, tokenizer, rows, CPU, by="heldout")
-    texts = list(dict.fromkeys(text for row in rows for text in (row["caption"], *row["foils"].values())))
-    images = [row["image"] for row in rows]
-    scores = score_pairs(model, tokenizer, images, texts)
+    texts = {row["image"]: (row["caption"], *row["foils"].values()) for row in rows}
+    scores = {(path, text): score(model, tokenizer, path, text) for path in texts for text in texts[path]}
 
     def expected(kind: str, name: str, heldout: tuple) -> float:
         wins = []
-        for number, row in enumerate(rows):
+        for row in rows:
             if kind in row["foils"] and row["heldout"] in heldout:
-                ours, foil = texts.index(row["caption"]), texts.index(row["foils"][kind])
-                wins.append(bool(scores[name][number, ours] > scores[name][number, foil]))
+                ours, foil = (scores[row["image"], text][name] for text in (row["caption"], row["foils"][kind]))
+                wins.append(ours > foil)
         return pytest.approx(100 * sum(wins) / len(wins), abs=1e-3)
 
     assert result["n"] == {"colour": 24, "place": 16}
@@ -333,11 +342,10 @@ def test_score_prints_what_the_model_scores(model_and_words, checkpoint, gallery
     picture = gallery.parent / "pictures" / "05.png"
     code, said, _ = command("score", "--checkpoint", checkpoint, "--image", picture, "--text", "a Green square!")
     assert code == 0
-    input_ids, attention_mask = pad([tokenizer.encode("a green square !", 20)], tokenizer.pad_id)
-    scores = model.score(to_tensor(load_image(picture), (16, 24))[None], input_ids, attention_mask)
+    scores = score(model, tokenizer, picture, "a green square !")
     found = dict(re.findall(r"^(contrast|matching), .*: (-?[\d.]+)$", said, re.MULTILINE))
-    assert float(found["contrast"]) == pytest.approx(scores["itc"].item(), abs=6e-5)
-    assert float(found["matching"]) == pytest.approx(scores["itm"].item(), abs=6e-5)
+    assert float(found["contrast"]) == pytest.approx(scores["itc"], abs=6e-5)
+    assert float(found["matching"]) == pytest.approx(scores["itm"], abs=6e-5)
 
 
 def test_results_are_printed_and_kept_beside_the_checkpoint(checkpoint, gallery, foil_file, command, tmp_path):
@@ -362,6 +370,34 @@ def test_results_are_printed_and_kept_beside_the_checkpoint(checkpoint, gallery,
     assert again.keys() == kept.keys() and second in again.values() and first not in again.values()
 
 
+def test_retrieval_and_foils_of_the_same_file_are_both_kept(checkpoint, foil_file, command, tmp_path):
+    """A foil file can be read as pairs too: neither result may take the other's place."""
+    copy = tmp_path / "checkpoint.pt"
+    copy.write_bytes(checkpoint.read_bytes())
+    for name in ("retrieval", "foils"):
+        assert command(name, "--checkpoint", copy, "--data", foil_file)[0] == 0
+    kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("off", ["itc", "itm"])
+def test_a_model_without_contrast_or_without_matching_is_evaluated_by_the_other(
+    gallery, foil_file, command, tmp_path, off
+):
+    """Ablations are what the project is for. Retrieval begins with contrast: without it there is one clear sentence."""
+    new_run(gallery, tmp_path, f"--w-{off}", "0").save()
+    code, said, _ = command("foils", "--checkpoint", tmp_path / "checkpoint.pt", "--data", foil_file)
+    assert code == 0 and ("\n  contrast" in said, "\n  matching" in said) == (off == "itm", off == "itc")
+    code, said, errors = command("retrieval", "--checkpoint", tmp_path / "checkpoint.pt", "--data", gallery)
+    if off == "itm":
+        assert code == 0 and "\n  matching" not in said
+    else:
+        assert code == 2 and errors.startswith("error: ") and "contrast" in errors and errors.count("\n") == 1
+    picture = gallery.parent / "pictures" / "05.png"
+    code, said, _ = command("score", "--checkpoint", tmp_path / "checkpoint.pt", "--image", picture, "--text", "a")
+    assert code == 0 and said.count("\n") == 1
+
+
 def test_the_sheet_of_ranked_captions_shows_pictures_and_marks_right_answers(
     model_and_words, naive, tmp_path, monkeypatch
 ):
@@ -369,17 +405,19 @@ def test_the_sheet_of_ranked_captions_shows_pictures_and_marks_right_answers(
     rows, images, texts, right, scores = naive
     lines, text = [], ImageDraw.ImageDraw.text
     monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda pen, place, words, **kw: lines.append(words) or text(pen, place, words, **kw)
+        ImageDraw.ImageDraw,
+        "text",
+        lambda pen, place, words, **kw: lines.append(words) or text(pen, place, words, **kw),
     )
-    draw_ranked(*model_and_words, rows, CPU, tmp_path / "new" / "ranked.png", pictures=6)
+    draw_ranked(*model_and_words, rows, CPU, tmp_path / "new" / "ranked.png", pictures=24)
     with Image.open(tmp_path / "new" / "ranked.png") as sheet:
         assert sheet.format == "PNG"
         colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20)}
-    shown = images[::4]
-    assert {square(int(Path(path).stem)).getpixel((x, y)) for path in shown for x in (0, 23) for y in (0, 15)} <= colours
+    assert {
+        square(int(Path(path).stem)).getpixel((x, y)) for path in images for x in (0, 23) for y in (0, 15)
+    } <= colours
     expected = []
-    for path in shown:
-        i = images.index(path)
+    for i in range(24):
         order = naive_order(scores["itc"][i].tolist(), scores["itm"][i].tolist(), 20)
         expected += [f"{'+' if right[i, t] else '-'} {texts[t]}" for t in order[:5]]
     assert lines == expected
@@ -393,7 +431,9 @@ def test_everything_of_the_built_in_world_in_one_command(tmp_path, command):
     run = new_run(tmp_path / "world" / "pairs_train.jsonl", tmp_path / "run", "--image-size", "32", "32")
     assert run.val_rows
     run.save()
-    code, said, errors = command("world", "--checkpoint", tmp_path / "run" / "checkpoint.pt", "--data", tmp_path / "world")
+    code, said, errors = command(
+        "world", "--checkpoint", tmp_path / "run" / "checkpoint.pt", "--data", tmp_path / "world"
+    )
     assert code == 0, errors
     kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert kept.keys() == {"pairs_test", "foils_test", "pairs_novel", "foils_novel"}
@@ -444,6 +484,7 @@ def a_weight_more(state: dict) -> dict:
         (a_weight_more, r"student\.image\.extra is \(3,\) where nothing is expected"),
         (lambda state: state | {"objective": "clip"}, "unknown objective 'clip'"),
         (lambda state: {"weights": state["model"]}, "not a checkpoint of this project"),
+        (lambda state: {"config": {}, "model": {}}, "not a checkpoint of this project"),
         (lambda state: [1, 2], "not a checkpoint of this project"),
         (lambda state: state["model"], "not a checkpoint of this project"),
     ],
@@ -465,7 +506,7 @@ def test_a_checkpoint_that_runs_code_is_refused_and_not_run(gallery, tmp_path, c
     wrong, sprung = tmp_path / "wrong.pt", tmp_path / "sprung"
     state = {"config": {"trap": Trap(sprung)}, "model": {}, "vocab": [], "objective": "mamo"}
     if kind == "pickle":
-        wrong.write_bytes(pickle.dumps(state))
+        wrong.write_bytes(pickle.dumps(state, protocol=2))
     else:
         torch.save(state, wrong, _use_new_zipfile_serialization=kind == "torch")
     code, _, errors = command("retrieval", "--checkpoint", wrong, "--data", gallery)
@@ -506,7 +547,7 @@ def test_a_checkpoint_that_breaks_off_or_is_missing_is_one_sentence(checkpoint, 
         assert code == 2 and errors == f"error: {path} is not a file: give the checkpoint.pt of a run folder\n"
 
 
-def test_what_a_command_lacks_is_told(checkpoint, gallery, tmp_path, command):
+def test_what_a_command_lacks_is_told(checkpoint, gallery, foil_file, tmp_path, command):
     """One sentence each."""
     for arguments, says in (
         (("retrieval",), "retrieval needs --data"),
@@ -517,6 +558,9 @@ def test_what_a_command_lacks_is_told(checkpoint, gallery, tmp_path, command):
         (("retrieval", "--data", tmp_path / "none.jsonl"), "none.jsonl is not a file"),
         (("world", "--data", tmp_path), "pairs_test.jsonl is not a file"),
         (("retrieval", "--data", gallery, "--device", "abacus"), "device abacus"),
+        (("retrieval", "--data", gallery, "--k", "-2"), "k is -2"),
+        (("retrieval", "--data", gallery, "--by", "heldaut"), "heldaut"),
+        (("foils", "--data", foil_file, "--by", "heldaut"), "heldaut"),
     ):
         code, _, errors = command(*arguments[:1], "--checkpoint", checkpoint, *arguments[1:])
         assert code == 2 and errors.startswith("error: ") and says in errors and errors.count("\n") == 1, errors

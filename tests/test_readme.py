@@ -59,7 +59,8 @@ def test_every_figure_in_a_results_table_stands_in_the_file_it_names():
     tables = re.findall(r"((?:^\|[^\n]*\n)+)\n*Source: `(results/[\w.-]+)`", README, re.M)
     assert tables, "no table of the README names its source"
     for table, file in tables:
-        known = {f"{number:.{places}f}" for number in numbers(json.loads((ROOT / file).read_text())) for places in (0, 1, 2, 3)}
+        content = json.loads((ROOT / file).read_text(encoding="utf-8"))
+        known = {f"{number:.{places}f}" for number in numbers(content) for places in (0, 1, 2, 3)}
         for line in table.splitlines()[2:]:
             for cell in line.split("|")[2:]:
                 for figure in re.findall(r"\d+\.\d+|\d+", cell):
