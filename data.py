@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,7 +114,7 @@ def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
         hint = " (make the built-in world with: python scenes.py --out data/scenes)" if "scenes" in path.parts else ""
         raise ValueError(f"{path} is not a file: give the path of a JSONL file{hint}")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # -sig, because Windows editors write a byte order mark
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -134,7 +135,9 @@ def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
                 complaints.append(f"{path}:{number}: {fault}")
                 continue
             row["image"] = str(path.parent / row["image"])
-            if "twin" in row:
+            if row.get("twin") is None:
+                row.pop("twin", None)
+            else:
                 row["twin"] = f"{path}:{row['twin']}"
             rows.append(row)
     return rows
@@ -163,14 +166,14 @@ def load_image(path: str | Path) -> Image.Image:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I") or image.mode == "F":
                 values = np.asarray(image, dtype=np.float32)
-                scale = 255 / 65535 if values.max() > 255 else 1
+                scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
                 image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow raises many kinds for broken files
         raise ValueError(
             f"{path} cannot be decoded ({error}): replace it, or find all such with --check full"
         ) from error
@@ -280,11 +283,25 @@ class Collate:
         return batch
 
 
+def fillable(room: int, stock: Counter) -> bool:
+    """Whether some of the groups at hand, stock[size] of each size, add up to exactly so many rows."""
+    return room >= 0 and adds_up(room, tuple((size, min(count, room // size)) for size, count in stock.items()))
+
+
+@lru_cache(maxsize=100_000)
+def adds_up(room: int, stock: tuple[tuple[int, int], ...]) -> bool:
+    """Whether room is a sum of sizes, each taken at most count times; stock = ((size, count), ...)"""
+    sums = {0}
+    for size, count in stock:
+        sums = {one + size * times for one in sums for times in range(count + 1) if one + size * times <= room}
+    return room in sums
+
+
 class TwinBatches:
     """Endless batches of sample keys (epoch, row) from a given batch on, in which twins stay together.
 
     Each epoch visits the groups (twins, or a row alone) in an order that follows from (seed, epoch). A group that does
-    not fit into what is left of a batch waits for the next one; what does not fill a last batch is left out.
+    not fit into what is left of a batch waits; what does not fill a last batch is left out.
     With several processes each takes its share of every batch, and a group stays on one process.
     """
 
@@ -294,38 +311,41 @@ class TwinBatches:
         for number, row in enumerate(rows):
             groups.setdefault(str(row.get("twin", f"row {number}")), []).append(number)
         self.groups = list(groups.values())
-        sizes = {len(group) for group in self.groups}
-        # fillable[r]: groups of these sizes can add up to r rows.
-        self.fillable = [True]
-        for r in range(1, batch_size + 1):
-            self.fillable.append(any(size <= r and self.fillable[r - size] for size in sizes))
+        stock = Counter(map(len, self.groups))
         if batch_size * world > len(rows):
             raise ValueError(
                 f"the batch of {batch_size * world} pairs is larger than the {len(rows)} rows at hand: "
                 f"use --batch-size {len(rows) // world} or less"
             )
-        if not self.fillable[batch_size]:
-            raise ValueError(
-                f"a batch of {batch_size} cannot be filled with twin groups of {sorted(sizes)} rows: use another"
-            )
         self.batches_per_epoch = sum(1 for _ in self.epoch(0)) // world
         if not self.batches_per_epoch:
-            raise ValueError(f"twin groups of {sorted(sizes)} rows fill no batch of {batch_size}: use a smaller batch")
+            raise ValueError(
+                f"a batch of {batch_size} cannot be filled with twin groups of {sorted(stock)} rows: use another"
+            )
+        stuck = [size for size in sorted(stock) if not fillable(batch_size - size, stock - Counter([size]))]
+        self.never = sum(size * stock[size] for size in stuck)  # rows of groups that no batch has room for
 
     def epoch(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        """All batches of one epoch, of all processes one after another."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
-        waiting, batch = [], []
-        for i in order:
-            waiting.append(self.groups[i])
-            for candidate in list(waiting):
-                left = self.batch_size - len(batch) - len(candidate)
-                if left >= 0 and self.fillable[left]:
-                    waiting.remove(candidate)
-                    batch += [(epoch, number) for number in candidate]
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
+        """All batches of one epoch, of all processes one after another.
+
+        The next group is the first in this epoch's order after which the batch can still be filled exactly.
+        """
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups)).tolist()
+        queues: dict[int, deque[int]] = {}  # by size: the groups that are in no batch yet, as places in the order
+        for place, i in enumerate(order):
+            queues.setdefault(len(self.groups[i]), deque()).append(place)
+        stock, batch = Counter({size: len(queue) for size, queue in queues.items()}), []
+        while True:
+            room = self.batch_size - len(batch)
+            fitting = [size for size in queues if queues[size] and fillable(room - size, stock - Counter([size]))]
+            if not fitting:
+                return
+            size = min(fitting, key=lambda size: queues[size][0])
+            stock[size] -= 1
+            batch += [(epoch, number) for number in self.groups[order[queues[size].popleft()]]]
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = 0
@@ -345,7 +365,10 @@ def training_batches(dataset: Pairs, batches: TwinBatches, workers: int, pin_mem
         num_workers=workers,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except ValueError as error:  # a worker puts its whole traceback around the sentence
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def count_truncated(rows: list[dict], tokenizer: Tokenizer, max_tokens: int) -> int:

@@ -144,6 +144,9 @@ def retrieval(
     """
     if model.config.w_itc <= 0:
         raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
+    if k < 0:
+        raise ValueError(f"k is {k}: give the number of candidates that matching orders anew, 0 = contrast only")
+    check_by(rows, by)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     right = torch.zeros(len(images), len(texts), dtype=torch.bool)
     value_of_image, value_of_text = [""] * len(images), [""] * len(texts)
@@ -184,6 +187,12 @@ def retrieval(
     return result
 
 
+def check_by(rows: list[dict], by: str) -> None:
+    """Raise ValueError if no row has the key whose values are to be reported apart."""
+    if by and not any(by in row for row in rows):
+        raise ValueError(f"no row has the key {by!r}: give --by one of {', '.join(sorted(rows[0]))}")
+
+
 def encode_rows(model, tokenizer: Tokenizer, rows: list[dict], device, texts_of) -> tuple[dict, dict, Encoded]:
     """Encode the distinct pictures and texts of rows -> place of each picture, place of each text, Encoded"""
     images = list(dict.fromkeys(row["image"] for row in rows))
@@ -198,8 +207,8 @@ def rerank(model, encoded: Encoded, scores: Tensor, start: int, direction: str, 
     query = torch.arange(start, start + len(scores))[:, None].expand_as(best)
     pair = (query, best) if direction == "image_to_text" else (best, query)
     logits = match_pairs(model, encoded, pair[0].flatten(), pair[1].flatten(), device).view_as(best)
-    behind = scores - 1e4  # below any logit
-    return behind.scatter(1, best, logits)
+    behind = scores.double() - 1e4  # below any logit; double, because in single close cosines would become ties
+    return behind.scatter(1, best, logits.double())
 
 
 # -------------------------------------------------------------------------------------------------------------- foils
@@ -211,6 +220,7 @@ def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -
     Args:    by    a key of the rows: the accuracies of its values are reported apart
     Returns: {"n": {kind: rows}, "contrast": {kind: %}, "matching": {kind: %}, "apart": {value: the same}}
     """
+    check_by(rows, by)
     images, texts, encoded = encode_rows(
         model, tokenizer, rows, device, lambda row: [row["caption"], *row["foils"].values()]
     )
@@ -339,7 +349,7 @@ def main() -> None:
     else:
         result = foils(model, tokenizer, read_rows(options.data, "foils"), device, options.by)
         print(foil_table(" ".join(options.data), result))
-    name = " ".join(Path(path).stem for path in options.data)
+    name = " ".join([options.command, *(str(path) for path in options.data)])
     print(f"kept in {keep_result(options.checkpoint, name, result)}")
 
 

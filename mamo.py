@@ -64,6 +64,13 @@ class Config:
 
     def __post_init__(self):
         self.image_size, self.special_ids = tuple(self.image_size), tuple(self.special_ids)
+        if len(self.image_size) == 1:
+            self.image_size *= 2  # one number means a square
+        if len(self.image_size) != 2 or self.patch_size < 1:
+            raise ValueError(
+                f"image_size {self.image_size} and patch_size {self.patch_size}: give a height and a width, "
+                "and a patch of 1 pixel or more"
+            )
         for side in self.image_size:
             if side % self.patch_size:
                 low = side // self.patch_size * self.patch_size

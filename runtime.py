@@ -23,6 +23,10 @@ import torch
 class Parser(argparse.ArgumentParser):
     """argparse whose error for an unknown option names the nearest one, and whose errors are one sentence."""
 
+    def error(self, message: str) -> typing.NoReturn:
+        """One sentence in place of the whole usage."""
+        fail(message)
+
     def parse_args(self, args=None, namespace=None):
         """As argparse, but an unknown option is answered with the nearest that exists."""
         known, unknown = self.parse_known_args(args, namespace)
@@ -83,7 +87,7 @@ def guarded(main) -> None:
     """Run main(); a mistake in the user's input ends with its sentence, not with a traceback."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted")
@@ -132,7 +136,7 @@ def write_beside(path: Path, write) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
-    with open(temporary, "rb") as file:
+    with open(temporary, "r+b") as file:  # + because Windows flushes only what is open for writing
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -157,9 +161,10 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path} is refused: it is damaged or holds more than plain tensors and plain values, which could run code "
             "while it is read; use a checkpoint that train.py wrote"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]}): use another") from error
-    if not isinstance(state, dict) or "config" not in state or "model" not in state:
+    except Exception as error:  # torch raises many kinds for damaged files, some of them without a word
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a whole checkpoint ({reason}): use another") from error
+    if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
     return state
 
@@ -218,9 +223,17 @@ class Interrupt:
     """Ctrl-C or a polite kill asks the loop to save and stop at the end of the step; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.ask)
+        self.asked, self.before = False, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.ask)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number: int, frame) -> None:
         if self.asked:

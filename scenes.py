@@ -446,7 +446,8 @@ def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
     """Two training samples of the same objects: a third each differ in colours, places or axis.
 
     A relation caption is false of the twin's picture, so every batch asks what a random one hardly ever would. Places
-    exchanged on the same axis must be frequent: against a twin on the other axis, the order need not be looked at.
+    exchanged on the same axis must be frequent: against a twin on the other axis, the order need not be looked at. And
+    each twin may begin with either object: twins that differ in "left" and "right" alone were not learned in trials.
     """
     kind = rng.choices(("related", "single", "count"), world.level.weights)[0]
     difference = ("colours", "places", "axis")[number % 3]
@@ -461,7 +462,7 @@ def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
         if kind == "single":  # one caption for both arrangements, but for exchanged colours one that denies the twin
             captions = [Exists(getattr(m, side)) for m in (meaning, other)]
         else:
-            captions = [claim, claim] if kind == "count" else [meaning, other]
+            captions = [claim, claim] if kind == "count" else [meaning, rng.choice((other, mirrored(other)))]
         if told_apart(captions, [scene, twin]) and told_apart(captions[::-1], [twin, scene]):
             break
     return [

@@ -1,4 +1,4 @@
-"""Pre-train: one command, one process (several processes and lower precision come with torchrun).
+"""Pre-train: one command, one process.
 
     python train.py                                             the demo: the built-in world, preset nano
     python train.py --data my/pairs.jsonl --val my/val.jsonl --preset small --epochs 40 --augment photo --out runs/mine
@@ -67,6 +67,11 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        for name in ("steps", "accumulate", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: give 0 or more")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}: contrast and matching need at least 2 pairs")
 
@@ -167,6 +172,11 @@ class Run:
         print(
             f"{config.steps} steps of {config.batch_size} x {config.accumulate} pairs, teacher {model.config.ema:.4f}"
         )
+        never = TwinBatches(self.rows, config.batch_size, config.seed).never
+        if never:
+            print(
+                f"{never} rows stand in twin groups that no batch of {config.batch_size} has room for, and are left out"
+            )
         cut = count_truncated(self.rows, self.tokenizer, model.config.max_tokens)
         if cut:
             print(f"{cut} captions are longer than max_tokens {model.config.max_tokens} and lose their end")
@@ -185,30 +195,31 @@ class Run:
     def train(self, stop_at: int | None = None) -> None:
         """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
         config = self.config
-        interrupt, batches = runtime.Interrupt(), self.batches()
+        batches = self.batches()
         stop_at = min(stop_at or config.steps, config.steps)
-        progress = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
-        since = (time.perf_counter(), self.step)
-        while self.step < stop_at and not interrupt.asked:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, config)
-            total = self.one_step(batches)
-            progress.update()
-            progress.set_postfix(loss=f"{total:.3f}", refresh=False)
-            row = {}
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                steps = self.step - since[1]
-                row |= self.means(steps * config.batch_size * config.accumulate / (time.perf_counter() - since[0]))
-            if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
-                row |= self.evaluate(progress)
-            if row:
-                self.log.write({"step": self.step} | row)
-                since = (time.perf_counter(), self.step)
-            if self.step % config.save_every == 0 or self.step == stop_at:
+        bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
+        with runtime.Interrupt() as interrupt, bar as progress:
+            since = (time.perf_counter(), self.step)
+            while self.step < stop_at and not interrupt.asked:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(self.step, config)
+                total = self.one_step(batches)
+                progress.update()
+                progress.set_postfix(loss=f"{total:.3f}", refresh=False)
+                row = {}
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    steps = self.step - since[1]
+                    row |= self.means(steps * config.batch_size * config.accumulate / (time.perf_counter() - since[0]))
+                if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
+                    row |= self.evaluate(progress)
+                if row:
+                    self.log.write({"step": self.step} | row)
+                    since = (time.perf_counter(), self.step)
+                if self.step % config.save_every == 0 or self.step == stop_at:
+                    self.save()
+            if interrupt.asked:
                 self.save()
-        progress.close()
         if interrupt.asked:
-            self.save()
             print(f"stopped at step {self.step} and saved; go on with: python train.py --out {self.out} --resume")
 
     def one_step(self, batches) -> float:
@@ -223,7 +234,7 @@ class Run:
             losses = model(batch)
             total = sum(weights[name] * loss for name, loss in losses.items() if name in weights)
             if not torch.isfinite(total):
-                bad = ", ".join(name for name, loss in losses.items() if not torch.isfinite(loss))
+                bad = ", ".join(name for name, loss in losses.items() if name in weights and not torch.isfinite(loss))
                 raise ValueError(
                     f"the loss {bad} is not finite at step {self.step + 1}; the step was not made and the last "
                     "checkpoint is whole: try a lower --lr or a longer --warmup"
@@ -232,7 +243,13 @@ class Run:
             summed += total.item() / config.accumulate
             for name, loss in losses.items():
                 self.count(name, loss.detach() / config.accumulate)
-        self.count("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        if not torch.isfinite(norm):
+            raise ValueError(
+                f"the gradient is not finite at step {self.step + 1}; the step was not made and the last checkpoint is "
+                "whole: try a lower --lr or a longer --warmup"
+            )
+        self.count("grad_norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         model.after_step()
@@ -278,6 +295,11 @@ class Run:
         runtime.save_checkpoint(self.out / "checkpoint.pt", state)
 
 
+def plain(value):
+    """A saved tuple and a list from the command line are the same value."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     """Command line -> the run's options and the model's sizes that override the preset's."""
     parser = runtime.Parser(
@@ -293,7 +315,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     if options.get("resume") and checkpoint.is_file():
         saved = runtime.load_checkpoint(checkpoint)
         before = saved["train"] | saved["config"]
-        changed = [name for name in given if name not in FREE_ON_RESUME and before[name] != given[name]]
+        changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]
         if changed:
             was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
             raise ValueError(
