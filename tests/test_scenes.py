@@ -244,10 +244,15 @@ def test_twins_differ_in_their_pictures_and_deny_each_others_captions(worlds, le
             assert not naive_truth(parse(a["caption"]), b["scene"]) and not naive_truth(parse(b["caption"]), a["scene"])
         if parse(a["caption"])[0] == "related" and boxes[0] != boxes[1]:
             told = [parse(row["caption"])[2] for row in (a, b)]
-            relations[scenes.OPPOSITE[told[0]] == told[1]] += 1
-    assert 0.8 < relations[False] / relations[True] < 1.25, "as often on the other axis as reversed on the same"
+            relations[scenes.AXIS[told[0]] == scenes.AXIS[told[1]]] += 1
+        elif parse(a["caption"])[0] == "exists":
+            for row in (a, b):
+                named = min(row["scene"]["objects"][:2], key=lambda thing: sum(thing["box"][:2]))
+                said = parse(row["caption"])[1]
+                assert said == {name: named[name] for name in said}, row
+    assert relations[True] > 2 * relations[False] > 0, "mostly reversed on the same axis, sometimes on the other"
     assert len({row["twin"] for row in rows}) == len(rows) // 2
-    assert 0.24 < exchanged / (len(rows) // 2) <= 0.34
+    assert 0.2 < exchanged / (len(rows) // 2) < 0.4
     assert 0.14 < single / (len(rows) // 2) < 0.26
 
 
@@ -381,7 +386,7 @@ def test_boxes_hold_the_coloured_pixels_and_touch_them_on_all_sides(worlds, leve
                 x, y, w, h = thing["box"]
                 inside = pixels[y : y + h, x : x + w]
                 own = abs(inside - scenes.COLOURS[thing["colour"]]).max(axis=2) < 25
-                assert own.mean() > 0.15
+                assert own.mean() > 0.1
                 marked = abs(inside - background).max(axis=2) > 12  # faint marks differ by 12
                 assert all(edge.any() for edge in (marked[0], marked[-1], marked[:, 0], marked[:, -1])), thing
                 boxes.setdefault(thing["colour"], np.zeros(pixels.shape[:2], dtype=bool))[y : y + h, x : x + w] = True
