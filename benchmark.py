@@ -8,9 +8,11 @@ the ratios of the rounds, with the smallest and the largest.
 """
 
 import argparse
+import datetime
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,9 +185,10 @@ def main() -> None:
             f"{name}: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}, {ratio['rounds']} rounds)"
         )
     if options.out:
-        settings = {name: str(value) for name, value in vars(options).items() if name != "out"}
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-        runtime.write_json(options.out, {"settings": settings, "machine": machine, "ratios": result})
+        command = " ".join(["python", "benchmark.py", *sys.argv[1:]])
+        hardware = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+        report = {"command": command, "hardware": hardware, "date": datetime.date.today().isoformat(), "ratios": result}
+        runtime.write_json(options.out, report)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,26 +38,27 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Schema:
-    """The keys that a row must have and the check of their values: check(row) returns what is wrong, or None."""
+    """The keys that a row must have, and a check of their values that raises ValueError saying what is wrong."""
 
     keys: dict[str, str]  # key: what it holds, for error messages
-    check: object
+    check: Callable[[dict], None]
 
 
-def check_pair(row: dict) -> str | None:
+def check_pair(row: dict) -> None:
+    """Captions are texts that are not empty."""
     captions = captions_of(row)
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        return "caption is empty: give a text, or a list of texts"
-    return None
+        raise ValueError("caption is empty: give a text, or a list of texts")
 
 
-def check_foil(row: dict) -> str | None:
+def check_foil(row: dict) -> None:
+    """One caption, and foils that are texts by kind."""
     foils = row["foils"]
     if not isinstance(foils, dict) or not all(isinstance(text, str) and text.strip() for text in foils.values()):
-        return 'foils must be {"kind": "wrong caption", ...} with no empty text'
+        raise ValueError('foils must be {"kind": "wrong caption", ...} with no empty text')
     if not isinstance(row["caption"], str):
-        return "caption of a foil row must be one text"
-    return check_pair(row)
+        raise ValueError("caption of a foil row must be one text")
+    check_pair(row)
 
 
 SCHEMAS = {
@@ -118,20 +119,9 @@ def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            fault = None
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                row, fault = None, f"not JSON ({error.msg}): expected one object a line"
-            if fault is None and not isinstance(row, dict):
-                fault = f"found {type(row).__name__}: expected an object"
-            if fault is None and not schema.keys.keys() <= row.keys():
-                wanted = "; ".join(f'"{key}": {what}' for key, what in schema.keys.items())
-                fault = f"found the keys {sorted(row)}: expected {wanted}"
-            if fault is None and not isinstance(row["image"], str):
-                fault = "image must be a path relative to this file"
-            fault = fault or schema.check(row)
-            if fault:
+                row = parse_row(line, schema)
+            except ValueError as fault:
                 complaints.append(f"{path}:{number}: {fault}")
                 continue
             row["image"] = str(path.parent / row["image"])
@@ -141,6 +131,23 @@ def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
                 row["twin"] = f"{path}:{row['twin']}"
             rows.append(row)
     return rows
+
+
+def parse_row(line: str, schema: Schema) -> dict:
+    """One line -> its row. Raises ValueError saying what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}): expected one object a line") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"found {type(row).__name__}: expected an object")
+    if not schema.keys.keys() <= row.keys():
+        wanted = "; ".join(f'"{key}": {what}' for key, what in schema.keys.items())
+        raise ValueError(f"found the keys {sorted(row)}: expected {wanted}")
+    if not isinstance(row["image"], str):
+        raise ValueError("image must be a path relative to this file")
+    schema.check(row)
+    return row
 
 
 def check_image(path: str, check: str) -> str | None:
@@ -175,7 +182,7 @@ def load_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds for broken files
         raise ValueError(
-            f"{path} cannot be decoded ({error}): replace it, or find all such with --check full"
+            f"{path} cannot be decoded ({error}): replace it, or find all such with train.py --check full"
         ) from error
 
 
@@ -275,10 +282,8 @@ class Collate:
             batch[name] = torch.tensor([sample[name] for sample in samples])
         for name in ("images", "patch_noise"):
             batch[name] = torch.stack([sample[name] for sample in samples])
-        for name in (
-            "token_noise",
-            "replace_noise",
-        ):  # each sample's noise is cut, not redrawn: padding changes no mask
+        # Each sample's noise is cut, not redrawn: padding changes no mask.
+        for name in ("token_noise", "replace_noise"):
             batch[name] = torch.stack([sample[name][:length] for sample in samples])
         return batch
 

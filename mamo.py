@@ -240,8 +240,8 @@ def loudness(width: int) -> float:
     """Amplitude at which positions and words start, 0.3 for a width of 64.
 
     Content and place are added, so each must be heard beside the other. In trials on the built-in world, small random
-    positions never taught "left of"; and words at BERT's 0.02, drowned by these positions, did not teach which colour
-    belongs to which shape within the demo's time, while words as loud as positions did in a third of it.
+    positions did not teach "left of"; and with words at BERT's 0.02, drowned by these positions, foils with exchanged
+    colours stood at 53 % after 1,000 steps, where words as loud as positions reached 92 % (contrast, one seed).
     """
     return 2.4 / math.sqrt(width)
 

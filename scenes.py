@@ -453,15 +453,13 @@ def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
 
     A relation caption is false of the twin's picture, so every batch asks what a random one hardly ever would. Either
     object may be mentioned first, but a caption of a single object names the one that is read first, the left or upper
-    one. That ties content to place: in trials "left of" was told from "right of" after 500 steps, and without it, with
-    the named object drawn at random, not within 1,750.
+    one. That ties content to place: in trials of one seed, relation foils stood at 93 % by contrast after 500 steps;
+    with the named object drawn at random, at 51 % after 500 and after 1,250.
     """
     kind = rng.choices(("related", "single", "count"), world.level.weights)[0]
     difference = DIFFERENCES[number % len(DIFFERENCES)]
-    if kind == "single" and difference in (
-        "places",
-        "axis",
-    ):  # the caption names the object that is read first, here and there
+    # The caption of a single object names the one that is read first, here and there.
+    if kind == "single" and difference in ("places", "axis"):
         difference = rng.choice(("colours", "turned"))
     elif kind == "count" and difference == "colours":  # other colours could be another count
         difference = "places"

@@ -108,59 +108,51 @@ class Run:
 
     def __init__(self, config: TrainConfig, sizes: dict):
         """config: the run's options; sizes: fields of mamo.Config that override the preset's."""
-        self.out = Path(config.out)
-        self.device = runtime.pick_device(config.device)
-        state = self.previous(config)
-        self.rows = read_rows(config.data, "pairs", config.check, config.skip_bad)
-        self.val_rows = self.read_val(config)
-        if state:
-            vocabulary, model_config = state["vocab"], state["config"]
-        else:
-            vocabulary = self.vocabulary(config)
-            model_config = {}
-        self.tokenizer = Tokenizer(vocabulary)
-        if not state:
-            batches = TwinBatches(self.rows, config.batch_size, config.seed)
-            if config.epochs:
-                config.steps = max(round(config.epochs * batches.batches_per_epoch / config.accumulate), 1)
-            model_config = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | sizes
-            model_config |= {"vocab_size": len(self.tokenizer), "mask_id": self.tokenizer.mask_id}
-            model_config |= {"special_ids": self.tokenizer.special_ids}
-            if model_config.get("ema", -1) < 0:
-                model_config["ema"] = ema_for(config.steps)
-        self.config = config
+        self.config, self.out, self.device = config, Path(config.out), runtime.pick_device(config.device)
+        path = self.out / "checkpoint.pt"
+        if path.is_file() and not config.resume:
+            raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
+        state = runtime.load_checkpoint(path) if path.is_file() else None
+        self.rows, self.val_rows = read_rows(config.data, "pairs", config.check, config.skip_bad), self.read_val()
+        self.order = TwinBatches(self.rows, config.batch_size, config.seed)
+        self.tokenizer = Tokenizer(state["vocab"] if state else self.vocabulary())
         runtime.seed_everything(config.seed)
-        self.model = build_model(config.objective, model_config).to(self.device)
+        shape = state["config"] if state else self.new_shape(sizes)
+        self.model = build_model(config.objective, shape).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.step, self.meter = 0, {}
         if state:
-            runtime.load_weights(self.model, state["model"], self.out / "checkpoint.pt")
+            runtime.load_weights(self.model, state["model"], path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.meter = state["step"], state["meter"]
         self.log = runtime.CsvLog(self.out / "log.csv", self.step)
         runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
         self.announce()
 
-    def previous(self, config: TrainConfig) -> dict | None:
-        """The state to go on from, or None. A run folder with a checkpoint is never overwritten by accident."""
-        path = self.out / "checkpoint.pt"
-        if not path.is_file():
-            return None
-        if not config.resume:
-            raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
-        return runtime.load_checkpoint(path)
-
-    def read_val(self, config: TrainConfig) -> list[dict]:
+    def read_val(self) -> list[dict]:
         """Rows to evaluate on, at most 1,000: --val, or pairs_val.jsonl beside the training data, or none."""
+        config = self.config
         beside = Path(config.data[0]).with_name("pairs_val.jsonl")
         paths = config.val or ([beside] if beside.is_file() else [])
         return read_rows(paths, "pairs", config.check, config.skip_bad)[:1000] if paths else []
 
-    def vocabulary(self, config: TrainConfig) -> list[str]:
+    def vocabulary(self) -> list[str]:
         """From --vocab, else built from the training captions."""
-        if config.vocab:
-            return Tokenizer.from_file(config.vocab).vocab
+        if self.config.vocab:
+            return Tokenizer.from_file(self.config.vocab).vocab
         return Tokenizer.build(caption for row in self.rows for caption in captions_of(row)).vocab
+
+    def new_shape(self, sizes: dict) -> dict:
+        """Fields of mamo.Config: the preset's, the objective's, the user's, and what follows from the tokenizer and the
+        length of the run, which --epochs sets here."""
+        config, tokenizer = self.config, self.tokenizer
+        if config.epochs:
+            config.steps = max(round(config.epochs * self.order.batches_per_epoch / config.accumulate), 1)
+        shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | sizes
+        if shape.get("ema", -1) < 0:
+            shape["ema"] = ema_for(config.steps)
+        words = {"vocab_size": len(tokenizer), "mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
+        return shape | words
 
     def announce(self) -> None:
         """Say what is about to run, and what a model that knows nothing would score."""
@@ -172,11 +164,8 @@ class Run:
         print(
             f"{config.steps} steps of {config.batch_size} x {config.accumulate} pairs, teacher {model.config.ema:.4f}"
         )
-        never = TwinBatches(self.rows, config.batch_size, config.seed).never
-        if never:
-            print(
-                f"{never} rows stand in twin groups that no batch of {config.batch_size} has room for, and are left out"
-            )
+        if self.order.never:
+            print(f"{self.order.never} rows are left out: no batch of {config.batch_size} has room for their twins")
         cut = count_truncated(self.rows, self.tokenizer, model.config.max_tokens)
         if cut:
             print(f"{cut} captions are longer than max_tokens {model.config.max_tokens} and lose their end")
@@ -189,8 +178,8 @@ class Run:
         dataset = Pairs(
             self.rows, self.tokenizer, shape.image_size, shape.patches, shape.max_tokens, config.augment, config.seed
         )
-        order = TwinBatches(self.rows, config.batch_size, config.seed, first=self.step * config.accumulate)
-        return training_batches(dataset, order, config.workers, pin_memory=self.device.type == "cuda")
+        self.order.first = self.step * config.accumulate
+        return training_batches(dataset, self.order, config.workers, pin_memory=self.device.type == "cuda")
 
     def train(self, stop_at: int | None = None) -> None:
         """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
