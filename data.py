@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -170,7 +170,8 @@ def load_image(path: str | Path) -> Image.Image:
     """Any picture as RGB: turned as EXIF says, transparency on white, palette, grey, CMYK and 16 bit converted."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1  # asked first: turning always copies
+            image = ImageOps.exif_transpose(file) if turned else file
             if image.mode.startswith("I") or image.mode == "F":
                 values = np.asarray(image, dtype=np.float32)
                 scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
@@ -201,13 +202,17 @@ def crop_and_tint(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((((pixels - middle) * contrast + middle) * brightness).clip(0, 255).astype(np.uint8))
 
 
-def to_tensor(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
-    """Resize to image_size (height, width) -> (3, height, width), values in [-1, 1]."""
+def to_pixels(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
+    """Resize to image_size (height, width) -> (3, height, width) of bytes."""
     height, width = image_size
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return pixels.float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_tensor(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
+    """Resize to image_size (height, width) -> (3, height, width), values in [-1, 1]."""
+    return to_pixels(image, image_size).float().div_(127.5).sub_(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -234,9 +239,22 @@ class Pairs(Dataset):
     ):
         self.rows, self.tokenizer, self.image_size, self.patches = rows, tokenizer, image_size, patches
         self.max_tokens, self.augment, self.seed = max_tokens, augment, seed
+        self.kept: dict[int, Tensor] = {}  # decoded pictures by row, see pixels
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def pixels(self, number: int, rng: np.random.Generator) -> Tensor:
+        """Picture of a row, (3, height, width) of bytes; if not augmented, decoded once and kept, in up to 256 MB."""
+        if number in self.kept:
+            return self.kept[number]
+        image = load_image(self.rows[number]["image"])
+        if self.augment == "photo":
+            return to_pixels(crop_and_tint(image, rng), self.image_size)
+        pixels = to_pixels(image, self.image_size)
+        if len(self.kept) * pixels.nbytes < 256 * 2**20:
+            self.kept[number] = pixels
+        return pixels
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, number = key
@@ -246,11 +264,8 @@ class Pairs(Dataset):
         patch_noise, token_noise, replace_noise = noise.split([self.patches, self.max_tokens, self.max_tokens])
         captions = captions_of(row)
         caption = captions[rng.integers(len(captions))]
-        image = load_image(row["image"])
-        if self.augment == "photo":
-            image = crop_and_tint(image, rng)
         return {
-            "images": to_tensor(image, self.image_size),
+            "images": self.pixels(number, rng).float().div_(127.5).sub_(1),
             "input_ids": self.tokenizer.encode(caption, self.max_tokens),
             "image_id": stable_id(row["image"]),
             "caption_id": stable_id(caption),
