@@ -96,6 +96,11 @@ def separate_losses(model: MAMO, batch: dict[str, Tensor], share: str = "nothing
     return losses
 
 
+def backward(losses: dict[str, Tensor], config: Config) -> None:
+    """Gradients of the weighted total, as in a step of train.py."""
+    sum(weight * losses[name] for name, weight in config.weights.items()).backward()
+
+
 def take_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant in each round, after one round that does not count."""
     seconds = {name: [] for name in variants}
@@ -122,7 +127,7 @@ def sharing(options: argparse.Namespace) -> dict:
 
     def step(losses: Callable) -> Callable[[], None]:
         def variant():
-            sum(loss for name, loss in losses(batch).items() if name in config.weights).backward()
+            backward(losses(batch), config)
             model.zero_grad()
 
         return variant
@@ -154,9 +159,7 @@ def loader(options: argparse.Namespace) -> dict:
     def steps(take: Callable[[], dict]) -> Callable[[], None]:
         def variant():
             for _ in range(20):
-                sum(
-                    loss for name, loss in model(take() | {"negative_noise": noise}).items() if name != "target_cosine"
-                ).backward()
+                backward(model(take() | {"negative_noise": noise}), config)
                 optimizer.step()
                 optimizer.zero_grad()
                 model.after_step()
@@ -168,6 +171,7 @@ def loader(options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
+    """Command line: run one measurement, print its ratios and, with --out, write them."""
     parser = runtime.Parser(
         prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -212,7 +212,12 @@ def to_pixels(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
 
 def to_tensor(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
     """Resize to image_size (height, width) -> (3, height, width), values in [-1, 1]."""
-    return to_pixels(image, image_size).float().div_(127.5).sub_(1)
+    return centred(to_pixels(image, image_size))
+
+
+def centred(pixels: Tensor) -> Tensor:
+    """Bytes -> values in [-1, 1], mid grey at 0."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -265,7 +270,7 @@ class Pairs(Dataset):
         captions = captions_of(row)
         caption = captions[rng.integers(len(captions))]
         return {
-            "images": self.pixels(number, rng).float().div_(127.5).sub_(1),
+            "images": centred(self.pixels(number, rng)),
             "input_ids": self.tokenizer.encode(caption, self.max_tokens),
             "image_id": stable_id(row["image"]),
             "caption_id": stable_id(caption),

@@ -249,6 +249,7 @@ def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -
 
 
 def percent(value: float) -> str:
+    """A cell of a table."""
     return f"{value:6.1f}"
 
 
@@ -323,6 +324,7 @@ def keep_result(checkpoint: Path, name: str, result: dict) -> Path:
 
 
 def main() -> None:
+    """Command line: load a checkpoint, run one command, keep its result."""
     parser = runtime.Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("retrieval", "foils", "score", "world"))
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint.pt of a run")

@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import pickle
@@ -67,8 +68,6 @@ def shown(default) -> str:
 
 def field_comments(config_class: type) -> dict[str, str]:
     """The comment behind each field of a dataclass: it is written once, beside the field, and is the help text too."""
-    import inspect
-
     comments = {}
     for line in inspect.getsource(config_class).splitlines():
         name, colon, rest = line.strip().partition(":")

@@ -10,6 +10,7 @@ A run folder holds config.json, log.csv and checkpoint.pt. The loop below is in 
 forward, finite check, backward, clip, step, teacher, log, evaluate, save.
 """
 
+import argparse
 import dataclasses
 import math
 import time
@@ -291,9 +292,7 @@ def plain(value):
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     """Command line -> the run's options and the model's sizes that override the preset's."""
-    parser = runtime.Parser(
-        prog="train.py", description=__doc__, formatter_class=runtime.argparse.RawDescriptionHelpFormatter
-    )
+    parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runtime.add_options(parser, TrainConfig)
     runtime.add_options(parser, Config, skip=("vocab_size", "mask_id", "special_ids"))
     given = vars(parser.parse_args(arguments))
@@ -315,6 +314,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
 
 
 def main() -> None:
+    """Command line: make the run, or take it up again, and train."""
     run = Run(*parse())
     if run.step >= run.config.steps:
         print(f"{run.out} is already trained to its last step, {run.config.steps}")
