@@ -21,6 +21,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -718,4 +719,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # a user's mistake ends with its sentence, not with a traceback
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

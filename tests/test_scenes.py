@@ -8,6 +8,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from functools import cache
@@ -464,3 +466,9 @@ def test_sizes_that_cannot_be_met_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--train even"):
         make(tmp_path / "world", "easy", train=21)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path):
+    command = [sys.executable, scenes.__file__, "--out", str(tmp_path / "world"), "--train", "21"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
