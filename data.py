@@ -6,6 +6,7 @@ data set is a JSONL file, one row a line, with image paths relative to that file
     pairs   {"image": "a.png", "caption": "a red circle"}      a list of captions means that all of them are right;
                                                                optional "twin": rows that share it stay in one batch
     foils   {"image": "a.png", "caption": "a red circle", "foils": {"colour": "a blue circle"}}
+    grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}      in pixels, any is right
 
 More keys are allowed and kept. Every row is checked before the first step.
 
@@ -61,10 +62,33 @@ def check_foil(row: dict) -> None:
     check_pair(row)
 
 
+def check_grounding(row: dict) -> None:
+    """A phrase and its boxes; that they lie inside the picture is checked with the picture."""
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise ValueError("text is empty: give the phrase that the boxes belong to")
+    boxes = row["boxes"]
+    if not isinstance(boxes, list) or not boxes or not all(is_box(box) for box in boxes):
+        raise ValueError("boxes must be [[x, y, width, height], ...] in pixels, at least one, none of them empty")
+
+
+def is_box(box) -> bool:
+    """Whether a value is [x, y, width, height] with a place that is not negative and a size that is not zero."""
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
+    return numbers and min(box[:2]) >= 0 and min(box[2:]) > 0
+
+
 SCHEMAS = {
     "pairs": Schema({"image": "a path relative to this file", "caption": "a text or a list of texts"}, check_pair),
     "foils": Schema(
         {"image": "a path relative to this file", "caption": "a text", "foils": "{kind: wrong caption}"}, check_foil
+    ),
+    "grounding": Schema(
+        {
+            "image": "a path relative to this file",
+            "text": "a phrase",
+            "boxes": "[[x, y, width, height], ...] in pixels",
+        },
+        check_grounding,
     ),
 }
 
@@ -94,6 +118,8 @@ def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_ba
     for row in tqdm(rows, desc="checking pictures", disable=len(rows) < 5000, leave=False):
         if row["image"] not in status:
             status[row["image"]] = check_image(row["image"], check)
+        if "boxes" in row and not status[row["image"]]:
+            status[row["image"]] = check_boxes(row["image"], row["boxes"])
     broken = [f"{image}: {fault}" for image, fault in status.items() if fault]
     if broken and not skip_bad:
         listed = "\n  ".join(broken[:10])
@@ -160,6 +186,15 @@ def check_image(path: str, check: str) -> str | None:
         return "missing"
     except Exception as error:  # Pillow raises many kinds for broken files
         return f"{type(error).__name__}: {error}"
+    return None
+
+
+def check_boxes(path: str, boxes: list) -> str | None:
+    """Which box reaches outside a picture, or None."""
+    width, height = load_image(path).size
+    for x, y, w, h in boxes:
+        if x + w > width or y + h > height:
+            return f"the box {[x, y, w, h]} reaches outside the picture of {width} x {height} pixels"
     return None
 
 
@@ -280,9 +315,9 @@ class Pairs(Dataset):
         }
 
 
-def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> input_ids (b, l), attention_mask (b, l), True = real token; l = the longest of them."""
-    length = max(map(len, sequences))
+def pad(sequences: list[list[int]], pad_id: int, length: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> input_ids (b, l), attention_mask (b, l), True = real token; l = the longest, or length."""
+    length = max(length, *map(len, sequences))
     input_ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in sequences])
     attention_mask = torch.tensor([[True] * len(ids) + [False] * (length - len(ids)) for ids in sequences])
     return input_ids, attention_mask
@@ -290,12 +325,16 @@ def pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Collate:
-    """Samples -> a batch, padded to the longest caption in it. A class, so that worker processes can be sent it."""
+    """Samples -> a batch, padded to the longest caption in it. A class, so that worker processes can be sent it.
+
+    length, if given, is the number of tokens that every batch is padded to: one shape for a compiled step.
+    """
 
     pad_id: int
+    length: int = 0
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
-        input_ids, attention_mask = pad([sample["input_ids"] for sample in samples], self.pad_id)
+        input_ids, attention_mask = pad([sample["input_ids"] for sample in samples], self.pad_id, self.length)
         length = input_ids.shape[1]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         for name in ("image_id", "caption_id"):
@@ -325,68 +364,91 @@ def adds_up(room: int, stock: tuple[tuple[int, int], ...]) -> bool:
 class TwinBatches:
     """Endless batches of sample keys (epoch, row) from a given batch on, in which twins stay together.
 
-    Each epoch visits the groups (twins, or a row alone) in an order that follows from (seed, epoch). A group that does
-    not fit into what is left of a batch waits; what does not fill a last batch is left out.
-    With several processes each takes its share of every batch, and a group stays on one process.
+    Each epoch visits the groups (twins, or a row alone) in an order that follows from (seed, epoch). A batch is filled
+    in equal parts, each of whole groups; a group that does not fit into what is left of a part waits, and what does not
+    fill a last batch is left out. Processes share a batch by its parts, in order: so any number of processes that
+    divides the parts sees the same batches, and twins are on one process.
     """
 
-    def __init__(self, rows: list[dict], batch_size: int, seed: int = 0, first: int = 0, rank: int = 0, world: int = 1):
-        self.batch_size, self.seed, self.first, self.rank, self.world = batch_size, seed, first, rank, world
+    def __init__(
+        self,
+        rows: list[dict],
+        batch_size: int,
+        seed: int = 0,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+    ):
+        """batch_size: pairs of all processes together; first: the batch to begin with; parts: of each batch."""
+        if batch_size % parts or parts % world:
+            raise ValueError(
+                f"a batch of {batch_size} pairs in {parts} parts cannot be shared by {world} processes: "
+                f"use a number of processes that divides {parts}, and a --batch-size that is a multiple of it"
+            )
+        self.seed, self.first, self.rank, self.world, self.parts = seed, first, rank, world, parts
+        self.size = batch_size // parts  # pairs of a part
         groups: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             groups.setdefault(str(row.get("twin", f"row {number}")), []).append(number)
         self.groups = list(groups.values())
         stock = Counter(map(len, self.groups))
-        if batch_size * world > len(rows):
+        if batch_size > len(rows):
             raise ValueError(
-                f"the batch of {batch_size * world} pairs is larger than the {len(rows)} rows at hand: "
-                f"use --batch-size {len(rows) // world} or less"
+                f"the batch of {batch_size} pairs is larger than the {len(rows)} rows at hand: "
+                f"use --batch-size {len(rows) // parts * parts} or less"
             )
-        self.batches_per_epoch = sum(1 for _ in self.epoch(0)) // world
+        self.batches_per_epoch = sum(1 for _ in self.epoch(0)) // parts
         if not self.batches_per_epoch:
             raise ValueError(
-                f"a batch of {batch_size} cannot be filled with twin groups of {sorted(stock)} rows: use another"
+                f"a batch of {batch_size} in {parts} parts cannot be filled with twin groups of {sorted(stock)} rows: "
+                "use another --batch-size, or other --parts"
             )
-        stuck = [size for size in sorted(stock) if not fillable(batch_size - size, stock - Counter([size]))]
+        stuck = [size for size in sorted(stock) if not fillable(self.size - size, stock - Counter([size]))]
         self.never = sum(size * stock[size] for size in stuck)  # rows of groups that no batch has room for
 
     def epoch(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        """All batches of one epoch, of all processes one after another.
+        """All parts of all batches of one epoch, one after another.
 
-        The next group is the first in this epoch's order after which the batch can still be filled exactly.
+        The next group is the first in this epoch's order after which the part can still be filled exactly.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups)).tolist()
         queues: dict[int, deque[int]] = {}  # by size: the groups that are in no batch yet, as places in the order
         for place, i in enumerate(order):
             queues.setdefault(len(self.groups[i]), deque()).append(place)
-        stock, batch = Counter({size: len(queue) for size, queue in queues.items()}), []
+        stock, part = Counter({size: len(queue) for size, queue in queues.items()}), []
         while True:
-            room = self.batch_size - len(batch)
+            room = self.size - len(part)
             fitting = [size for size in queues if queues[size] and fillable(room - size, stock - Counter([size]))]
             if not fitting:
                 return
             size = min(fitting, key=lambda size: queues[size][0])
             stock[size] -= 1
-            batch += [(epoch, number) for number in self.groups[order[queues[size].popleft()]]]
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
+            part += [(epoch, number) for number in self.groups[order[queues[size].popleft()]]]
+            if len(part) == self.size:
+                yield part
+                part = []
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = 0
+        step, share = 0, self.parts // self.world
         for epoch in itertools.count():
-            for together in zip(*[self.epoch(epoch)] * self.world, strict=False):  # one batch for each process
+            for batch in zip(*[self.epoch(epoch)] * self.parts, strict=False):
                 if step >= self.first:
-                    yield together[self.rank]
+                    yield list(itertools.chain(*batch[self.rank * share : (self.rank + 1) * share]))
                 step += 1
 
 
-def training_batches(dataset: Pairs, batches: TwinBatches, workers: int, pin_memory: bool = False) -> Iterator[dict]:
-    """Endless training batches, in the same order and with the same masks for any number of workers."""
+def training_batches(
+    dataset: Pairs, batches: TwinBatches, workers: int, pin_memory: bool = False, length: int = 0
+) -> Iterator[dict]:
+    """Endless training batches, in the same order and with the same masks for any number of workers.
+
+    length: pad all texts to so many tokens, see Collate.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=Collate(dataset.tokenizer.pad_id),
+        collate_fn=Collate(dataset.tokenizer.pad_id, length),
         num_workers=workers,
         pin_memory=pin_memory,
     )

@@ -3,27 +3,34 @@
     python eval.py retrieval --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
     python eval.py foils     --checkpoint runs/demo/checkpoint.pt --data data/scenes/foils_test.jsonl
     python eval.py score     --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle"
+    python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
+    python eval.py pointing  --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
     python eval.py world     --checkpoint runs/demo/checkpoint.pt --data data/scenes       all of the built-in world
+    torchrun --nproc-per-node 8 eval.py retrieval ...              pictures, texts and queries shared by eight processes
 
 Retrieval is zero-shot: every picture against every caption, both ways, R@1/5/10. "contrast" ranks by the cosine of the
 two embeddings; "matching" lets the matching head order the k best of them anew. A hit is any right answer among the
-first; an equal score of a wrong answer counts as ahead. Results go to results.json beside the checkpoint.
+first; an equal score of a wrong answer counts as ahead. Explaining and pointing: see explain.py. Results go to
+results.json beside the checkpoint.
 """
 
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 import runtime
 from data import captions_of, load_image, pad, read_rows, to_tensor
-from mamo import MAMO, Config, VisionLanguageModel
+from explain import check_layer, choose_layer, draw_heat, middle_layer, pointing
+from mamo import MAMO, Config, VisionLanguageModel, world
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -53,12 +60,36 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
     return model.to(device).eval(), tokenizer, state
 
 
+# --------------------------------------------------------------------------------------------- shared by the processes
+
+
+def shard(count: int, rank: int | None = None) -> slice:
+    """The part of count rows that one process, by default this one, works on: contiguous, none twice, none left out."""
+    own, processes = world()
+    rank = own if rank is None else rank
+    return slice(count * rank // processes, count * (rank + 1) // processes)
+
+
+def gather_shards(mine: Tensor, count: int) -> Tensor:
+    """Rows of this process's shard -> all count rows, on every process. On the CPU, so over gloo."""
+    if world()[1] == 1:
+        return mine
+    whole = mine.new_empty(count, *mine.shape[1:])
+    whole[shard(count)] = mine
+    for rank in range(world()[1]):
+        rows = whole[shard(count, rank)]
+        if len(rows):
+            dist.broadcast(rows, src=rank)
+    return whole
+
+
 # ---------------------------------------------------------------------------------------------------------- retrieval
 
 
 @dataclass
 class Encoded:
-    """Each distinct picture and each distinct text of some rows, encoded once; kept on the CPU in half precision."""
+    """Each distinct picture and each distinct text of some rows, encoded once; on the CPU, features in half precision:
+    5,000 pictures of `base` take 2 GB, 25,000 captions 1.2 GB."""
 
     images: list[str]
     texts: list[str]
@@ -73,25 +104,34 @@ class Encoded:
 def encode(
     model: VisionLanguageModel, tokenizer: Tokenizer, images: list[str], texts: list[str], device, batch: int = 100
 ) -> Encoded:
-    """Encode distinct pictures (paths) and distinct texts."""
+    """Encode distinct pictures (paths) and distinct texts, each process its share."""
     model.eval()
-    config, keep = model.config, torch.float16 if device.type == "cuda" else torch.float32
-    image_parts, text_parts, image_embeds, text_embeds = [], [], [], []
-    for start in tqdm(range(0, len(images), batch), desc="pictures", leave=False, disable=len(images) < 2000):
-        chunk = [to_tensor(load_image(path), config.image_size) for path in images[start : start + batch]]
-        hidden = model.encode_image(torch.stack(chunk).to(device))
-        image_embeds.append(model.embed_image(hidden).cpu() if config.w_itc > 0 else None)
-        image_parts.append(hidden.to("cpu", keep))
+    config = model.config
     input_ids, attention_mask = pad([tokenizer.encode(text, config.max_tokens) for text in texts], tokenizer.pad_id)
-    for start in range(0, len(texts), batch):
-        rows = slice(start, start + batch)
-        hidden = model.encode_text(input_ids[rows].to(device), attention_mask[rows].to(device))
-        text_embeds.append(model.embed_text(hidden).cpu() if config.w_itc > 0 else None)
-        text_parts.append(hidden.to("cpu", keep))
-    image_embed, text_embed = (torch.cat(part) if config.w_itc > 0 else None for part in (image_embeds, text_embeds))
-    return Encoded(
-        images, texts, torch.cat(image_parts), torch.cat(text_parts), attention_mask, image_embed, text_embed
-    )
+
+    def encode_pictures(rows: slice) -> tuple[Tensor, Callable]:
+        pixels = torch.stack([to_tensor(load_image(path), config.image_size) for path in images[rows]])
+        return model.encode_image(pixels.to(device)), model.embed_image
+
+    def encode_texts(rows: slice) -> tuple[Tensor, Callable]:
+        return model.encode_text(input_ids[rows].to(device), attention_mask[rows].to(device)), model.embed_text
+
+    def encode_all(what: str, encode_some: Callable, count: int, length: int) -> tuple[Tensor, Tensor | None]:
+        """This process's share in chunks, then everybody's."""
+        mine = range(count)[shard(count)]
+        hidden = torch.empty(len(mine), length, config.width, dtype=torch.float16)
+        embed = torch.empty(len(mine), config.embed_dim)
+        for start in tqdm(range(0, len(mine), batch), desc=what, leave=False, disable=count < 2000):
+            rows = mine[start : start + batch]
+            some, embed_some = encode_some(slice(rows.start, rows.stop))
+            hidden[start : start + batch] = some.cpu()
+            if config.w_itc > 0:
+                embed[start : start + batch] = embed_some(some).cpu()
+        return gather_shards(hidden, count), gather_shards(embed, count) if config.w_itc > 0 else None
+
+    image, image_embed = encode_all("pictures", encode_pictures, len(images), 1 + config.patches)
+    text, text_embed = encode_all("texts", encode_texts, len(texts), input_ids.shape[1])
+    return Encoded(images, texts, image, text, attention_mask, image_embed, text_embed)
 
 
 @torch.inference_mode()
@@ -119,15 +159,14 @@ def recalls(rank: Tensor) -> dict[str, float]:
     return {f"R@{k}": 100 * (rank < k).float().mean().item() for k in (1, 5, 10)}
 
 
-def chance_recalls(right: Tensor) -> dict[str, float]:
-    """R@1/5/10 in percent of a ranking drawn at random: the first k of g places hold none of the r right answers with
-    probability C(g - r, k) / C(g, k)."""
-    gallery, counts = right.shape[1], right.sum(dim=1).tolist()
+def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
+    """R@1/5/10 in percent of a ranking drawn at random: the first k of g places hold none of a query's r right answers
+    with probability C(g - r, k) / C(g, k). counts: r of each query; gallery: g."""
     levels = {}
-    for k in (1, 5, 10):
-        missed = [math.comb(gallery - r, min(k, gallery)) / math.comb(gallery, min(k, gallery)) for r in counts]
-        levels[f"R@{k}"] = 100 * (1 - sum(missed) / len(missed))
-    return levels
+    for k in (min(k, gallery) for k in (1, 5, 10)):
+        missed = {r: math.comb(gallery - r, k) / math.comb(gallery, k) for r in set(counts)}
+        levels[k] = 100 * (1 - sum(missed[r] for r in counts) / len(counts))
+    return {f"R@{k}": levels[min(k, gallery)] for k in (1, 5, 10)}
 
 
 def retrieval(
@@ -148,38 +187,37 @@ def retrieval(
         raise ValueError(f"k is {k}: give the number of candidates that matching orders anew, 0 = contrast only")
     check_by(rows, by)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
-    right = torch.zeros(len(images), len(texts), dtype=torch.bool)
+    right_texts, right_images = [set() for _ in images], [set() for _ in texts]
     value_of_image, value_of_text = [""] * len(images), [""] * len(texts)
     for row in rows:
         for caption in captions_of(row):
             i, t = images[row["image"]], texts[caption]
-            right[i, t] = True
+            right_texts[i].add(t)
+            right_images[t].add(i)
             value_of_image[i] = value_of_text[t] = str(row.get(by, ""))
-    k = min(k, math.ceil(min(right.shape) / 10)) if model.config.w_itm > 0 else 0
-    result = {
-        "images": len(images),
-        "texts": len(texts),
-        "k": k,
-        "chance": {},
-        "contrast": {},
-        "matching": {},
-        "apart": {},
-    }
+    k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
+    result = {"images": len(images), "texts": len(texts), "k": k}
+    result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}}
     sides = {
-        "image_to_text": (encoded.image_embed, encoded.text_embed, right, value_of_image),
-        "text_to_image": (encoded.text_embed, encoded.image_embed, right.T, value_of_text),
+        "image_to_text": (encoded.image_embed, encoded.text_embed, right_texts, value_of_image),
+        "text_to_image": (encoded.text_embed, encoded.image_embed, right_images, value_of_text),
     }
-    for direction, (queries, gallery, truth, values) in sides.items():
+    for direction, (queries, gallery, answers, values) in sides.items():
         found = {"contrast": [], "matching": []}
-        for start in tqdm(range(0, len(queries), block), desc=direction, leave=False, disable=len(queries) < 2000):
-            scores = queries[start : start + block] @ gallery.T
-            found["contrast"].append(ranks(scores, truth[start : start + block]))
+        mine = range(len(queries))[shard(len(queries))]
+        for start in tqdm(mine[::block], desc=direction, leave=False, disable=len(queries) < 2000):
+            asked = range(start, min(start + block, mine.stop))
+            truth = torch.zeros(len(asked), len(gallery), dtype=torch.bool)
+            for place, query in enumerate(asked):
+                truth[place, list(answers[query])] = True
+            scores = queries[asked.start : asked.stop] @ gallery.T
+            found["contrast"].append(ranks(scores, truth))
             if k:
-                scores = rerank(model, encoded, scores, start, direction, k, device)
-                found["matching"].append(ranks(scores, truth[start : start + block]))
-        result["chance"][direction] = chance_recalls(truth)
-        for way in [way for way in found if found[way]]:
-            rank = torch.cat(found[way])
+                found["matching"].append(ranks(rerank(model, encoded, scores, start, direction, k, device), truth))
+        result["chance"][direction] = chance_recalls([len(answer) for answer in answers], len(gallery))
+        for way in ("contrast", "matching") if k else ("contrast",):
+            nothing = torch.empty(0, dtype=torch.long)  # for a process with fewer queries than there are processes
+            rank = gather_shards(torch.cat([nothing, *found[way]]), len(queries))
             result[way][direction] = recalls(rank)
             for value in sorted(set(values)) if by else ():
                 those = torch.tensor([v == value for v in values])
@@ -289,6 +327,16 @@ def foil_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
+def pointing_table(name: str, result: dict) -> str:
+    """Hits in percent beside chance and ceiling, by the chosen fusion block and by each."""
+    layers = ", ".join(f"block {layer}: {hits:.1f}" for layer, hits in enumerate(result["layers"]))
+    return (
+        f"{name}: {result['n']} phrases; centre of the hottest patch in the right box, in %\n"
+        f"  by block {result['layer']} {result['hits']:.1f}, chance {result['chance']:.1f}, "
+        f"ceiling of the grid {result['ceiling']:.1f} ({layers})"
+    )
+
+
 def draw_ranked(
     model, tokenizer: Tokenizer, rows: list[dict], device, path: Path, pictures: int = 8, best: int = 5
 ) -> None:
@@ -297,6 +345,8 @@ def draw_ranked(
     A right caption is marked with +, a wrong one with -, so that the sheet does not rest on colour alone.
     """
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
+    if world()[0] > 0:
+        return  # one process draws
     scores = encoded.image_embed @ encoded.text_embed.T
     if model.config.w_itm > 0:
         scores = rerank(model, encoded, scores, 0, "image_to_text", min(20, len(texts)), device)
@@ -318,6 +368,8 @@ def draw_ranked(
 def keep_result(checkpoint: Path, name: str, result: dict) -> Path:
     """Put a result under its name into results.json beside the checkpoint; earlier results of other names stay."""
     path = checkpoint.parent / "results.json"
+    if world()[0] > 0:
+        return path  # one process writes
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     runtime.write_json(path, known | {name: result})
     return path
@@ -326,39 +378,66 @@ def keep_result(checkpoint: Path, name: str, result: dict) -> Path:
 def main() -> None:
     """Command line: load a checkpoint, run one command, keep its result."""
     parser = runtime.Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("retrieval", "foils", "score", "world"))
+    parser.add_argument("command", choices=("retrieval", "foils", "score", "explain", "pointing", "world"))
     parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint.pt of a run")
     parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that scenes.py wrote")
     parser.add_argument("--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only")
     parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
-    parser.add_argument("--image", help="picture for `score`")
-    parser.add_argument("--text", help="text for `score`")
+    parser.add_argument("--image", help="picture for `score` and `explain`")
+    parser.add_argument("--text", help="text for `score` and `explain`")
+    parser.add_argument("--phrase", help="part of the text that `explain` looks for; without: the whole text")
+    parser.add_argument("--layer", type=int, help="fusion block for `explain` and `pointing`, from 0, or -1 = the last")
+    parser.add_argument("--choose", nargs="+", help="JSONL files on which `pointing` chooses the layer, such as val")
+    parser.add_argument("--out", type=Path, default=Path("heat.png"), help="picture that `explain` writes")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     options = parser.parse_args()
-    device = runtime.pick_device(options.device)
-    model, tokenizer, _ = load_model(options.checkpoint, device)
-    if options.command == "score":
-        print_score(model, tokenizer, options, device)
-        return
-    if not options.data:
-        raise ValueError(f"{options.command} needs --data: give JSONL files, or for `world` the folder of the world")
-    if options.command == "world":
-        evaluate_world(model, tokenizer, options, device)
-        return
-    if options.command == "retrieval":
-        result = retrieval(model, tokenizer, read_rows(options.data, "pairs"), device, options.k, options.by)
-        print(retrieval_table(" ".join(options.data), result))
+    with runtime.processes(options.device) as device:
+        model, tokenizer, _ = load_model(options.checkpoint, device)
+        if options.command in ("score", "explain"):
+            if not options.image or not options.text:
+                raise ValueError(f'{options.command} needs a picture and a text: --image photo.jpg --text "a circle"')
+            {"score": print_score, "explain": explain}[options.command](model, tokenizer, options, device)
+            return
+        if not options.data:
+            raise ValueError(f"{options.command} needs --data: give JSONL files, or for `world` the world's folder")
+        if options.command == "world":
+            evaluate_world(model, tokenizer, options, device)
+            return
+        name = " ".join(options.data)
+        if options.command == "retrieval":
+            result = retrieval(model, tokenizer, read_rows(options.data, "pairs"), device, options.k, options.by)
+            print(retrieval_table(name, result))
+        elif options.command == "foils":
+            result = foils(model, tokenizer, read_rows(options.data, "foils"), device, options.by)
+            print(foil_table(name, result))
+        else:
+            result = point(model, tokenizer, options, device)
+            print(pointing_table(name, result))
+        print(f"kept in {keep_result(options.checkpoint, ' '.join([options.command, name]), result)}")
+
+
+def point(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
+    """The pointing game by the fusion block that was given, or chosen on --choose, or the middle one."""
+    if options.layer is not None:
+        layer = check_layer(model, options.layer)
+    elif options.choose:
+        layer = choose_layer(model, tokenizer, read_rows(options.choose, "grounding"), device)
     else:
-        result = foils(model, tokenizer, read_rows(options.data, "foils"), device, options.by)
-        print(foil_table(" ".join(options.data), result))
-    name = " ".join([options.command, *(str(path) for path in options.data)])
-    print(f"kept in {keep_result(options.checkpoint, name, result)}")
+        layer = middle_layer(model)
+    return pointing(model, tokenizer, read_rows(options.data, "grounding"), device, layer)
+
+
+def explain(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
+    """Lay the heat map of a phrase over a picture."""
+    layer = middle_layer(model) if options.layer is None else check_layer(model, options.layer)
+    sheet = draw_heat(model, tokenizer, options.image, options.text, options.phrase or options.text, layer, device)
+    runtime.write_beside(options.out, lambda temporary: sheet.save(temporary, format="PNG"))
+    print_score(model, tokenizer, options, device)
+    print(f"fusion block {layer} of 0 to {model.config.fusion_depth - 1}; the map is in {options.out}")
 
 
 def print_score(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
     """Cosine and probability of matching of one picture and one text."""
-    if not options.image or not options.text:
-        raise ValueError('score needs a picture and a text: --image photo.jpg --text "a red circle"')
     input_ids, attention_mask = pad([tokenizer.encode(options.text, model.config.max_tokens)], tokenizer.pad_id)
     image = to_tensor(load_image(options.image), model.config.image_size)[None]
     scores = model.score(image.to(device), input_ids.to(device), attention_mask.to(device))
@@ -370,6 +449,9 @@ def print_score(model, tokenizer: Tokenizer, options: argparse.Namespace, device
 def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
     """Everything that the built-in world asks, each split apart, in one table, one results.json and one picture."""
     folder, out = Path(options.data[0]), options.checkpoint.parent
+    matches = model.config.w_itm > 0
+    if matches:  # the layer is chosen on val, and test is only looked at
+        layer = choose_layer(model, tokenizer, read_rows([folder / "grounding_val.jsonl"], "grounding"), device)
     for split in ("test", "novel"):
         rows = read_rows([folder / f"pairs_{split}.jsonl"], "pairs")
         by = "heldout" if split == "test" else ""
@@ -381,6 +463,11 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         result = foils(model, tokenizer, read_rows([folder / f"foils_{split}.jsonl"], "foils"), device, by)
         print(foil_table(f"foils, {split}", result))
         path = keep_result(options.checkpoint, f"foils_{split}", result)
+        if matches:
+            rows = read_rows([folder / f"grounding_{split}.jsonl"], "grounding")
+            result = pointing(model, tokenizer, rows, device, layer)
+            print(pointing_table(f"pointing, {split}", result))
+            keep_result(options.checkpoint, f"pointing_{split}", result)
     print(f"kept in {path}; some pictures with their best captions: {out / 'ranked.png'}")
 
 

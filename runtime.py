@@ -1,9 +1,12 @@
-"""What every command needs around the method: options, device, run folder, checkpoints, log, interrupts."""
+"""What every command needs around the method: options, processes, device, precision, checkpoints, log, interrupts."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -13,10 +16,13 @@ import signal
 import sys
 import types
 import typing
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------ options
 
@@ -92,7 +98,45 @@ def guarded(main) -> None:
         fail("interrupted")
 
 
-# ------------------------------------------------------------------------------------------------- device, randomness
+# -------------------------------------------------------------------------------------- processes, device, precision
+
+
+@contextlib.contextmanager
+def processes(device_name: str):
+    """Around a whole command: join the other processes if torchrun started this one, and say which device is ours.
+
+    Yields the device. Only the first process speaks: the others print nothing and draw no bars, but every process
+    reports its own error. When one ends early, the next exchange with it fails in all others, and each ends with a
+    sentence; torchrun then ends what is left.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield pick_device(device_name)
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    # Both kinds of tensor can be exchanged: gradients on the GPU, counts and evaluation on the CPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than torch 2.6
+    with contextlib.ExitStack() as stack:
+        if rank > 0:
+            tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            yield device
+        except (ValueError, OSError) as error:
+            raise ValueError(f"process {rank} of {os.environ['WORLD_SIZE']}: {error}") from error
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise ValueError(
+                f"process {rank} of {os.environ['WORLD_SIZE']} stops at once, because another process of this run "
+                "ended: see its error; the last checkpoint is whole, go on from it with --resume"
+            ) from error
+    dist.destroy_process_group()
 
 
 def pick_device(name: str) -> torch.device:
@@ -105,6 +149,39 @@ def pick_device(name: str) -> torch.device:
             f"device {name} is not available here: use auto, or one of {[k for k, v in available.items() if v]}"
         )
     return torch.device(name)
+
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """auto = bf16 on a GPU that computes in it, else fp32 -> the precision, and why it was chosen."""
+    if name == "auto":
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU has it"
+        return "fp32", "the GPU has no bf16" if device.type == "cuda" else f"on {device.type} it is the safe choice"
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
+    slow = name != "fp32" and device.type == "cpu"
+    return name, "as asked" + ("; on a CPU it can be hundreds of times slower than fp32" if slow else "")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says so. All processes must ask at the same point."""
+    if not dist.is_initialized():
+        return flag
+    said = torch.tensor(float(flag))
+    dist.all_reduce(said)
+    return bool(said)
+
+
+def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
+    """Each value's mean over all processes, which hold the same names."""
+    if not dist.is_initialized():
+        return values
+    mean = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(mean)
+    return dict(zip(values, (mean / dist.get_world_size()).tolist(), strict=True))
 
 
 def seed_everything(*key: int) -> None:

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-VERSION = 1  # counts up when the same arguments begin to give other files, so that an old world is not kept by mistake
+VERSION = 2  # counts up when the same arguments begin to give other files, so that an old world is not kept by mistake
 
 COLOURS = {  # far from each other and from light paper
     "red": (220, 40, 40),
@@ -535,7 +535,7 @@ def gallery(split: str, size: int, world: World, rng: random.Random) -> list[Sam
             style = rng.randrange(world.level.styles)
             texts = {kind: words(foil, style) for kind, foil in foils.items()}
             heldout = key(meaning) in world.heldout
-            samples.append(Sample(("pairs", "foils"), scene, words(meaning, style), heldout, foils=texts))
+            samples.append(Sample(("pairs", "foils", "grounding"), scene, words(meaning, style), heldout, foils=texts))
         if len(samples) < wanted:
             raise ValueError(
                 f"{split} needs {share} {pool} captions of different meaning, the world has only "
@@ -621,18 +621,34 @@ def scene_row(scene: Scene) -> dict:
     return row
 
 
-def pair_row(sample: Sample) -> dict:
+def pair_rows(sample: Sample, world: World) -> list[dict]:
     """A row for pre-training and retrieval."""
     twin = {} if sample.twin is None else {"twin": sample.twin}
-    return {"caption": sample.caption, **twin}
+    return [{"caption": sample.caption, **twin}]
 
 
-def foil_row(sample: Sample) -> dict:
+def foil_rows(sample: Sample, world: World) -> list[dict]:
     """A row for choosing the caption over wrong ones."""
-    return {"caption": sample.caption, "foils": sample.foils}
+    return [{"caption": sample.caption, "foils": sample.foils}]
 
 
-ROWS = {"pairs": pair_row, "foils": foil_row}  # task: what its rows hold beside image, heldout and scene
+def grounding_rows(sample: Sample, world: World) -> list[dict]:
+    """A row for each object that colour and shape name alone, "a red circle": its box, and all boxes as proposals.
+
+    Of a picture that shows novel combinations, only those are asked for.
+    """
+    things, rows = sample.scene.objects, []
+    novel = [thing for thing in things if (thing.colour, thing.shape) in world.novel]
+    for thing in novel or things:
+        what = Description(thing.colour, thing.shape)
+        if len(found(what, sample.scene)) == 1:
+            row = {"text": words(Exists(what)), "boxes": [thing.box], "proposals": [other.box for other in things]}
+            rows.append(row)
+    return rows
+
+
+# task: what the rows of a sample hold beside image, heldout and scene
+ROWS = {"pairs": pair_rows, "foils": foil_rows, "grounding": grounding_rows}
 
 
 def describe(world: World, sizes: dict[str, int]) -> dict:
@@ -657,8 +673,9 @@ def write_split(split: str, size: int, world: World, folder: Path, bar: tqdm) ->
         image = f"images/{split}/{number:06d}.png"
         Image.fromarray(render(sample.scene, world.level.picture)).save(folder / image, compress_level=1)
         for task in sample.tasks:
-            row = {"image": image, **ROWS[task](sample), "heldout": sample.heldout, "scene": scene_row(sample.scene)}
-            lines.setdefault(task, []).append(json.dumps(row))
+            about = {"heldout": sample.heldout, "scene": scene_row(sample.scene)}
+            rows = [{"image": image, **row, **about} for row in ROWS[task](sample, world)]
+            lines.setdefault(task, []).extend(map(json.dumps, rows))
         bar.update()
     for task, rows in lines.items():
         (folder / f"{task}_{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")

@@ -1,29 +1,38 @@
-"""Pre-train: one command, one process.
+"""Pre-train: one command, on one process or many.
 
     python train.py                                             the demo: the built-in world, preset nano
     python train.py --data my/pairs.jsonl --val my/val.jsonl --preset small --epochs 40 --augment photo --out runs/mine
     python train.py --w-mrm 0                                   an ablation: a loss of weight 0 costs nothing
     python train.py --objective control                         ITC + ITM + MLM, no teacher
     python train.py --out runs/mine --resume                    go on after Ctrl-C or a crash
+    torchrun --nproc-per-node 8 train.py --preset base ...      the same run on eight GPUs
 
 A run folder holds config.json, log.csv and checkpoint.pt. The loop below is in the order of events: learning rate,
 forward, finite check, backward, clip, step, teacher, log, evaluate, save.
+
+On several processes (torchrun, one node or many) the batch is shared, so the run is the same run: the same batches,
+masks and steps, the contrast over the whole batch, means over all its positions. Only ITM differs: a process draws
+negatives from its own pairs. A run may be taken up again by another number of processes.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import runtime
 from data import Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
 from eval import OBJECTIVES, build_model, retrieval
-from mamo import PRESETS, Config, ema_for
+from mamo import PRESETS, Block, Config, ema_for, world
 from tokenizer import Tokenizer
 
 
@@ -39,7 +48,8 @@ class TrainConfig:
     vocab: str = ""  # vocab.txt to use; without: built from the captions
     steps: int = 2750  # optimiser steps
     epochs: float = 0.0  # passes over the data; when given, steps follow from it
-    batch_size: int = 64  # pairs per forward pass
+    batch_size: int = 64  # pairs per forward pass, of all processes together
+    parts: int = 0  # equal parts a batch is filled in, twins whole, for processes to share; 0 = 8, fewer if it is small
     accumulate: int = 1  # forward passes per optimiser step; does not add negatives to the contrast
     lr: float = 2e-3  # peak learning rate
     lr_end: float = 0.01  # learning rate of the last step as a share of the peak
@@ -51,6 +61,9 @@ class TrainConfig:
     seed: int = 0  # decides initial weights, order, masks and negatives
     workers: int = 0  # processes that load data beside the training process
     device: str = "auto"  # auto, cuda, mps or cpu
+    precision: str = "auto"  # auto = bf16 on a GPU that has it, else fp32; or fp32, bf16, fp16
+    compile: bool = False  # compile the step with torch.compile; every batch is then padded to max_tokens
+    grad_checkpointing: bool = False  # keep only what enters each block and compute the rest again: less memory, slower
     log_every: int = 50  # steps between rows of log.csv
     eval_every: int = 500  # steps between evaluations on val
     save_every: int = 500  # steps between checkpoints
@@ -64,6 +77,7 @@ class TrainConfig:
             "preset": PRESETS,
             "augment": ("none", "photo"),
             "check": ("header", "full"),
+            "precision": ("auto", *runtime.PRECISIONS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -77,8 +91,16 @@ class TrainConfig:
             raise ValueError(f"batch_size is {self.batch_size}: contrast and matching need at least 2 pairs")
 
 
-# Options that may change when a run goes on, because they do not change what it computes.
+# Options that may change when a run goes on, because they do not change what it computes, up to rounding.
 FREE_ON_RESUME = {"out", "workers", "device", "log_every", "eval_every", "save_every", "resume", "check"}
+FREE_ON_RESUME |= {"precision", "compile", "grad_checkpointing"}
+
+
+def parts_for(batch_size: int, processes: int) -> int:
+    """In how many parts to fill a batch: 8, or 4, 2, 1 where a part would be odd or smaller than 8 pairs; more
+    processes than that, or another number, make it their own."""
+    parts = next(p for p in (8, 4, 2, 1) if p == 1 or (batch_size % (2 * p) == 0 and batch_size // p >= 8))
+    return parts if parts % processes == 0 else processes
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -104,31 +126,60 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
     )
 
 
+def recompute_blocks(model: torch.nn.Module) -> None:
+    """Gradient checkpointing: each of the student's blocks keeps its input only and runs again in the backward pass."""
+    for block in model.student.modules():
+        if isinstance(block, Block):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 class Run:
     """One training run: what is made before the first step, and the loop."""
 
-    def __init__(self, config: TrainConfig, sizes: dict):
-        """config: the run's options; sizes: fields of mamo.Config that override the preset's."""
-        self.config, self.out, self.device = config, Path(config.out), runtime.pick_device(config.device)
+    def __init__(self, config: TrainConfig, sizes: dict, device: torch.device | None = None):
+        """config: the run's options; sizes: fields of mamo.Config that override the preset's; device: this process's"""
+        self.config, self.out, self.device = config, Path(config.out), device or runtime.pick_device(config.device)
+        self.rank, self.world = world()
         path = self.out / "checkpoint.pt"
         if path.is_file() and not config.resume:
             raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
         state = runtime.load_checkpoint(path) if path.is_file() else None
         self.rows, self.val_rows = read_rows(config.data, "pairs", config.check, config.skip_bad), self.read_val()
-        self.order = TwinBatches(self.rows, config.batch_size, config.seed)
+        config.parts = config.parts or parts_for(config.batch_size, self.world)
+        self.order = TwinBatches(
+            self.rows, config.batch_size, config.seed, rank=self.rank, world=self.world, parts=config.parts
+        )
         self.tokenizer = Tokenizer(state["vocab"] if state else self.vocabulary())
         runtime.seed_everything(config.seed)
         shape = state["config"] if state else self.new_shape(sizes)
         self.model = build_model(config.objective, shape).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
+        self.precision, self.why = runtime.pick_precision(config.precision, self.device)
+        # fp16 has no room for small gradients: the loss is scaled up for the backward pass, and they down again after.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step, self.meter = 0, {}
         if state:
             runtime.load_weights(self.model, state["model"], path)
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler.is_enabled() and state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
             self.step, self.meter = state["step"], state["meter"]
-        self.log = runtime.CsvLog(self.out / "log.csv", self.step)
-        runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
+        self.shared = self.prepare_step()
+        if self.rank == 0:
+            self.log = runtime.CsvLog(self.out / "log.csv", self.step)
+            runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
         self.announce()
+
+    def prepare_step(self) -> torch.nn.Module:
+        """The model as a step calls it: with checkpointed blocks, compiled, its gradients averaged over processes."""
+        if self.config.grad_checkpointing:
+            recompute_blocks(self.model)
+        if self.config.compile:
+            self.model.compile(dynamic=False)
+        if self.world == 1:
+            return self.model
+        # Queue and teacher are equal everywhere because what feeds them is: there is nothing to broadcast.
+        return DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def read_val(self) -> list[dict]:
         """Rows to evaluate on, at most 1,000: --val, or pairs_val.jsonl beside the training data, or none."""
@@ -163,8 +214,10 @@ class Run:
             f"{config.objective} {config.preset}: {millions:.2f} M parameters on {self.device}, {len(self.rows)} rows"
         )
         print(
-            f"{config.steps} steps of {config.batch_size} x {config.accumulate} pairs, teacher {model.config.ema:.4f}"
+            f"{config.steps} steps of {config.batch_size} x {config.accumulate} pairs on {self.world} processes, ",
+            end="",
         )
+        print(f"teacher {model.config.ema:.4f}, precision {self.precision}: {self.why}")
         if self.order.never:
             print(f"{self.order.never} rows are left out: no batch of {config.batch_size} has room for their twins")
         cut = count_truncated(self.rows, self.tokenizer, model.config.max_tokens)
@@ -180,7 +233,8 @@ class Run:
             self.rows, self.tokenizer, shape.image_size, shape.patches, shape.max_tokens, config.augment, config.seed
         )
         self.order.first = self.step * config.accumulate
-        return training_batches(dataset, self.order, config.workers, pin_memory=self.device.type == "cuda")
+        length = shape.max_tokens if config.compile else 0  # one shape for all batches: compiled once
+        return training_batches(dataset, self.order, config.workers, self.device.type == "cuda", length)
 
     def train(self, stop_at: int | None = None) -> None:
         """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
@@ -190,7 +244,8 @@ class Run:
         bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
         with runtime.Interrupt() as interrupt, bar as progress:
             since = (time.perf_counter(), self.step)
-            while self.step < stop_at and not interrupt.asked:
+            stopped = False
+            while self.step < stop_at and not stopped:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.step, config)
                 total = self.one_step(batches)
@@ -203,13 +258,13 @@ class Run:
                 if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
                     row |= self.evaluate(progress)
                 if row:
-                    self.log.write({"step": self.step} | row)
+                    if self.rank == 0:
+                        self.log.write({"step": self.step} | row)
                     since = (time.perf_counter(), self.step)
-                if self.step % config.save_every == 0 or self.step == stop_at:
+                stopped = runtime.any_process(interrupt.asked)
+                if self.step % config.save_every == 0 or self.step == stop_at or stopped:
                     self.save()
-            if interrupt.asked:
-                self.save()
-        if interrupt.asked:
+        if stopped:
             print(f"stopped at step {self.step} and saved; go on with: python train.py --out {self.out} --resume")
 
     def one_step(self, batches) -> float:
@@ -219,43 +274,70 @@ class Run:
         summed = 0.0
         for part in range(config.accumulate):
             batch = {name: value.to(self.device, non_blocking=True) for name, value in next(batches).items()}
-            runtime.seed_everything(config.seed, self.step, part)
-            batch["negative_noise"] = torch.rand(2, config.batch_size, config.batch_size).to(self.device)
-            losses = model(batch)
-            total = sum(weights[name] * loss for name, loss in losses.items() if name in weights)
-            if not torch.isfinite(total):
-                bad = ", ".join(name for name, loss in losses.items() if name in weights and not torch.isfinite(loss))
-                raise ValueError(
-                    f"the loss {bad} is not finite at step {self.step + 1}; the step was not made and the last "
-                    "checkpoint is whole: try a lower --lr or a longer --warmup"
-                )
-            (total / config.accumulate).backward()
+            batch["negative_noise"] = self.negative_noise(part, len(batch["images"]))
+            # Gradients are exchanged once per optimiser step, in the backward pass of its last part.
+            waits = self.world > 1 and part < config.accumulate - 1
+            with self.shared.no_sync() if waits else contextlib.nullcontext():
+                losses = self.forward(batch)
+                total = sum(weights[name] * loss for name, loss in losses.items() if name in weights)
+                if not torch.isfinite(total):
+                    bad = [name for name, loss in losses.items() if name in weights and not torch.isfinite(loss)]
+                    raise ValueError(f"the loss {', '.join(bad)} is {self.not_made()}")
+                self.scaler.scale(total / config.accumulate).backward()
             summed += total.item() / config.accumulate
             for name, loss in losses.items():
                 self.count(name, loss.detach() / config.accumulate)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"the gradient is not finite at step {self.step + 1}; the step was not made and the last checkpoint is "
-                "whole: try a lower --lr or a longer --warmup"
-            )
-        self.count("grad_norm", norm)
-        self.optimizer.step()
+        finite = bool(torch.isfinite(norm))
+        # In fp16 a gradient that is not finite is expected now and then: the step is skipped and the scale halved.
+        if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
+            raise ValueError(f"the gradient is {self.not_made()}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        model.after_step()
+        if finite:  # a skipped step moved nobody, so the teacher has nothing to follow
+            self.count("grad_norm", norm)
+            model.after_step()
         self.step += 1
         self.count("steps", 1)
         return summed
+
+    def negative_noise(self, part: int, rows: int) -> torch.Tensor:
+        """Noise (2, rows, rows) for ITM's draws among this process's rows, from (seed, step, part, rank).
+
+        The generators are left seeded by that key, so that dropout follows from it too.
+        """
+        runtime.seed_everything(self.config.seed, self.step, part, self.rank)
+        return torch.rand(2, rows, rows).to(self.device)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The losses, in lower precision where that is asked for; mamo.py marks what stays in fp32."""
+        dtype = runtime.PRECISIONS[self.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.shared(batch)
+
+    def not_made(self) -> str:
+        """The end of the sentence for a number that is not finite."""
+        return (
+            f"not finite at step {self.step + 1}; the step was not made and the last checkpoint is whole: "
+            "try a lower --lr or a longer --warmup"
+        )
 
     def count(self, name: str, value: torch.Tensor | int) -> None:
         """Add to a sum since the last row of the log; tensors stay on the device, so that a GPU need not wait."""
         self.meter[name] = self.meter.get(name, 0) + value
 
+    def share_meter(self) -> None:
+        """From the sums of this process to the mean over processes, as plain numbers."""
+        self.meter = runtime.mean_over_processes({name: float(value) for name, value in self.meter.items()})
+
     def means(self, rate: float) -> dict:
         """The log's row: means since the last one, so that a curve is smooth."""
+        self.share_meter()
         steps = self.meter.pop("steps")
         row = {"lr": learning_rate(self.step - 1, self.config)}
-        row |= {name: float(value) / steps for name, value in self.meter.items()}
+        row |= {name: value / steps for name, value in self.meter.items()}
         self.meter = {}
         if self.model.log_temperature is not None:
             row["temperature"] = self.model.temperature.item()
@@ -271,7 +353,10 @@ class Run:
         return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
 
     def save(self) -> None:
-        """Everything that the next step depends on, as plain tensors and plain values."""
+        """Everything that the next step depends on, as plain tensors and plain values; the first process writes it."""
+        self.share_meter()
+        if self.rank > 0:
+            return
         state = {
             "objective": self.config.objective,
             "config": dataclasses.asdict(self.model.config),
@@ -279,8 +364,9 @@ class Run:
             "vocab": self.tokenizer.vocab,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "meter": {name: float(value) for name, value in self.meter.items()},
+            "meter": self.meter,
         }
         runtime.save_checkpoint(self.out / "checkpoint.pt", state)
 
@@ -302,7 +388,8 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     checkpoint = Path(options.get("out", TrainConfig.out)) / "checkpoint.pt"
     if options.get("resume") and checkpoint.is_file():
         saved = runtime.load_checkpoint(checkpoint)
-        before = saved["train"] | saved["config"]
+        # The defaults come first, for options that are younger than the checkpoint.
+        before = dataclasses.asdict(TrainConfig()) | vars(Config()) | saved["train"] | saved["config"]
         changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]
         if changed:
             was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
@@ -315,10 +402,12 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
 
 def main() -> None:
     """Command line: make the run, or take it up again, and train."""
-    run = Run(*parse())
-    if run.step >= run.config.steps:
-        print(f"{run.out} is already trained to its last step, {run.config.steps}")
-    run.train()
+    config, sizes = parse()
+    with runtime.processes(config.device) as device:
+        run = Run(config, sizes, device)
+        if run.step >= run.config.steps:
+            print(f"{run.out} is already trained to its last step, {run.config.steps}")
+        run.train()
 
 
 if __name__ == "__main__":

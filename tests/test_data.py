@@ -547,34 +547,45 @@ def test_batches_from_a_given_one_on_continue_the_sequence(first):
     assert epochs == sorted(epochs) and straight[0][0][0] == 0
 
 
-def test_two_processes_share_the_batches_of_one():
-    """Together they see what one process sees, each batch once, and a group stays on one process."""
-    rows = MIXES["mixed"]
-    alone = TwinBatches(rows, 8, seed=1)
-    steps = [len(list(alone.epoch(epoch))) // 2 for epoch in range(2)]
-    ranks = [list(islice(TwinBatches(rows, 8, seed=1, rank=rank, world=2), sum(steps))) for rank in (0, 1)]
-    for epoch, start in ((0, 0), (1, steps[0])):
-        whole = list(alone.epoch(epoch))
-        for step in range(steps[epoch]):
-            assert [ranks[0][start + step], ranks[1][start + step]] == whole[2 * step : 2 * step + 2]
-    assert TwinBatches(rows, 8, seed=1, world=2).batches_per_epoch == steps[0]
-    later = [list(islice(TwinBatches(rows, 8, seed=1, first=3, rank=rank, world=2), 4)) for rank in (0, 1)]
-    assert later == [part[3:7] for part in ranks]
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_batches_of_one(world):
+    """Put together in order they see exactly the batches of one process, over epochs, and a group stays on one."""
+    rows = groups_of(*[1, 2, 3, 4] * 30)
+    alone = list(islice(TwinBatches(rows, 32, seed=1, parts=4), 20))
+    assert alone[-1][0][0] >= 2, "the test is to see several epochs"
+    shares = [TwinBatches(rows, 32, seed=1, rank=rank, world=world, parts=4) for rank in range(world)]
+    assert {share.batches_per_epoch for share in shares} == {TwinBatches(rows, 32, seed=1, parts=4).batches_per_epoch}
+    seen = [list(islice(share, 20)) for share in shares]
+    for step, batch in enumerate(alone):
+        assert [key for share in seen for key in share[step]] == batch
+        for share in seen:
+            numbers = {number for _, number in share[step]}
+            assert len(numbers) == 32 // world
+            twins = {
+                i
+                for i, row in enumerate(rows)
+                if "twin" in row and row["twin"] in {rows[n].get("twin") for n in numbers}
+            }
+            assert twins <= numbers
+    later = [TwinBatches(rows, 32, seed=1, first=5, rank=rank, world=world, parts=4) for rank in range(world)]
+    assert [list(islice(share, 4)) for share in later] == [share[5:9] for share in seen]
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch_size", "world", "says"),
+    ("rows", "batch_size", "parts", "says"),
     [
-        (groups_of(*[2] * 8), 7, 1, r"batch of 7 cannot be filled with twin groups of \[2\]"),
-        (groups_of(*[3, 4] * 8), 5, 1, r"batch of 5 cannot be filled with twin groups of \[3, 4\]"),
+        (groups_of(*[2] * 8), 7, 1, r"batch of 7 in 1 parts cannot be filled with twin groups of \[2\]"),
+        (groups_of(*[2] * 8), 6, 2, r"batch of 6 in 2 parts cannot be filled with twin groups of \[2\]"),
+        (groups_of(*[3, 4] * 8), 5, 1, r"batch of 5 in 1 parts cannot be filled with twin groups of \[3, 4\]"),
         (groups_of(*[1] * 10), 11, 1, "batch of 11 pairs is larger than the 10 rows.*--batch-size 10 or less"),
-        (groups_of(*[1] * 10), 6, 2, "batch of 12 pairs is larger than the 10 rows.*--batch-size 5 or less"),
+        (groups_of(*[1] * 10), 12, 4, "batch of 12 pairs is larger than the 10 rows.*--batch-size 8 or less"),
+        (groups_of(*[1] * 10), 6, 4, "batch of 6 pairs in 4 parts cannot be shared by 1 processes"),
     ],
 )
-def test_a_batch_that_cannot_be_filled_is_one_sentence(rows, batch_size, world, says):
+def test_a_batch_that_cannot_be_filled_is_one_sentence(rows, batch_size, parts, says):
     """The user learns before the first step, and learns what to change."""
     with pytest.raises(ValueError, match=says) as error:
-        TwinBatches(rows, batch_size, world=world)
+        TwinBatches(rows, batch_size, parts=parts)
     assert "\n" not in str(error.value)
 
 

@@ -135,11 +135,11 @@ def test_chance_is_what_random_rankings_come_to():
         right[query, :count] = True
     draw = torch.Generator().manual_seed(0)
     found = torch.cat([ranks(torch.rand(6, 14, generator=draw), right) for _ in range(4000)])
-    chance = chance_recalls(right)
+    chance = chance_recalls(right.sum(dim=1).tolist(), 14)
     for name, simulated in recalls(found).items():
         assert chance[name] == pytest.approx(simulated, abs=1.0)
-    assert chance_recalls(torch.eye(20, dtype=torch.bool)) == pytest.approx({"R@1": 5.0, "R@5": 25.0, "R@10": 50.0})
-    assert chance_recalls(torch.eye(3, dtype=torch.bool)) == pytest.approx({"R@1": 100 / 3, "R@5": 100, "R@10": 100})
+    assert chance_recalls([1] * 20, 20) == pytest.approx({"R@1": 5.0, "R@5": 25.0, "R@10": 50.0})
+    assert chance_recalls([1] * 3, 3) == pytest.approx({"R@1": 100 / 3, "R@5": 100, "R@10": 100})
 
 
 # ---------------------------------------------------------------------------------------------------------- retrieval
@@ -436,7 +436,8 @@ def test_everything_of_the_built_in_world_in_one_command(tmp_path, command):
     )
     assert code == 0, errors
     kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
-    assert kept.keys() == {"pairs_test", "foils_test", "pairs_novel", "foils_novel"}
+    assert kept.keys() == {f"{task}_{split}" for task in ("pairs", "foils", "pointing") for split in ("test", "novel")}
+    assert kept["pointing_test"]["layer"] == kept["pointing_novel"]["layer"] in (0, 1)
     assert "retrieval, test" in said and "foils, novel" in said
     assert any("heldout" in name for name in kept["pairs_test"]["apart"])
     assert Image.open(tmp_path / "run" / "ranked.png").format == "PNG"
@@ -556,7 +557,7 @@ def test_what_a_command_lacks_is_told(checkpoint, gallery, foil_file, tmp_path, 
         (("score", "--image", tmp_path / "none.png", "--text", "a"), "none.png"),
         (("foils", "--data", gallery), "found the keys"),
         (("retrieval", "--data", tmp_path / "none.jsonl"), "none.jsonl is not a file"),
-        (("world", "--data", tmp_path), "pairs_test.jsonl is not a file"),
+        (("world", "--data", tmp_path), "grounding_val.jsonl is not a file"),
         (("retrieval", "--data", gallery, "--device", "abacus"), "device abacus"),
         (("retrieval", "--data", gallery, "--k", "-2"), "k is -2"),
         (("retrieval", "--data", gallery, "--by", "heldaut"), "heldaut"),

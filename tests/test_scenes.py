@@ -65,6 +65,11 @@ def all_rows(folder: Path) -> list[tuple[str, str, dict]]:
     return [(task, split, row) for task, split in names for row in read(folder, task, split)]
 
 
+def told_rows(folder: Path) -> list[tuple[str, str, dict]]:
+    """(task, split, row) of every file whose rows have a caption."""
+    return [(task, split, row) for task, split, row in all_rows(folder) if "caption" in row]
+
+
 def describe(text: str) -> dict:
     """'a large red circle' or 'red circles' -> what is said of colour, shape and size."""
     said = {}
@@ -164,7 +169,7 @@ def pixels_of(folder: Path, row: dict) -> np.ndarray:
 @pytest.mark.parametrize("level", LEVELS)
 def test_captions_are_true_and_foils_are_false(worlds, level):
     kinds = Counter()
-    for _, split, row in all_rows(worlds[level]):
+    for _, split, row in told_rows(worlds[level]):
         assert naive_truth(parse(row["caption"]), row["scene"]), (split, row)
         for kind, foil in row.get("foils", {}).items():
             assert not naive_truth(parse(foil), row["scene"]), (split, kind, row)
@@ -177,8 +182,25 @@ def test_captions_are_true_and_foils_are_false(worlds, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_phrases_name_one_object_and_its_box(worlds, level):
+    """Every phrase fits exactly one visible object, whose box is the answer; all visible boxes are proposals."""
+    count = Counter()
+    for split in ("val", "test", "novel"):
+        asked = set()
+        for row in read(worlds[level], "grounding", split):
+            kind, said = parse(row["text"])
+            assert kind == "exists" and said.keys() == {"colour", "shape"}
+            assert [thing["box"] for thing in fitting(said, row["scene"])] == row["boxes"]
+            assert row["proposals"] == [thing["box"] for thing in row["scene"]["objects"]]
+            assert (row["image"], row["text"]) not in asked
+            asked.add((row["image"], row["text"]))
+            count[split] += 1
+    assert min(count.values()) >= 200, count
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_related_objects_are_described_unambiguously(worlds, level):
-    for _, _, row in all_rows(worlds[level]):
+    for _, _, row in told_rows(worlds[level]):
         meaning = parse(row["caption"])
         if meaning[0] == "related":
             assert all(len(fitting(said, row["scene"])) == 1 for said in (meaning[1], meaning[3])), row
@@ -346,7 +368,7 @@ def test_novel_combinations_are_seen_and_told_only_in_novel(worlds, level):
     for _, split, row in all_rows(worlds[level]):
         things = row["scene"]["objects"] + row["scene"].get("hidden", [])
         shown = {(thing["colour"], thing["shape"]) for thing in things} & novel
-        texts = [row["caption"], *row.get("foils", {}).values()]
+        texts = [row["caption"], *row["foils"].values()] if "foils" in row else [row.get("caption") or row["text"]]
         assert all(bool(combinations(text) & novel) == (split == "novel") for text in texts), row
         assert bool(shown) == (split == "novel"), row
 
@@ -354,7 +376,7 @@ def test_novel_combinations_are_seen_and_told_only_in_novel(worlds, level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_heldout_meanings_are_told_only_in_test_and_novel(worlds, level):
     held = json.loads((worlds[level] / "world.json").read_text())["heldout_colours_and_shapes"]
-    for task, split, row in all_rows(worlds[level]):
+    for task, split, row in told_rows(worlds[level]):
         assert row["heldout"] == (key_of(row["caption"]) in held)
         assert all((key_of(foil) in held) == row["heldout"] for foil in row.get("foils", {}).values())
         assert split in ("test", "novel") or not row["heldout"], (task, split)

@@ -1,0 +1,282 @@
+"""Compare configurations fairly: a plan of arms over seeds, one result row per finished run, means with their spread.
+
+    python compare.py plans/table6.json --out runs/table6                     one run after another
+    python compare.py plans/table6.json --out runs/table6 --side-by-side 2    two at a time, each on half of the cores
+    python compare.py plans/table6.json --out runs/table6 --results results/table6.json      and keep the summary
+
+A plan is a JSON file:
+
+    {"what": "one sentence for the summary",
+     "train": "--data data/scenes/pairs_train.jsonl",           options of train.py for all arms
+     "arms": {"all": "", "without MRM": "--w-mrm 0"},           options of each arm
+     "evaluate": "world --data data/scenes",                    command and options of eval.py
+     "seeds": [0, 1, 2], "steps": 1000,
+     "reference": "all", "equal": ["steps", "wall-clock"],      wall-clock: as long as the reference takes for its steps
+     "columns": {"R@1": ["pairs_test/matching/image_to_text/R@1", ...]}}     the first that a run has is shown
+
+For equal wall-clock the number of steps follows from a rate that is measured before the start, all arms taking turns
+step by step, so that a machine that slows down slows all of them. A run that was stopped goes on where it was, a
+finished one is not repeated: start the same command again.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import runtime
+import train
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Plan:
+    """What is compared; see the docstring of the file."""
+
+    what: str
+    train: str
+    arms: dict[str, str]
+    evaluate: str
+    steps: int
+    reference: str
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    equal: list[str] = field(default_factory=lambda: ["steps"])
+    columns: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.reference not in self.arms:
+            raise ValueError(f"the reference {self.reference!r} is not among the arms: use one of {list(self.arms)}")
+        if not self.equal or not set(self.equal) <= {"steps", "wall-clock"}:
+            raise ValueError(f'equal is {self.equal}: give "steps", "wall-clock" or both')
+        if not self.seeds or self.steps < 1:
+            raise ValueError(f"seeds {self.seeds}, steps {self.steps}: give at least one of each")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm, trained for so many steps from one seed."""
+
+    arm: str
+    steps: int
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """A name for the run's folder."""
+        safe = "".join(letter if letter.isalnum() else "-" for letter in self.arm)
+        return f"{safe}-{self.steps}-{self.seed}"
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan. Raises ValueError in one sentence for one that cannot be run."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give a plan, see --help")
+    try:
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a plan ({error}): see --help for its keys") from error
+
+
+def seconds_per_step(plan: Plan, rounds: int = 25) -> dict[str, float]:
+    """Median seconds of a training step of each arm, loading and optimiser included; the arms take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs, seconds = {}, {arm: [] for arm in plan.arms}
+        for number, (arm, options) in enumerate(plan.arms.items()):
+            given = f"{plan.train} {options} --steps {plan.steps} --out {folder}/{number}"
+            run = train.Run(*train.parse(shlex.split(given)))
+            runs[arm] = run, run.batches()
+        for counted in range(-5, rounds):
+            for arm, (run, batches) in runs.items():
+                start = time.perf_counter()
+                run.one_step(batches)
+                if counted >= 0:
+                    seconds[arm].append(time.perf_counter() - start)
+    return {arm: statistics.median(times) for arm, times in seconds.items()}
+
+
+def steps_of(plan: Plan, rates: dict[str, float]) -> dict[str, dict[str, int]]:
+    """Steps of each arm for each kind of equality: {"steps": {arm: steps}, "wall-clock": {arm: steps}}"""
+    steps = {"steps": dict.fromkeys(plan.arms, plan.steps)}
+    if "wall-clock" in plan.equal:
+        budget = plan.steps * rates[plan.reference]
+        steps["wall-clock"] = {arm: max(round(budget / rates[arm]), 1) for arm in plan.arms}
+    return {kind: steps[kind] for kind in plan.equal}
+
+
+def flat(value, name: str = "") -> dict[str, float]:
+    """The numbers of a nested result by their path."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {name: value} if isinstance(value, int | float) and not isinstance(value, bool) else {}
+    return {path: number for key, part in items for path, number in flat(part, f"{name}/{key}".strip("/")).items()}
+
+
+class Comparison:
+    """A plan, the folder of its runs, and the rows of those that are finished."""
+
+    def __init__(self, plan: Plan, out: Path, side_by_side: int):
+        self.plan, self.out, self.side_by_side = plan, out, side_by_side
+        self.threads = max((os.cpu_count() or 1) // side_by_side, 1)
+        out.mkdir(parents=True, exist_ok=True)
+        self.same_plan()
+        self.rates = self.measured_rates()
+        self.steps = steps_of(plan, self.rates)
+        self.path, self.lock = out / "rows.jsonl", threading.Lock()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        self.rows = {Job(row["arm"], row["steps"], row["seed"]): row for row in map(json.loads, lines)}
+        self.failed: list[str] = []
+
+    def same_plan(self) -> None:
+        """A folder belongs to one plan: what would change its runs may not change."""
+        decides = {name: value for name, value in vars(self.plan).items() if name not in ("what", "columns", "seeds")}
+        path = self.out / "plan.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != decides:
+            raise ValueError(f"{self.out} holds the runs of another plan: give another --out")
+        runtime.write_json(path, decides)
+
+    def measured_rates(self) -> dict[str, float]:
+        """Seconds per step of each arm, measured once and kept, because the number of steps follows from them."""
+        path = self.out / "seconds_per_step.json"
+        if not path.is_file():
+            torch.set_num_threads(self.threads)
+            runtime.write_json(path, seconds_per_step(self.plan))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def jobs(self) -> list[Job]:
+        """All runs, each once, seed by seed, so that every arm has a first row early."""
+        wanted = [(arm, steps) for kind in self.steps.values() for arm, steps in kind.items()]
+        return [Job(arm, steps, seed) for seed in self.plan.seeds for arm, steps in dict.fromkeys(wanted)]
+
+    def run(self) -> None:
+        """Run what is not finished, some side by side; a run that fails does not stop the others."""
+        todo = deque(job for job in self.jobs() if job not in self.rows)
+        seconds = sum(job.steps * self.rates[job.arm] for job in todo) / self.side_by_side
+        print(f"{len(self.jobs())} runs, {len(self.jobs()) - len(todo)} finished", end="; ")
+        print(f"about {seconds / 60:.0f} minutes of training left, evaluation not counted", flush=True)
+        with tqdm(total=len(todo), desc="runs", dynamic_ncols=True) as bar:
+
+            def work() -> None:
+                while todo and not self.failed:
+                    try:
+                        job = todo.popleft()
+                    except IndexError:
+                        return
+                    self.run_one(job)
+                    bar.update()
+
+            workers = [threading.Thread(target=work) for _ in range(self.side_by_side)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        if self.failed:
+            raise ValueError(f"a run failed: {self.failed[0]}; what is finished is kept, start again to go on")
+
+    def run_one(self, job: Job) -> None:
+        """Train and evaluate in processes of their own, and write the row."""
+        plan, folder = self.plan, self.out / job.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / "checkpoint.pt"
+        training = shlex.split(f"{plan.train} {plan.arms[job.arm]} --steps {job.steps} --seed {job.seed}")
+        evaluation = shlex.split(plan.evaluate)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        start = time.perf_counter()
+        with open(folder / "output.txt", "a", encoding="utf-8") as output:
+            for command in (
+                ["train.py", *training, "--out", str(folder), "--resume"],
+                ["eval.py", *evaluation, "--checkpoint", str(checkpoint)],
+            ):
+                ended = subprocess.run(
+                    [sys.executable, *command], cwd=HERE, env=environment, stdout=output, stderr=output
+                )
+                if ended.returncode:
+                    self.failed.append(f"{job.folder}, see {folder / 'output.txt'}")
+                    return
+        if torch.load(checkpoint, weights_only=True)["step"] < job.steps:
+            self.failed.append(f"{job.folder} was interrupted")
+            return
+        with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+            log = list(csv.DictReader(file))
+        row = {"arm": job.arm, "steps": job.steps, "seed": job.seed, "seconds": time.perf_counter() - start}
+        row["pairs_per_s"] = statistics.median(float(line["pairs_per_s"]) for line in log if line["pairs_per_s"])
+        row["peak_memory_mb"] = max(float(line["peak_memory_mb"]) for line in log if line["peak_memory_mb"])
+        row |= flat(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+        with self.lock, open(self.path, "a", encoding="utf-8") as file:
+            self.rows[job] = row
+            file.write(json.dumps(row) + "\n")
+
+    def summary(self) -> dict:
+        """Per kind of equality and arm: steps, speed against the reference, mean and standard deviation over seeds."""
+        plan, arms = self.plan, {}
+        for kind, steps in self.steps.items():
+            for arm in plan.arms:
+                rows = [self.rows[job] for seed in plan.seeds if (job := Job(arm, steps[arm], seed)) in self.rows]
+                part = {"steps": steps[arm], "seeds": [row["seed"] for row in rows]}
+                part["seconds_per_step_to_reference"] = self.rates[arm] / self.rates[plan.reference]
+                for title, paths in plan.columns.items():
+                    found = [[row[path] for path in paths if path in row][:1] for row in rows]
+                    values = [value for one in found for value in one]
+                    if values and len(values) == len(rows):
+                        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                        part[title] = {"mean": statistics.mean(values), "std": spread, "values": values}
+                arms[f"equal {kind}: {arm}"] = part
+        return arms
+
+
+def table(summary: dict, columns: list[str]) -> str:
+    """Mean and standard deviation per arm and column, as text."""
+    wide = max(map(len, summary))
+    lines = [f"{'':{wide}}  {'steps':>6} {'seeds':>5} {'time':>5}" + "".join(f"{title:>16}" for title in columns)]
+    for arm, part in summary.items():
+        cells = [f"{part[t]['mean']:.1f} ± {part[t]['std']:.1f}" if t in part else "" for t in columns]
+        fixed = f"{part['steps']:>6} {len(part['seeds']):>5} {part['seconds_per_step_to_reference']:>5.2f}"
+        lines.append(f"{arm:{wide}}  {fixed}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines) + "\n\ntime: seconds per step relative to the reference, all arms taking turns"
+
+
+def main() -> None:
+    """Command line: run what a plan lacks, print its table and keep the summary."""
+    parser = runtime.Parser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", type=Path, help="JSON file with the plan")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and their rows")
+    parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--results", type=Path, help="JSON file to write the summary to, with command and hardware")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, show what is finished")
+    options = parser.parse_args()
+    if options.side_by_side < 1:
+        raise ValueError(f"side_by_side is {options.side_by_side}: give 1 or more")
+    comparison = Comparison(read_plan(options.plan), options.out, options.side_by_side)
+    if not options.table_only:
+        comparison.run()
+    summary = comparison.summary()
+    print(table(summary, list(comparison.plan.columns)))
+    if options.results:
+        report = {"what": comparison.plan.what, "command": " ".join(["python", "compare.py", *sys.argv[1:]])}
+        report["hardware"] = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+        report |= {"date": datetime.date.today().isoformat(), "seeds": comparison.plan.seeds, "arms": summary}
+        runtime.write_json(options.results, report)
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
