@@ -1,14 +1,25 @@
 """Measure speed as ratios within one run; absolute times on a shared machine mean little.
 
+    python benchmark.py step --presets nano --length 14 --vocab-size 125   a whole training step, and what bounds it
+    python benchmark.py step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
     python benchmark.py sharing --preset base --batch-size 2     what encoding each distinct input once is worth
     python benchmark.py loader --data data/scenes/pairs_train.jsonl   a step on real batches against one repeated batch
 
 The variants take turns, round by round, so that a machine that slows down slows all of them; quoted is the median of
 the ratios of the rounds, with the smallest and the largest.
+
+`step` makes whole training steps, on one random batch, of each preset, objective and batch size. Their floating-point
+operations follow from a formula, and utilisation is their rate as a share of the best rate of large matrix products in
+the same round. With --data it also loads batches, first with pictures that were decoded before, then without; with
+--sharing it repeats what `sharing` measures, for the whole step. Peak memory is each variant's own on a GPU; on a CPU
+it is the peak of the process so far, so there only the first row's is its own.
 """
 
 import argparse
 import datetime
+import functools
+import gc
+import math
 import os
 import platform
 import statistics
@@ -22,9 +33,12 @@ from torch import Tensor
 
 import runtime
 from data import Pairs, TwinBatches, captions_of, read_rows, training_batches
+from eval import OBJECTIVES, build_model
 from mamo import MAMO, PRESETS, Config, at, hide_patches, hide_words, normalised, same_pairs
 from tokenizer import Tokenizer
-from train import TrainConfig, make_optimizer
+from train import TrainConfig, make_optimizer, recompute_blocks
+
+DATA = "data/scenes/pairs_train.jsonl"  # what `loader` loads unless told otherwise
 
 
 def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
@@ -40,6 +54,58 @@ def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
         "token_noise": torch.rand(size, length),
         "replace_noise": torch.rand(size, length),
         "negative_noise": torch.rand(2, size, size),
+    }
+
+
+def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int]:
+    """Floating-point operations of a training step by part: two per multiply-add of every matrix product in it.
+
+    A backward pass takes twice its forward pass: a gradient for either factor. Three products have no such second
+    gradient: pixels need none, nor do the keys of a queue, and the similarities that draw negatives have no gradient
+    at all. Neither has the teacher. Left out are all work that is not a matrix product, which is element by element,
+    and the second forward pass that gradient checkpointing makes.
+
+    Args:    length   tokens of the longest text in the batch
+    Returns: operations by part: the student's "image encoder", "text encoder", "fusion", "heads" and "contrast", and
+             "teacher"
+    """
+    b, l, n, d, e = batch_size, length, config.patches, config.width, config.embed_dim  # noqa: E741
+    mrm, mim, mlm, itm, itc = (getattr(config, f"w_{name}") > 0 for name in ("mrm", "mim", "mlm", "itm", "itc"))
+    queue, fused = config.queue_size > 0, l + 1 + n
+    patches = hide_patches(torch.zeros(1, n), config.mask_image)[0].shape[1] if config.hides_patches else 0
+    words = math.ceil(config.mask_text * l) if config.hides_words else 0
+
+    def block(tokens: int, at: int) -> int:
+        """Multiply-adds of a Block on one sequence, its output computed `at` so many positions."""
+        query_and_out, key_value, attention, mlp = (
+            2 * at * d * d,
+            2 * tokens * d * d,
+            2 * at * tokens * d,
+            8 * at * d * d,
+        )
+        return query_and_out + key_value + attention + mlp
+
+    # Multiply-adds of one forward pass on one row.
+    embedding = n * 3 * config.patch_size**2 * d
+    image_blocks, text_blocks = config.image_depth * block(1 + n, 1 + n), config.text_depth * block(l, l)
+    lower_blocks = (config.fusion_depth - 1) * block(fused, fused)
+    ends = [patches] * config.hides_patches + [words] * config.hides_words + [1, 1, 1] * itm  # outputs of each view
+    fusion = sum(lower_blocks + block(fused, end) for end in ends)
+    predictor, vocabulary = 8 * d * d, d * d + d * config.vocab_size
+    heads = mrm * (patches + words) * predictor + mim * patches * predictor + mlm * words * vocabulary + itm * 3 * 2 * d
+    similarity = (b + config.queue_size) * e
+    teacher = (mrm or mim or queue) * (embedding + image_blocks) + (mrm or queue) * text_blocks
+    teacher += mrm * (lower_blocks + block(fused, patches + words)) + queue * 2 * d * e
+
+    image_views = (config.sees_whole or config.hides_words) + config.hides_patches
+    text_views = (config.sees_whole or config.hides_patches) + config.hides_words
+    return {
+        "image encoder": 2 * b * image_views * (2 * embedding + 3 * image_blocks),
+        "text encoder": 2 * b * text_views * 3 * text_blocks,
+        "fusion": 2 * b * 3 * fusion,
+        "heads": 2 * b * 3 * heads,
+        "contrast": 2 * b * itc * (3 * 2 * d * e + (2 if queue else 3) * 2 * similarity + b * e),
+        "teacher": 2 * b * teacher,
     }
 
 
@@ -98,7 +164,7 @@ def separate_losses(model: MAMO, batch: dict[str, Tensor], share: str = "nothing
 
 def backward(losses: dict[str, Tensor], config: Config) -> None:
     """Gradients of the weighted total, as in a step of train.py."""
-    sum(weight * losses[name] for name, weight in config.weights.items()).backward()
+    sum(weight * losses[name] for name, weight in config.weights.items() if weight > 0).backward()
 
 
 def take_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -120,10 +186,10 @@ def ratios(seconds: dict[str, list[float]], of: str, to: str) -> dict[str, float
 
 
 def sharing(options: argparse.Namespace) -> dict:
-    """The whole step of a preset against the same losses with every pass encoded separately."""
-    config = Config(**PRESETS[options.preset], vocab_size=options.vocab_size, ema=0.995)
+    """Forward and backward pass of a preset against the same losses with every pass encoded separately."""
+    config = Config(**shape_of(options.preset, options))
     model = MAMO(config)
-    batch = random_batch(config, options.batch_size, options.length)
+    batch = random_batch(config, options.batch_size[0], options.length)
 
     def step(losses: Callable) -> Callable[[], None]:
         def variant():
@@ -138,7 +204,7 @@ def sharing(options: argparse.Namespace) -> dict:
         "separate losses": step(lambda batch: separate_losses(model, batch)),
     }
     seconds = take_turns(variants, options.rounds)
-    return {f"shared / {name}": ratios(seconds, "shared", name) for name in variants if name != "shared"}
+    return {"ratios": {f"shared / {name}": ratios(seconds, "shared", name) for name in variants if name != "shared"}}
 
 
 def loader(options: argparse.Namespace) -> dict:
@@ -146,15 +212,16 @@ def loader(options: argparse.Namespace) -> dict:
 
     On as many rows as a round takes, so that the rounds that count find decoded pictures, as all epochs but the first.
     """
-    rows = read_rows(options.data, "pairs")[: 20 * options.batch_size]
+    size = options.batch_size[0]
+    rows = read_rows(options.data or [DATA], "pairs")[: 20 * size]
     tokenizer = Tokenizer.build(caption for row in rows for caption in captions_of(row))
     config = Config(**PRESETS[options.preset], vocab_size=len(tokenizer), ema=0.98)
     model = MAMO(config)
     optimizer = make_optimizer(model, TrainConfig())
     dataset = Pairs(rows, tokenizer, config.image_size, config.patches, config.max_tokens)
-    batches = training_batches(dataset, TwinBatches(rows, options.batch_size), options.workers)
+    batches = training_batches(dataset, TwinBatches(rows, size), options.workers)
     repeated = next(batches)
-    noise = torch.rand(2, options.batch_size, options.batch_size)
+    noise = torch.rand(2, size, size)
 
     def steps(take: Callable[[], dict]) -> Callable[[], None]:
         def variant():
@@ -167,34 +234,243 @@ def loader(options: argparse.Namespace) -> dict:
         return variant
 
     seconds = take_turns({"loaded": steps(lambda: next(batches)), "repeated": steps(lambda: repeated)}, options.rounds)
-    return {"loaded / repeated": ratios(seconds, "loaded", "repeated")}
+    return {"ratios": {"loaded / repeated": ratios(seconds, "loaded", "repeated")}}
+
+
+def shape_of(preset: str, options: argparse.Namespace) -> dict:
+    """Fields of mamo.Config: the preset's, and what the options say."""
+    given = {"image_size": options.image_size} if options.image_size else {}
+    words = {"vocab_size": options.vocab_size, "max_tokens": max(Config.max_tokens, options.length)}
+    return PRESETS[preset] | given | words | {"ema": 0.995}
+
+
+class Repeated:
+    """An action for take_turns, made as often as takes a tenth of a second, so that a turn is long beside its ends.
+
+    A GPU that has no room for the action ends it and not the run: `action` is then None and a turn does nothing.
+    """
+
+    def __init__(self, device: torch.device, make: Callable[..., Callable[[], object]], *arguments):
+        """device: where the action works; make: called with the arguments, returns the action; may find no room"""
+        gc.collect()  # the models of earlier actions go now, and not while this one is measured
+        before = 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = runtime.peak_memory_mb(device)
+        self.device, self.times, self.action = device, 1, None
+        try:
+            self.action = make(*arguments)
+        except torch.OutOfMemoryError:
+            return
+        self()  # the first time is slow, and makes what the optimiser keeps
+        start = time.perf_counter()
+        self()
+        self.times = min(max(round(0.1 / (time.perf_counter() - start)), 1), 50)
+        self.peak_memory_mb = runtime.peak_memory_mb(device) - before
+
+    def __call__(self) -> None:
+        """One turn, to its end on the device."""
+        try:
+            for _ in range(self.times if self.action else 0):
+                self.action()
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+        except torch.OutOfMemoryError:
+            self.action = None
+
+
+class TrainingStep:
+    """A whole training step as train.py makes it, on one random batch: forward, backward, clip, AdamW, teacher."""
+
+    def __init__(self, objective: str, shape: dict, size: int, options: argparse.Namespace, device: torch.device):
+        self.model = build_model(objective, shape).to(device).train()
+        self.optimizer = make_optimizer(self.model, TrainConfig())
+        batch = random_batch(self.model.config, size, options.length)
+        self.batch = {name: value.to(device) for name, value in batch.items()}
+        self.device, self.dtype = device, runtime.PRECISIONS[options.precision]
+        if options.grad_checkpointing:
+            recompute_blocks(self.model)
+        if options.compile:
+            self.model.compile(dynamic=False)
+
+    def __call__(self, losses: Callable | None = None) -> None:
+        """One step; with losses, by that function of the batch in the model's place."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            found = (losses or self.model)(self.batch)
+        backward(found, self.model.config)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), TrainConfig.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.after_step()
+
+    def separate(self, share: str) -> None:
+        """One step with every pass encoded separately, see separate_losses."""
+        self(lambda batch: separate_losses(self.model, batch, share))
+
+
+def products(device: torch.device, precision: str) -> tuple[dict[str, Repeated], int]:
+    """Large matrix products of several shapes, and the floating-point operations of any one of them."""
+    scale, dtype = (1 if device.type == "cpu" else 8), runtime.PRECISIONS[precision] or torch.float32
+    actions = {}
+    for rows, inner, columns in ((1024, 1024, 1024), (2048, 512, 1024), (512, 2048, 1024)):
+        left = torch.randn(scale * rows, scale * inner, device=device, dtype=dtype)
+        right = torch.randn(scale * inner, scale * columns, device=device, dtype=dtype)
+        actions[f"product {rows} {inner} {columns}"] = Repeated(device, functools.partial, torch.mm, left, right)
+    return actions, 2 * (scale * 1024) ** 3
+
+
+def loading(options: argparse.Namespace, config: Config, size: int) -> dict[str, Callable[[], object]]:
+    """Loading a batch of real data with pictures that were decoded before, as all epochs but the first, and without."""
+    rows = read_rows(options.data, "pairs")[: 4 * size]
+    tokenizer = Tokenizer.build(caption for row in rows for caption in captions_of(row))
+    dataset = Pairs(rows, tokenizer, config.image_size, config.patches, config.max_tokens)
+    batches = training_batches(dataset, TwinBatches(rows, size), workers=0)
+    for _ in range(4):
+        next(batches)
+
+    def decode():
+        kept, dataset.kept = dataset.kept, {}
+        next(batches)
+        dataset.kept = kept
+
+    return {"loading": lambda: next(batches), "loading and decoding": decode}
+
+
+def measure(preset: str, size: int, options: argparse.Namespace, device: torch.device) -> tuple[list[dict], dict]:
+    """One preset and batch size: a row for each objective, and the ratios between what took turns, by name."""
+    shapes = {name: shape_of(preset, options) | OBJECTIVES[name][1] for name in options.objectives}
+    configs = {name: Config(**shape) for name, shape in shapes.items()}
+    actions = {
+        name: Repeated(device, TrainingStep, name, shape, size, options, device) for name, shape in shapes.items()
+    }
+    if options.sharing and actions["mamo"].action:
+        step = actions["mamo"].action
+        actions["separate passes"] = Repeated(device, functools.partial, step.separate, "passes")
+        actions["separate losses"] = Repeated(device, functools.partial, step.separate, "nothing")
+    if options.data:
+        loads = loading(options, configs[options.objectives[0]], size)
+        actions |= {name: Repeated(torch.device("cpu"), functools.partial, load) for name, load in loads.items()}
+    multiply, operations = products(device, options.precision)
+    actions |= multiply
+    seconds = take_turns(actions, options.rounds)
+    seconds = {name: [s / actions[name].times for s in values] for name, values in seconds.items()}
+    rates = [operations / min(several) for several in zip(*(seconds[name] for name in multiply), strict=True)]
+
+    rows = []
+    for name, config in configs.items():
+        rows.append({"preset": preset, "objective": name, "batch_size": size, "image_size": list(config.image_size)})
+        if not actions[name].action:
+            rows[-1]["error"] = "out of memory"
+            continue
+        rows[-1] |= row_of(size, flops_of_step(config, size, options.length), seconds[name], rates)
+        key = "peak_memory_mb" if device.type == "cuda" else "peak_memory_so_far_mb"
+        rows[-1][key] = actions[name].peak_memory_mb
+    pairs = [("mamo", other) for other in ("control", "separate passes", "separate losses")]
+    pairs += [(load, name) for load in ("loading", "loading and decoding") for name in options.objectives]
+    return rows, {
+        f"{preset}, batch {size}: {of} / {to}": ratios(seconds, of, to)
+        for of, to in pairs
+        if all(name in actions and actions[name].action for name in (of, to))
+    }
+
+
+def row_of(size: int, flops: dict[str, int], seconds: list[float], rates: list[float]) -> dict:
+    """What the rounds say of a step. seconds: of a step; rates: of matrix products, in operations per second."""
+    total, median = sum(flops.values()), statistics.median(seconds)
+    shares = [total / (s * rate) for s, rate in zip(seconds, rates, strict=True)]
+    return {
+        "ms_per_step": 1000 * median,
+        "pairs_per_s": size / median,
+        "gflop": {"step": total / 1e9} | {part: value / 1e9 for part, value in flops.items()},
+        "product_gflop_per_s": statistics.median(rates) / 1e9,
+        "utilisation": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of `step` as text."""
+    titles = ("ms/step", "pairs/s", "GFLOP/step", "product GFLOP/s", "utilisation", "peak MB")
+    lines = [f"{'preset':8}{'objective':10}{'batch':>6}" + "".join(f"{title:>16}" for title in titles)]
+    for row in rows:
+        line = f"{row['preset']:8}{row['objective']:10}{row['batch_size']:>6}"
+        if "error" in row:
+            lines.append(f"{line}  {row['error']}")
+            continue
+        peak = row.get("peak_memory_mb") or row["peak_memory_so_far_mb"]
+        values = (row["ms_per_step"], row["pairs_per_s"], row["gflop"]["step"], row["product_gflop_per_s"])
+        cells = [f"{value:.1f}" for value in values] + [f"{row['utilisation']['median']:.3f}", f"{peak:.0f}"]
+        lines.append(line + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def step(options: argparse.Namespace) -> dict:
+    """Whole training steps of every preset, objective and batch size."""
+    device = runtime.pick_device(options.device)
+    options.precision, _ = runtime.pick_precision(options.precision, device)
+    if options.sharing and (options.compile or "mamo" not in options.objectives):
+        raise ValueError("--sharing compares steps of mamo that are not compiled: leave out --compile, ask for mamo")
+    rows, found = [], {}
+    for preset in options.presets:
+        for size in options.batch_size:
+            some, between = measure(preset, size, options, device)
+            rows, found = rows + some, found | between
+    print(table(rows))
+    about = {"device": str(device), "precision": options.precision, "threads": torch.get_num_threads()}
+    return about | {"rounds": options.rounds, "rows": rows, "ratios": found}
+
+
+def parse() -> argparse.Namespace:
+    """The command line. Raises ValueError for sizes that cannot be measured."""
+    parser = runtime.Parser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("step", "sharing", "loader"))
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["nano"], help="for step")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["mamo", "control"], help="for step")
+    parser.add_argument("--preset", choices=PRESETS, default="nano", help="for sharing and loader")
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", default=[64], help="pairs; for step several sizes if asked"
+    )
+    parser.add_argument("--image-size", type=int, nargs="+", help="height and width in pixels in the preset's place")
+    parser.add_argument("--length", type=int, default=30, help="tokens of a text, for step and sharing")
+    parser.add_argument("--vocab-size", type=int, default=30522, help="words of the vocabulary, for step and sharing")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu, for step")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for step")
+    parser.add_argument("--compile", action="store_true", help="compile the step, for step")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks twice, for step")
+    parser.add_argument("--sharing", action="store_true", help="also mamo with every pass encoded separately, for step")
+    parser.add_argument("--data", nargs="+", help=f"JSONL files; for loader {DATA} if none is given")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data, for loader")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the processor")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file to write the result to")
+    options = parser.parse_args()
+    for name, least in {"length": 1, "vocab_size": 6, "threads": 1, "rounds": 1}.items():
+        if getattr(options, name) < least:
+            raise ValueError(f"{name} is {getattr(options, name)}: give {least} or more")
+    if min(options.batch_size) < 2:
+        raise ValueError(f"batch_size is {min(options.batch_size)}: contrast and matching need at least 2 pairs")
+    if options.command != "step" and len(options.batch_size) > 1:
+        raise ValueError(f"{options.command} takes one batch_size, and {len(options.batch_size)} were given")
+    return options
 
 
 def main() -> None:
     """Command line: run one measurement, print its ratios and, with --out, write them."""
-    parser = runtime.Parser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=("sharing", "loader"))
-    parser.add_argument("--preset", choices=PRESETS, default="nano")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--length", type=int, default=30, help="tokens of a text, for sharing")
-    parser.add_argument("--vocab-size", type=int, default=30522, help="size of the vocabulary, for sharing")
-    parser.add_argument("--data", nargs="+", default=["data/scenes/pairs_train.jsonl"], help="JSONL files, for loader")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data, for loader")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file to write the result to")
-    options = parser.parse_args()
+    options = parse()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    result = {"sharing": sharing, "loader": loader}[options.command](options)
-    for name, ratio in result.items():
+    report = {"command": " ".join(["python", "benchmark.py", *sys.argv[1:]])}
+    report["hardware"] = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        report["hardware"] += f", {torch.cuda.get_device_name()}"
+    report["date"] = datetime.date.today().isoformat()
+    report |= {"step": step, "sharing": sharing, "loader": loader}[options.command](options)
+    for name, ratio in report["ratios"].items():
         print(
             f"{name}: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}, {ratio['rounds']} rounds)"
         )
     if options.out:
-        command = " ".join(["python", "benchmark.py", *sys.argv[1:]])
-        hardware = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-        report = {"command": command, "hardware": hardware, "date": datetime.date.today().isoformat(), "ratios": result}
         runtime.write_json(options.out, report)
 
 

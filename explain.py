@@ -146,10 +146,9 @@ def draw_heat(model, tokenizer: Tokenizer, path: str, text: str, phrase: str, la
     """A picture beside itself with the heat map of a phrase laid over it: cold stays pale, hot becomes red."""
     heat = maps_of(model, tokenizer, [Phrase(path, text, phrase, [])], device)[layer, 0]
     picture = load_image(path)
-    scale = max(1, round(320 / min(picture.size)))
-    size = (picture.width * scale, picture.height * scale)
-    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
-    picture = picture.resize(size, resample)
+    scale = 320 / min(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
     rows, columns = model.config.grid
     strength = (heat / heat.max().clamp(min=1e-12)).reshape(rows, columns)
     mask = Image.fromarray((200 * strength).byte().numpy()).resize(size, Image.Resampling.BICUBIC)

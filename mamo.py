@@ -16,6 +16,9 @@ needs (ITC, ITM), and last the MAMO objective itself, whose `forward` is the pap
 The file imports nothing of ours and draws no random number: all noise arrives in the batch (see data.py), so that a
 loss is a plain function of parameters and batch.
 
+In lower precision (train.py --precision) the products run in bf16 or fp16 under autocast, while parameters, residual
+sums and what is marked `fp32:` stay in single precision, for the reason that stands there.
+
 One letter, one meaning, in shapes and einops patterns:
     b batch, n patches, l text tokens, d width, e joint embedding, h heads, v vocabulary, m hidden positions
 """
@@ -365,6 +368,7 @@ class Encoders(nn.Module):
 
     def embed_image(self, image: Tensor) -> Tensor:
         """image (b, 1 + n, d) -> unit vector (b, e) of its class token, for ITC"""
+        # fp32: a length rounded to 8 bits would change every cosine by up to 0.4 %.
         return F.normalize(self.image_projection(image[:, 0]).float(), dim=-1)
 
     def embed_text(self, text: Tensor) -> Tensor:
@@ -527,7 +531,7 @@ class VisionLanguageModel(nn.Module):
         """Encoded image (b, 1 + n, d) and text (b, l, d) -> (b,): log-odds that the two belong together"""
         hidden, real = self.student.fusion.lower_blocks(image, text, attention_mask)
         pair = self.student.fusion.last_block(hidden, real, torch.zeros_like(real[:, :1], dtype=torch.long))
-        logits = self.itm_head(pair[:, 0]).float()
+        logits = self.itm_head(pair[:, 0]).float()  # fp32: re-ranking goes by small differences
         return logits[:, 1] - logits[:, 0]
 
     @torch.no_grad()
@@ -552,7 +556,7 @@ class VisionLanguageModel(nn.Module):
         """
         rank, _ = world()
         partner = torch.arange(len(image), device=image.device) + rank * len(image)
-        # fp32 in any precision: cosines that differ by 0.01 are 0.15 apart after division by the temperature.
+        # fp32: cosines that differ by 0.01 are 0.15 apart after division by the temperature; bf16 cannot tell them.
         with torch.autocast(image.device.type, enabled=False):
             image_to_text = (image @ text_keys.T / self.temperature).masked_fill(same, float("-inf"))
             text_to_image = (text @ image_keys.T / self.temperature).masked_fill(same, float("-inf"))
@@ -581,7 +585,7 @@ class VisionLanguageModel(nn.Module):
                  valid (2b,)        False = no negative could be drawn
         Returns: scalar, two-way cross-entropy over the 3b pairs; chance is 0.64, the entropy of 1 : 2
         """
-        logits = self.itm_head(torch.cat([positive, negative])).float()
+        logits = self.itm_head(torch.cat([positive, negative])).float()  # fp32: exponentials and sums of a softmax
         labels = torch.cat([valid.new_ones(len(positive)), valid.new_zeros(len(negative))]).long()
         counted = torch.cat([valid.new_ones(len(positive)), valid])
         return global_mean(F.cross_entropy(logits, labels, reduction="none"), counted)
@@ -661,7 +665,7 @@ class MAMO(VisionLanguageModel):
         similarity = torch.zeros_like(same, dtype=torch.float32)
         if config.w_itc > 0:
             image_embed, text_embed = self.embed_image(image), self.embed_text(text)
-            with torch.autocast(real.device.type, enabled=False):  # fp32, as in the contrast itself
+            with torch.autocast(real.device.type, enabled=False):  # fp32: as in the contrast itself
                 similarity = (image_embed @ text_embed.T).detach()
             losses["itc"] = self.contrast(image_embed, text_embed, batch, teacher)
 
@@ -769,6 +773,7 @@ class MAMO(VisionLanguageModel):
                  valid (b, m')                                    True = a word was chosen for the slot
         Returns: scalar, each half a mean over positions and features; about 2 if the student knows nothing
         """
+        # fp32: differences of near numbers, squared; the same holds for MIM.
         patches = (self.mrm_image_head(at_patches).float() - patch_target).square().mean(dim=-1)
         words = (self.mrm_text_head(at_words).float() - word_target).square().mean(dim=-1)
         return global_mean(patches) + global_mean(words, valid)
@@ -792,6 +797,7 @@ class MAMO(VisionLanguageModel):
                  valid (b, m)         True = a word was chosen for the slot
         Returns: scalar, cross-entropy over the vocabulary; chance is ln(v)
         """
+        # fp32: a softmax sums as many exponentials as there are words.
         logits = F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
         loss = F.cross_entropy(rearrange(logits, "b m v -> b v m"), labels, reduction="none")
         return global_mean(loss, valid)
@@ -800,7 +806,7 @@ class MAMO(VisionLanguageModel):
     def after_step(self) -> None:
         """Once per optimiser step: keep the temperature in ALBEF's bounds, move the teacher towards the student.
 
-        teacher <- ema * teacher + (1 - ema) * student
+        teacher <- ema * teacher + (1 - ema) * student        fp32: in bf16 a move of 0.5 % would be rounded away
         """
         if self.log_temperature is not None:
             self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
@@ -821,8 +827,9 @@ def predictor(width: int) -> nn.Sequential:
 
 
 def normalised(target: Tensor) -> Tensor:
-    """Layer-norm without affine, in fp32: targets keep one scale however the teacher drifts, as in data2vec.
+    """Layer-norm without affine: targets keep one scale however the teacher drifts, as in data2vec.
 
+    fp32: mean and variance are sums over the width.
     differs: whether the paper normalises its targets is not known to us.
     """
     return F.layer_norm(target.float(), target.shape[-1:])

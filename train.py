@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import einops
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -175,6 +176,9 @@ class Run:
         if self.config.grad_checkpointing:
             recompute_blocks(self.model)
         if self.config.compile:
+            # einops keeps a list of the kinds of tensor it has met, and a list that grows would compile the step twice.
+            for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
+                einops.rearrange(known, "d -> d")
             self.model.compile(dynamic=False)
         if self.world == 1:
             return self.model
