@@ -157,8 +157,10 @@ class Comparison:
         """Seconds per step of each arm, measured once and kept, because the number of steps follows from them."""
         path = self.out / "seconds_per_step.json"
         if not path.is_file():
+            before = torch.get_num_threads()
             torch.set_num_threads(self.threads)
             runtime.write_json(path, seconds_per_step(self.plan))
+            torch.set_num_threads(before)
         return json.loads(path.read_text(encoding="utf-8"))
 
     def jobs(self) -> list[Job]:

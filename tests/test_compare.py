@@ -1,0 +1,198 @@
+"""Plans are run once and resumed, rows and summary are right, and equal wall-clock means equal time."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import SIZES, write_squares
+
+import compare
+import eval as evaluation
+import runtime
+import train
+from compare import Comparison, Job, Plan, flat, read_plan, steps_of, table
+
+
+@pytest.fixture
+def plan_file(tmp_path) -> Path:
+    """Two arms, two seeds, twelve pairs of squares."""
+    data = write_squares(tmp_path / "pairs.jsonl", 12)
+    plan = {
+        "what": "a test",
+        "train": f"--data {data} {SIZES} --batch-size 4 --log-every 1 --device cpu",
+        "arms": {"all": "", "no MRM": "--w-mrm 0"},
+        "evaluate": f"retrieval --data {data} --k 5",
+        "seeds": [0, 1],
+        "steps": 4,
+        "reference": "all",
+        "equal": ["steps"],
+        "columns": {"R@1": [f"retrieval {data}/contrast/image_to_text/R@1"], "nothing": ["none"]},
+    }
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    return path
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[list[str]]:
+    """Commands that a comparison starts, run in this process instead of processes of their own."""
+    started = []
+
+    def run(command, **_):
+        started.append([Path(word).name if word.endswith(".py") else word for word in command[1:]])
+        monkeypatch.setattr(sys, "argv", command[1:])
+        try:
+            runtime.guarded({"train.py": train.main, "eval.py": evaluation.main}[command[1]])
+        except SystemExit as end:
+            return SimpleNamespace(returncode=end.code or 0)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)  # only a main thread may take signals over
+    return started
+
+
+def test_a_plan_is_run_once_and_its_rows_are_kept(plan_file, runs, tmp_path, capsys):
+    """Two arms and two seeds are four rows; the estimate comes first; started again, nothing is left to do."""
+    comparison = Comparison(read_plan(plan_file), tmp_path / "out", 1)
+    comparison.run()
+    said = capsys.readouterr().out
+    assert "4 runs, 0 finished; about 0 minutes of training left" in said
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["steps"], row["seed"]) for row in rows] == [
+        ("all", 4, 0),
+        ("no MRM", 4, 0),
+        ("all", 4, 1),
+        ("no MRM", 4, 1),
+    ]
+    for row in rows:
+        folder = tmp_path / "out" / Job(row["arm"], 4, row["seed"]).folder
+        result = json.loads((folder / "results.json").read_text())
+        assert row.items() >= flat(result).items() and row["pairs_per_s"] > 0 and row["seconds"] > 0
+        assert json.loads((folder / "config.json").read_text())["train"]["seed"] == row["seed"]
+        assert json.loads((folder / "config.json").read_text())["model"]["w_mrm"] == (0 if "MRM" in row["arm"] else 1)
+    assert [command[0] for command in runs] == ["train.py", "eval.py"] * 4
+
+    runs.clear()
+    again = Comparison(read_plan(plan_file), tmp_path / "out", 1)
+    again.run()
+    assert not runs and "4 finished; about 0" in capsys.readouterr().out and again.rows == comparison.rows
+
+
+def test_the_summary_is_mean_and_standard_deviation_over_seeds(plan_file, runs, tmp_path):
+    comparison = Comparison(read_plan(plan_file), tmp_path / "out", 1)
+    comparison.run()
+    summary, path = comparison.summary(), comparison.plan.columns["R@1"][0]
+    assert list(summary) == ["equal steps: all", "equal steps: no MRM"]
+    values = [comparison.rows[Job("all", 4, seed)][path] for seed in (0, 1)]
+    part = summary["equal steps: all"]
+    assert part["R@1"]["mean"] == pytest.approx(sum(values) / 2) and part["R@1"]["values"] == values
+    assert part["R@1"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert "nothing" not in part and part["seeds"] == [0, 1] and part["seconds_per_step_to_reference"] == 1.0
+    text = table(summary, list(comparison.plan.columns))
+    assert f"{part['R@1']['mean']:.1f} ± {part['R@1']['std']:.1f}" in text and text.count("equal steps") == 2
+
+
+def test_more_seeds_are_added_and_another_plan_is_refused(plan_file, runs, tmp_path):
+    """Seeds may grow in the same folder; what changes the runs may not."""
+    plan = read_plan(plan_file)
+    plan.seeds = [1]
+    Comparison(plan, tmp_path / "out", 1).run()
+    assert len(runs) == 4
+    Comparison(read_plan(plan_file), tmp_path / "out", 1).run()
+    assert len(runs) == 8 and all("0" in shlex.join(command) for command in runs[4:])
+    changed = read_plan(plan_file)
+    changed.arms["no MRM"] = "--w-mim 0"
+    with pytest.raises(ValueError, match="holds the runs of another plan"):
+        Comparison(changed, tmp_path / "out", 1)
+
+
+def test_a_stopped_run_goes_on_and_a_failed_one_stops_the_comparison(plan_file, runs, tmp_path, monkeypatch):
+    """A run that was interrupted gives no row; the next start resumes it. An error is told with the place to look."""
+    comparison = Comparison(read_plan(plan_file), tmp_path / "out", 1)
+    kept = train.Run.train
+    monkeypatch.setattr(train.Run, "train", lambda self, stop_at=None: kept(self, 2))
+    with pytest.raises(ValueError, match=r"a run failed: all-4-0 was interrupted; what is finished is kept"):
+        comparison.run()
+    assert not comparison.rows
+    monkeypatch.setattr(train.Run, "train", kept)
+    Comparison(read_plan(plan_file), tmp_path / "out", 1).run()
+    log = (tmp_path / "out" / "all-4-0" / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in log[1:]] == ["1", "2", "3", "4"]
+
+    broken = read_plan(plan_file)
+    broken.evaluate = "retrieval --data nowhere.jsonl"
+    with pytest.raises(ValueError, match=r"a run failed: all-4-0, see .*output.txt"):
+        Comparison(broken, tmp_path / "other", 1).run()
+
+
+def test_equal_wall_clock_means_equal_time():
+    """An arm whose step takes half as long makes twice the steps; the reference keeps its own."""
+    plan = Plan("", "", {"slow": "", "fast": ""}, "", 100, "slow", equal=["steps", "wall-clock"])
+    steps = steps_of(plan, {"slow": 0.4, "fast": 0.1})
+    assert steps == {"steps": {"slow": 100, "fast": 100}, "wall-clock": {"slow": 100, "fast": 400}}
+    plan.equal = ["wall-clock"]
+    assert steps_of(plan, {"slow": 0.4, "fast": 0.3}) == {"wall-clock": {"slow": 100, "fast": 133}}
+
+
+def test_a_run_that_serves_both_kinds_is_run_once(plan_file, runs, tmp_path):
+    """The reference has the same steps at equal steps and at equal wall-clock."""
+    plan = read_plan(plan_file)
+    plan.equal, plan.seeds = ["steps", "wall-clock"], [0]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "seconds_per_step.json").write_text('{"all": 0.2, "no MRM": 0.1}')
+    comparison = Comparison(plan, tmp_path / "out", 1)
+    assert comparison.jobs() == [Job("all", 4, 0), Job("no MRM", 4, 0), Job("no MRM", 8, 0)]
+    comparison.run()
+    summary = comparison.summary()
+    assert len(summary) == 4 and summary["equal wall-clock: all"] == summary["equal steps: all"]
+    assert summary["equal wall-clock: no MRM"]["steps"] == 8
+
+
+def test_the_rate_is_measured_for_every_arm(plan_file, tmp_path, monkeypatch):
+    """Once, and kept: the number of steps follows from it and must not change when the plan goes on."""
+    monkeypatch.setattr(compare.os, "cpu_count", lambda: 2)  # two side by side have one each
+    plan = read_plan(plan_file)
+    comparison = Comparison(plan, tmp_path / "out", 2)
+    assert comparison.rates.keys() == plan.arms.keys() and min(comparison.rates.values()) > 0
+    assert Comparison(plan, tmp_path / "out", 1).rates == comparison.rates
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"reference": "none"}, "the reference 'none' is not among the arms"),
+        ({"equal": ["luck"]}, 'give "steps", "wall-clock" or both'),
+        ({"seeds": []}, "give at least one of each"),
+        ({"stepz": 3}, "is not a plan"),
+    ],
+)
+def test_a_bad_plan_is_one_sentence(plan_file, change, says):
+    plan_file.write_text(json.dumps(json.loads(plan_file.read_text()) | change))
+    with pytest.raises(ValueError, match=says) as error:
+        read_plan(plan_file)
+    assert "\n" not in str(error.value)
+
+
+def test_the_plans_of_the_repository_can_be_read():
+    """Their arms are options that train.py knows."""
+    plans = sorted((Path(compare.__file__).parent / "plans").glob("*.json"))
+    assert plans
+    for path in plans:
+        plan = read_plan(path)
+        for options in plan.arms.values():
+            train.parse(shlex.split(f"{plan.train} {options} --out none --steps {plan.steps}"))
+
+
+def test_the_command_writes_table_and_summary(plan_file, runs, tmp_path, monkeypatch, capsys):
+    """And says how the figures were made."""
+    arguments = [str(plan_file), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    compare.main()
+    assert "equal steps: no MRM" in capsys.readouterr().out
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report.keys() >= {"what", "command", "hardware", "date", "seeds", "arms"} and len(report["arms"]) == 2
