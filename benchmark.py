@@ -39,6 +39,8 @@ from tokenizer import Tokenizer
 from train import TrainConfig, make_optimizer, recompute_blocks
 
 DATA = "data/scenes/pairs_train.jsonl"  # what `loader` loads unless told otherwise
+TURN = 0.1  # seconds that a turn of `step` lasts at least
+SIDE = 1024  # of the large matrices on a CPU; eight times that on a GPU
 
 
 def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
@@ -58,16 +60,14 @@ def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
 
 
 def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int]:
-    """Floating-point operations of a training step by part: two per multiply-add of every matrix product in it.
+    """Floating-point operations of a training step, by part: two per multiply-add of each matrix product that it makes.
 
-    A backward pass takes twice its forward pass: a gradient for either factor. Three products have no such second
-    gradient: pixels need none, nor do the keys of a queue, and the similarities that draw negatives have no gradient
-    at all. Neither has the teacher. Left out are all work that is not a matrix product, which is element by element,
-    and the second forward pass that gradient checkpointing makes.
+    A backward pass costs twice the forward pass, a gradient for each of the two factors; but pixels and the keys of a
+    queue need no gradient, and the teacher and the similarities that draw negatives have no backward pass at all. Work
+    element by element is not counted, nor is the second forward pass of gradient checkpointing.
 
     Args:    length   tokens of the longest text in the batch
-    Returns: operations by part: the student's "image encoder", "text encoder", "fusion", "heads" and "contrast", and
-             "teacher"
+    Returns: the student's "image encoder", "text encoder", "fusion", "heads" and "contrast", and the "teacher"
     """
     b, l, n, d, e = batch_size, length, config.patches, config.width, config.embed_dim  # noqa: E741
     mrm, mim, mlm, itm, itc = (getattr(config, f"w_{name}") > 0 for name in ("mrm", "mim", "mlm", "itm", "itc"))
@@ -75,36 +75,28 @@ def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int
     patches = hide_patches(torch.zeros(1, n), config.mask_image)[0].shape[1] if config.hides_patches else 0
     words = math.ceil(config.mask_text * l) if config.hides_words else 0
 
-    def block(tokens: int, at: int) -> int:
-        """Multiply-adds of a Block on one sequence, its output computed `at` so many positions."""
-        query_and_out, key_value, attention, mlp = (
-            2 * at * d * d,
-            2 * tokens * d * d,
-            2 * at * tokens * d,
-            8 * at * d * d,
-        )
-        return query_and_out + key_value + attention + mlp
+    def block(tokens: int, outputs: int) -> int:
+        """Multiply-adds of a Block: query, out and MLP at the outputs, key and value at all, two attention products."""
+        return (2 + 8) * outputs * d * d + 2 * tokens * d * d + 2 * outputs * tokens * d
 
-    # Multiply-adds of one forward pass on one row.
-    embedding = n * 3 * config.patch_size**2 * d
+    # Multiply-adds of a forward pass, per row of the batch.
+    embedding, predictor = n * 3 * config.patch_size**2 * d, 8 * d * d
     image_blocks, text_blocks = config.image_depth * block(1 + n, 1 + n), config.text_depth * block(l, l)
     lower_blocks = (config.fusion_depth - 1) * block(fused, fused)
-    ends = [patches] * config.hides_patches + [words] * config.hides_words + [1, 1, 1] * itm  # outputs of each view
-    fusion = sum(lower_blocks + block(fused, end) for end in ends)
-    predictor, vocabulary = 8 * d * d, d * d + d * config.vocab_size
-    heads = mrm * (patches + words) * predictor + mim * patches * predictor + mlm * words * vocabulary + itm * 3 * 2 * d
-    similarity = (b + config.queue_size) * e
-    teacher = (mrm or mim or queue) * (embedding + image_blocks) + (mrm or queue) * text_blocks
-    teacher += mrm * (lower_blocks + block(fused, patches + words)) + queue * 2 * d * e
-
     image_views = (config.sees_whole or config.hides_words) + config.hides_patches
     text_views = (config.sees_whole or config.hides_patches) + config.hides_words
+    outputs = [patches] * config.hides_patches + [words] * config.hides_words + [1, 1, 1] * itm  # of each fused view
+    heads = mrm * (patches + words) * predictor + mim * patches * predictor + itm * 3 * 2 * d
+    heads += mlm * words * (d * d + d * config.vocab_size)
+    projections, candidates = 2 * d * e, 2 * (b + config.queue_size) * e
+    teacher = (mrm or mim or queue) * (embedding + image_blocks) + (mrm or queue) * text_blocks
+    teacher += mrm * (lower_blocks + block(fused, patches + words)) + queue * projections
     return {
         "image encoder": 2 * b * image_views * (2 * embedding + 3 * image_blocks),
         "text encoder": 2 * b * text_views * 3 * text_blocks,
-        "fusion": 2 * b * 3 * fusion,
+        "fusion": 2 * b * 3 * sum(lower_blocks + block(fused, m) for m in outputs),
         "heads": 2 * b * 3 * heads,
-        "contrast": 2 * b * itc * (3 * 2 * d * e + (2 if queue else 3) * 2 * similarity + b * e),
+        "contrast": 2 * b * itc * (3 * projections + (2 if queue else 3) * candidates + b * e),
         "teacher": 2 * b * teacher,
     }
 
@@ -245,16 +237,16 @@ def shape_of(preset: str, options: argparse.Namespace) -> dict:
 
 
 class Repeated:
-    """An action for take_turns, made as often as takes a tenth of a second, so that a turn is long beside its ends.
+    """An action for take_turns, made as often as fills a turn, at most 50 times.
 
     A GPU that has no room for the action ends it and not the run: `action` is then None and a turn does nothing.
     """
 
     def __init__(self, device: torch.device, make: Callable[..., Callable[[], object]], *arguments):
         """device: where the action works; make: called with the arguments, returns the action; may find no room"""
-        gc.collect()  # the models of earlier actions go now, and not while this one is measured
         before = 0.0
         if device.type == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(device)
             before = runtime.peak_memory_mb(device)
         self.device, self.times, self.action = device, 1, None
@@ -265,7 +257,7 @@ class Repeated:
         self()  # the first time is slow, and makes what the optimiser keeps
         start = time.perf_counter()
         self()
-        self.times = min(max(round(0.1 / (time.perf_counter() - start)), 1), 50)
+        self.times = min(max(round(TURN / (time.perf_counter() - start)), 1), 50)
         self.peak_memory_mb = runtime.peak_memory_mb(device) - before
 
     def __call__(self) -> None:
@@ -310,18 +302,19 @@ class TrainingStep:
 
 def products(device: torch.device, precision: str) -> tuple[dict[str, Repeated], int]:
     """Large matrix products of several shapes, and the floating-point operations of any one of them."""
-    scale, dtype = (1 if device.type == "cpu" else 8), runtime.PRECISIONS[precision] or torch.float32
+    side = SIDE if device.type == "cpu" else 8 * SIDE
+    dtype = runtime.PRECISIONS[precision] or torch.float32
     actions = {}
-    for rows, inner, columns in ((1024, 1024, 1024), (2048, 512, 1024), (512, 2048, 1024)):
-        left = torch.randn(scale * rows, scale * inner, device=device, dtype=dtype)
-        right = torch.randn(scale * inner, scale * columns, device=device, dtype=dtype)
-        actions[f"product {rows} {inner} {columns}"] = Repeated(device, functools.partial, torch.mm, left, right)
-    return actions, 2 * (scale * 1024) ** 3
+    for rows, inner in ((side, side), (2 * side, side // 2), (side // 2, 2 * side)):
+        left = torch.randn(rows, inner, device=device, dtype=dtype)
+        right = torch.randn(inner, side, device=device, dtype=dtype)
+        actions[f"product {rows} {inner} {side}"] = Repeated(device, functools.partial, torch.mm, left, right)
+    return actions, 2 * side**3
 
 
-def loading(options: argparse.Namespace, config: Config, size: int) -> dict[str, Callable[[], object]]:
+def loading(rows: list[dict], config: Config, size: int) -> dict[str, Callable[[], object]]:
     """Loading a batch of real data with pictures that were decoded before, as all epochs but the first, and without."""
-    rows = read_rows(options.data, "pairs")[: 4 * size]
+    rows = rows[: 4 * size]
     tokenizer = Tokenizer.build(caption for row in rows for caption in captions_of(row))
     dataset = Pairs(rows, tokenizer, config.image_size, config.patches, config.max_tokens)
     batches = training_batches(dataset, TwinBatches(rows, size), workers=0)
@@ -336,8 +329,9 @@ def loading(options: argparse.Namespace, config: Config, size: int) -> dict[str,
     return {"loading": lambda: next(batches), "loading and decoding": decode}
 
 
-def measure(preset: str, size: int, options: argparse.Namespace, device: torch.device) -> tuple[list[dict], dict]:
+def measure(preset: str, size: int, options: argparse.Namespace, device, data: list[dict]) -> tuple[list[dict], dict]:
     """One preset and batch size: a row for each objective, and the ratios between what took turns, by name."""
+    gc.collect()  # the models that were measured before go now, and not at some time later
     shapes = {name: shape_of(preset, options) | OBJECTIVES[name][1] for name in options.objectives}
     configs = {name: Config(**shape) for name, shape in shapes.items()}
     actions = {
@@ -347,8 +341,8 @@ def measure(preset: str, size: int, options: argparse.Namespace, device: torch.d
         step = actions["mamo"].action
         actions["separate passes"] = Repeated(device, functools.partial, step.separate, "passes")
         actions["separate losses"] = Repeated(device, functools.partial, step.separate, "nothing")
-    if options.data:
-        loads = loading(options, configs[options.objectives[0]], size)
+    if data:
+        loads = loading(data, configs[options.objectives[0]], size)
         actions |= {name: Repeated(torch.device("cpu"), functools.partial, load) for name, load in loads.items()}
     multiply, operations = products(device, options.precision)
     actions |= multiply
@@ -409,10 +403,11 @@ def step(options: argparse.Namespace) -> dict:
     options.precision, _ = runtime.pick_precision(options.precision, device)
     if options.sharing and (options.compile or "mamo" not in options.objectives):
         raise ValueError("--sharing compares steps of mamo that are not compiled: leave out --compile, ask for mamo")
+    data = read_rows(options.data, "pairs") if options.data else []
     rows, found = [], {}
     for preset in options.presets:
         for size in options.batch_size:
-            some, between = measure(preset, size, options, device)
+            some, between = measure(preset, size, options, device, data)
             rows, found = rows + some, found | between
     print(table(rows))
     about = {"device": str(device), "precision": options.precision, "threads": torch.get_num_threads()}

@@ -18,7 +18,6 @@ another number of processes see the same samples masked in the same way.
 import hashlib
 import itertools
 import json
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from augment import drawing, photo
 from tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------------- reading and checking
@@ -222,21 +222,6 @@ def load_image(path: str | Path) -> Image.Image:
         ) from error
 
 
-def crop_and_tint(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Augmentation for photographs: a crop of 50 to 100 % of the area, brightness and contrast within 30 %.
-
-    No flip: it would make "left of" false.
-    """
-    area, aspect = rng.uniform(0.5, 1.0), math.exp(rng.uniform(-0.25, 0.25))
-    width = min(round(image.width * math.sqrt(area * aspect)), image.width)
-    height = min(round(image.height * math.sqrt(area / aspect)), image.height)
-    x, y = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
-    pixels = np.asarray(image.crop((x, y, x + width, y + height)), dtype=np.float32)
-    contrast, brightness = rng.uniform(0.7, 1.3, size=2)
-    middle = pixels.mean()
-    return Image.fromarray((((pixels - middle) * contrast + middle) * brightness).clip(0, 255).astype(np.uint8))
-
-
 def to_pixels(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
     """Resize to image_size (height, width) -> (3, height, width) of bytes."""
     height, width = image_size
@@ -285,15 +270,18 @@ class Pairs(Dataset):
         return len(self.rows)
 
     def pixels(self, number: int, rng: np.random.Generator) -> Tensor:
-        """Picture of a row, (3, height, width) of bytes; if not augmented, decoded once and kept, in up to 256 MB."""
-        if number in self.kept:
-            return self.kept[number]
-        image = load_image(self.rows[number]["image"])
-        if self.augment == "photo":
-            return to_pixels(crop_and_tint(image, rng), self.image_size)
-        pixels = to_pixels(image, self.image_size)
-        if len(self.kept) * pixels.nbytes < 256 * 2**20:
-            self.kept[number] = pixels
+        """Picture of a row, (3, height, width) of bytes; decoded once and kept, up to 256 MB, unless it is cropped."""
+        path = self.rows[number]["image"]
+        if self.augment == "photo":  # cropped before it is made small, so that details stay sharp
+            return to_pixels(photo(load_image(path), rng), self.image_size)
+        pixels = self.kept.get(number)
+        if pixels is None:
+            pixels = to_pixels(load_image(path), self.image_size)
+            if len(self.kept) * pixels.nbytes < 256 * 2**20:
+                self.kept[number] = pixels
+        if self.augment == "drawing":
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            return to_pixels(drawing(image, rng), self.image_size)
         return pixels
 
     def __getitem__(self, key: tuple[int, int]) -> dict:

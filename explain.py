@@ -7,11 +7,11 @@
 The matching logit says how well a picture and a text belong together. Attention says which patches a word looks at; the
 gradient of the logit says which of these looks speak for a match. Their product, where it is positive, is the map:
 
-    map[patch] = mean over heads, sum over the phrase's tokens and [CLS], of attention * relu(d logit / d attention)
+    map[patch] = mean over heads, sum over the phrase's tokens, of attention * relu(d logit / d attention)
 
 as ALBEF grounds phrases (its fusion attends from text to patches; ours is one stream, so its rows of text and columns
-of patches are taken). No box is ever trained on. Of the last block only the row of [CLS] counts: the logit reads
-nothing else there.
+of patches are taken). [CLS] stands for the whole text and is counted where the phrase is the whole text. No box is ever
+trained on. Of the last block only [CLS] has a map: the logit reads nothing else there.
 """
 
 from dataclasses import dataclass
@@ -39,15 +39,15 @@ def check_layer(model: VisionLanguageModel, layer: int) -> int:
 
 
 def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -> tuple[list[int], list[bool]]:
-    """Ids of a text, and which of them are read for the map: [CLS] and the tokens of the phrase, where it stands first.
+    """Ids of a text, and which of them are read for the map: the phrase where it stands first, or all if it is all.
 
     Raises:  ValueError if the phrase is not in the text as the model reads it
     """
     ids, wanted = tokenizer.encode(text, max_tokens), tokenizer.encode(phrase)[1:-1]
     for start in range(1, len(ids) - len(wanted)):
         if wanted and ids[start : start + len(wanted)] == wanted:
-            inside = range(start, start + len(wanted))
-            return ids, [place == 0 or place in inside for place in range(len(ids))]
+            whole = len(wanted) == len(ids) - 2
+            return ids, [whole or start <= place < start + len(wanted) for place in range(len(ids))]
     raise ValueError(f"the phrase {phrase!r} is not in the text {text!r} within its first {max_tokens} tokens")
 
 
@@ -56,7 +56,7 @@ def heat_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, rea
 
     Args:    images (b, 3, height, width)
              input_ids (b, l); real (b, l), True = real token
-             rows (b, l)   True = a token whose looks count: [CLS] and those of the phrase
+             rows (b, l)   True = a token whose looks count, see phrase_rows
     Returns: (fusion blocks, b, n), values of 0 or more
     Raises:  ValueError for a model without a matching head
     """
@@ -145,6 +145,11 @@ def choose_layer(model, tokenizer: Tokenizer, rows: list[dict], device) -> int:
 def draw_heat(model, tokenizer: Tokenizer, path: str, text: str, phrase: str, layer: int, device) -> Image.Image:
     """A picture beside itself with the heat map of a phrase laid over it: cold stays pale, hot becomes red."""
     heat = maps_of(model, tokenizer, [Phrase(path, text, phrase, [])], device)[layer, 0]
+    if not heat.any():
+        raise ValueError(
+            f"fusion block {layer} has no map for {phrase!r}: nothing that it looks at speaks for a match, or it is "
+            "the last block, which has a map for whole texts only; give another --layer"
+        )
     picture = load_image(path)
     scale = 320 / min(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))

@@ -58,7 +58,7 @@ class TrainConfig:
     weight_decay: float = 0.02  # of AdamW, not on norms, biases, positions and single tokens
     beta2: float = 0.98  # second-moment decay of AdamW
     clip: float = 1.0  # largest norm of the gradient
-    augment: str = "none"  # none, or photo = crop, brightness, contrast
+    augment: str = "none"  # none, photo = crop, brightness, contrast, or drawing = moved, turned, recoloured, outlined
     seed: int = 0  # decides initial weights, order, masks and negatives
     workers: int = 0  # processes that load data beside the training process
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -76,7 +76,7 @@ class TrainConfig:
         choices = {
             "objective": OBJECTIVES,
             "preset": PRESETS,
-            "augment": ("none", "photo"),
+            "augment": ("none", "photo", "drawing"),
             "check": ("header", "full"),
             "precision": ("auto", *runtime.PRECISIONS),
         }
@@ -93,8 +93,8 @@ class TrainConfig:
 
 
 # Options that may change when a run goes on, because they do not change what it computes, up to rounding.
-FREE_ON_RESUME = {"out", "workers", "device", "log_every", "eval_every", "save_every", "resume", "check"}
-FREE_ON_RESUME |= {"precision", "compile", "grad_checkpointing"}
+FREE_ON_RESUME = {"out", "workers", "device", "precision", "compile", "grad_checkpointing", "check", "resume"}
+FREE_ON_RESUME |= {"log_every", "eval_every", "save_every"}
 
 
 def parts_for(batch_size: int, processes: int) -> int:
@@ -214,14 +214,10 @@ class Run:
         """Say what is about to run, and what a model that knows nothing would score."""
         config, model = self.config, self.model
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        print(
-            f"{config.objective} {config.preset}: {millions:.2f} M parameters on {self.device}, {len(self.rows)} rows"
-        )
-        print(
-            f"{config.steps} steps of {config.batch_size} x {config.accumulate} pairs on {self.world} processes, ",
-            end="",
-        )
-        print(f"teacher {model.config.ema:.4f}, precision {self.precision}: {self.why}")
+        where = f"{self.device}, {self.world} processes" if self.world > 1 else f"{self.device}"
+        print(f"{config.objective} {config.preset}: {millions:.2f} M parameters on {where}, {len(self.rows)} rows")
+        pairs = f"{config.batch_size} x {config.accumulate} pairs"
+        print(f"{config.steps} steps of {pairs}, teacher {model.config.ema:.4f}, {self.precision}: {self.why}")
         if self.order.never:
             print(f"{self.order.never} rows are left out: no batch of {config.batch_size} has room for their twins")
         cut = count_truncated(self.rows, self.tokenizer, model.config.max_tokens)

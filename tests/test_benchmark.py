@@ -1,9 +1,54 @@
-"""The benchmark compares like with like."""
+"""The benchmark compares like with like, and its formula counts what a step does."""
 
+import json
+
+import pytest
 import torch
+from conftest import only, tiny_config
+from helpers import write_squares
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmark import random_batch, ratios, separate_losses
-from mamo import MAMO, Config
+import benchmark
+import runtime
+from benchmark import backward, flops_of_step, random_batch, ratios, row_of, separate_losses
+from mamo import MAMO, Config, record_attention
+
+SIZES = {"image_size": (16, 16), "patch_size": 8, "width": 16, "heads": 2, "embed_dim": 8}
+DEPTHS = {"image_depth": 1, "text_depth": 1, "fusion_depth": 1}
+SMALL = "--image-size 16 24 --batch-size 4 --length 6 --vocab-size 40 --rounds 1 --threads 1 --device cpu"
+
+
+def run(monkeypatch, *arguments: str) -> None:
+    """benchmark.py as the command line runs it, but with a very small model, short turns and small products."""
+    monkeypatch.setitem(benchmark.PRESETS, "nano", SIZES | DEPTHS)
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+    monkeypatch.setattr(benchmark, "TURN", 0.01)
+    monkeypatch.setattr(benchmark, "SIDE", 256)
+    runtime.guarded(benchmark.main)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        only("itc", "itm", "mrm", "mim", "mlm"),
+        only("itc"),
+        only("itc", "itm"),
+        only("itc", "itm", "mlm"),
+        only("itc", "itm", "mrm", "mlm"),
+        only("mim", "mlm"),
+        only("mrm"),
+        only("itc", "mim") | {"queue_size": 7},
+        only("itc", "itm", "mlm") | {"queue_size": 7, "image_depth": 1, "fusion_depth": 3, "mask_image": 0.6},
+    ],
+    ids=lambda changes: " ".join(name for name, value in changes.items() if value),
+)
+def test_the_formula_counts_the_operations_that_torch_counts(changes):
+    """On the explicit attention path, because torch's counter sees nothing in the fused one of a CPU."""
+    config = tiny_config(**changes)
+    model, batch = MAMO(config), random_batch(config, 5, 11)
+    with record_attention(model), FlopCounterMode(display=False) as counter:
+        backward(model(batch), config)
+    assert sum(flops_of_step(config, 5, 11).values()) == counter.get_total_flops()
 
 
 def test_separate_passes_give_the_same_losses_and_gradients():
@@ -24,3 +69,92 @@ def test_separate_passes_give_the_same_losses_and_gradients():
 def test_a_ratio_is_the_median_of_the_rounds():
     ratio = ratios({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0, 3.0]}, "a", "b")
     assert ratio == {"median": 1.0, "min": 0.5, "max": 3.0, "rounds": 3}
+
+
+def test_utilisation_is_against_the_rate_of_the_same_round():
+    """A machine at half its speed in the second round makes the step as well as the product slower."""
+    row = row_of(8, {"student": 3 * 10**9, "teacher": 10**9}, seconds=[1.0, 2.0, 1.0], rates=[8e9, 4e9, 10e9])
+    assert row["utilisation"] == {"median": 0.5, "min": 0.4, "max": 0.5}
+    assert row["gflop"] == {"step": 4.0, "student": 3.0, "teacher": 1.0}
+    assert (row["ms_per_step"], row["pairs_per_s"], row["product_gflop_per_s"]) == (1000, 8, 8)
+
+
+def test_step_reports_every_variant_as_table_and_as_json(monkeypatch, capsys, tmp_path):
+    data, out = write_squares(tmp_path / "pairs.jsonl"), tmp_path / "step.json"
+    run(
+        monkeypatch, "step", *SMALL.split(), "--sharing", "--grad-checkpointing", "--data", str(data), "--out", str(out)
+    )
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert {"command", "hardware", "date", "rounds", "device", "precision", "threads"} <= report.keys()
+    mamo, control = report["rows"]
+    assert (mamo["objective"], control["objective"], mamo["image_size"]) == ("mamo", "control", [16, 24])
+    assert mamo["gflop"]["step"] > control["gflop"]["step"] > control["gflop"]["teacher"] == 0
+    for row in report["rows"]:
+        assert row["pairs_per_s"] == pytest.approx(4 * 1000 / row["ms_per_step"])
+        rate = row["gflop"]["step"] / row["ms_per_step"] * 1000
+        assert row["utilisation"]["median"] == pytest.approx(rate / row["product_gflop_per_s"])
+        assert 0 < row["utilisation"]["median"] < 1 and row["peak_memory_so_far_mb"] > 0
+        assert f"{row['ms_per_step']:.1f}" in printed
+    found = {name.split(": ")[1]: ratio["median"] for name, ratio in report["ratios"].items()}
+    assert found["mamo / control"] == pytest.approx(mamo["ms_per_step"] / control["ms_per_step"])
+    assert found.keys() == {
+        "mamo / control",
+        "mamo / separate passes",
+        "mamo / separate losses",
+        "loading / mamo",
+        "loading / control",
+        "loading and decoding / mamo",
+        "loading and decoding / control",
+    }
+    assert all(f"{name}: {ratio['median']:.3f}" in printed for name, ratio in report["ratios"].items())
+
+
+def test_a_variant_without_room_ends_itself_and_not_the_run(monkeypatch, capsys, tmp_path):
+    """The larger batch fits at first and then no more, as on a GPU whose memory the other variants fill."""
+    forward, calls = MAMO.forward, []
+
+    def full(self, batch):
+        calls.append(len(batch["images"]))
+        if calls[-1] == 6 and len(calls) > 2:  # the first two are before the turns
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, batch)
+
+    monkeypatch.setattr(MAMO, "forward", full)
+    out = tmp_path / "step.json"
+    run(monkeypatch, "step", *SMALL.split(), "--batch-size", "6", "4", "--objectives", "mamo", "--out", str(out))
+    report = json.loads(out.read_text())
+    assert [row.get("error") for row in report["rows"]] == ["out of memory", None]
+    assert "out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sharing", "loader"])
+def test_the_other_commands_report_their_ratios(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "DATA", str(write_squares(tmp_path / "pairs.jsonl")))
+    out = tmp_path / "ratios.json"
+    run(monkeypatch, command, *SMALL.split(), "--out", str(out))
+    report = json.loads(out.read_text())
+    assert list(report) == ["command", "hardware", "date", "ratios"]
+    assert all(ratio["rounds"] == 1 and ratio["median"] > 0 for ratio in report["ratios"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--presets huge", "huge"),
+        ("--objectives mime", "mime"),
+        ("--batch-size 8 1", "at least 2 pairs"),
+        ("--image-size 20", "not a multiple of patch_size 8"),
+        ("--length 0", "length is 0"),
+        ("--vocab-size 5", "vocab_size is 5"),
+        ("--rounds 0", "rounds is 0"),
+        ("--precision int8", "unknown precision"),
+        ("--sharing --objectives control", "ask for mamo"),
+        ("--data nowhere.jsonl", "nowhere.jsonl"),
+        ("--round 3 --lenght 9", "did you mean --length"),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence(arguments, words, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "step", *SMALL.split(), *arguments.split())
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -12,13 +12,13 @@ import torch
 from helpers import caption, square, write_rows, write_squares
 from PIL import Image
 
+from augment import drawing, photo
 from data import (
     Collate,
     Pairs,
     TwinBatches,
     captions_of,
     count_truncated,
-    crop_and_tint,
     load_image,
     pad,
     read_rows,
@@ -301,7 +301,7 @@ def test_photo_augmentation_crops_and_tints_and_never_flips():
     ramp[:, :, 1] = np.linspace(20, 200, 48)[:, None]
     image, areas, means, spans = Image.fromarray(ramp), [], [], []
     for seed in range(200):
-        crop = crop_and_tint(image, np.random.default_rng(seed))
+        crop = photo(image, np.random.default_rng(seed))
         assert crop.mode == "RGB" and crop.width <= 64 and crop.height <= 48
         pixels = np.asarray(crop).astype(int)
         assert pixels[:, -1, 0].mean() > pixels[:, 0, 0].mean() + 20
@@ -318,7 +318,7 @@ def test_photo_augmentation_changes_brightness_and_contrast():
     """Of fine stripes every crop is alike, so what differs is the tint: the mean by 30 %, the step by up to 69 %."""
     stripes = np.full((40, 40, 3), 80, dtype=np.uint8)
     stripes[:, ::2] = 120
-    crops = [np.asarray(crop_and_tint(Image.fromarray(stripes), np.random.default_rng(seed))) for seed in range(200)]
+    crops = [np.asarray(photo(Image.fromarray(stripes), np.random.default_rng(seed))) for seed in range(200)]
     means = [crop.mean() for crop in crops]
     steps = [float(crop.max()) - float(crop.min()) for crop in crops]
     assert 68 <= min(means) < 74 and 126 < max(means) <= 132
@@ -329,11 +329,37 @@ def test_photo_augmentation_changes_brightness_and_contrast():
 def test_augmentation_keeps_the_shape_and_is_off_by_default(tmp_path):
     """The tensor has the model's size with and without; without, it is the picture itself."""
     rows = read_rows([write_squares(tmp_path / "pairs.jsonl", 4)], "pairs")
-    plain, photo = dataset(rows)[0, 1]["images"], dataset(rows, augment="photo")[0, 1]["images"]
-    assert plain.shape == photo.shape == (3, 16, 24)
+    plain = dataset(rows)[0, 1]["images"]
     assert torch.equal(plain, to_tensor(square(1), (16, 24)))
-    assert not torch.equal(plain, photo)
-    assert not torch.equal(photo, dataset(rows, augment="photo")[1, 1]["images"])
+    for kind in ("photo", "drawing"):
+        samples = dataset(rows, augment=kind)
+        seen = [samples[epoch, 1]["images"] for epoch in (0, 1, 0)]
+        assert seen[0].shape == plain.shape == (3, 16, 24) and seen[0].min() >= -1 and seen[0].max() <= 1
+        assert not torch.equal(seen[0], plain) and not torch.equal(seen[0], seen[1])
+        assert torch.equal(seen[0], seen[2]), "the same visit, the same picture"
+
+
+def test_drawing_augmentation_moves_recolours_and_outlines_on_white():
+    """A red disc on white, left of the middle: it moves, changes size and colour, is outlined; white stays white; and
+    on average the disc stays where it was."""
+    y, x = np.mgrid[:40, :60]
+    disc = np.full((40, 60, 3), 255, dtype=np.uint8)
+    disc[(x - 20) ** 2 + (y - 20) ** 2 < 100] = (220, 40, 40)
+    places, sizes, colours, edges = [], [], [], []
+    for seed in range(200):
+        pixels = np.asarray(drawing(Image.fromarray(disc), np.random.default_rng(seed))).astype(int)
+        assert pixels.shape == disc.shape and (pixels[0, -3:] == 255).all()
+        there = pixels.min(axis=2) < 225
+        places.append((x[there].mean(), y[there].mean()))
+        sizes.append(there.sum())
+        column, row = map(round, places[-1])
+        colours.append(tuple(pixels[row, column]))
+        edges.append(pixels.sum(axis=2).min() < 0.6 * pixels[row, column].sum())
+    means, spread = np.mean(places, axis=0), np.std(places, axis=0)
+    assert abs(means[0] - 20) < 2 and abs(means[1] - 20) < 1.5 and min(spread) > 1.5
+    assert min(sizes) < 240 and max(sizes) > 420  # 314 as it was drawn
+    assert len(set(colours)) > 150 and any(max(c) - min(c) < 4 for c in colours), "some are grey"
+    assert 50 < sum(edges) < 150, "about half have an outline darker than their inside"
 
 
 # ------------------------------------------------------------------------------------ randomness belongs to the sample

@@ -124,13 +124,14 @@ def test_a_model_without_matching_has_nothing_to_explain():
 
 
 def test_a_phrase_is_found_among_the_tokens():
-    """[CLS] and the phrase where it stands first; as the model reads it, so capitals and pieces do not matter."""
+    """Where it stands first, as the model reads it, so that capitals and pieces do not matter; the whole text with
+    [CLS] and [SEP], which stand for it."""
     tokenizer = Tokenizer.build(["a red circle left of a red square"] * 9)
     text = "a red circle left of a red square"
     ids, rows = phrase_rows(tokenizer, text, "Red  Square", 32)
-    assert ids == tokenizer.encode(text) and [place for place, on in enumerate(rows) if on] == [0, 7, 8]
-    assert [place for place, on in enumerate(phrase_rows(tokenizer, text, "red", 32)[1]) if on] == [0, 2]
-    assert phrase_rows(tokenizer, text, text, 32)[1] == [True] * 9 + [False]
+    assert ids == tokenizer.encode(text) and [place for place, on in enumerate(rows) if on] == [7, 8]
+    assert [place for place, on in enumerate(phrase_rows(tokenizer, text, "red", 32)[1]) if on] == [2]
+    assert phrase_rows(tokenizer, text, text, 32)[1] == [True] * 10
     for phrase, length in (("blue", 32), ("circle red", 32), ("red square", 8), ("", 32)):
         with pytest.raises(ValueError, match="is not in the text"):
             phrase_rows(tokenizer, text, phrase, length)
@@ -197,7 +198,7 @@ def test_explain_lays_the_map_over_the_picture(grounding, checkpoint, command, t
     model, tokenizer, _ = load_model(checkpoint, CPU)
     image, out = grounding.parent / "0.png", tmp_path / "new" / "heat.png"
     words = ("--text", "there is a red square at the top left", "--phrase", "a red square")
-    for layer in (0, -1):
+    for layer in (0, -2):
         code, said, errors = command(
             "explain", "--checkpoint", checkpoint, "--image", image, *words, "--layer", layer, "--out", out
         )
@@ -257,6 +258,10 @@ def test_what_explaining_lacks_is_told(checkpoint, grounding, command, tmp_path)
         (("explain", "--text", "a red square"), "explain needs a picture and a text"),
         (("explain", *picture, "--text", "a red square", "--layer", "2"), "layer is 2"),
         (("explain", *picture, "--text", "a red square", "--phrase", "dog"), "is not in the text"),
+        (
+            ("explain", *picture, "--text", "a red square", "--phrase", "red", "--layer", "1"),
+            "fusion block 1 has no map",
+        ),
         (("pointing",), "pointing needs --data"),
         (("pointing", "--data", grounding, "--layer", "-3"), "layer is -3"),
         (("pointing", "--data", grounding.with_name("pairs.jsonl"), "--choose", tmp_path / "none"), "is not a file"),

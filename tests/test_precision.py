@@ -114,7 +114,7 @@ def test_precision_is_chosen_and_explained(data, tmp_path, capsys):
     with pytest.raises(ValueError, match="unknown precision 'half'"):
         new_run(data, tmp_path / "run", "--precision", "half")
     new_run(data, tmp_path / "run")
-    assert "precision fp32: on cpu" in capsys.readouterr().out
+    assert "fp32: on cpu" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- memory and compilation

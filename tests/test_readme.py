@@ -13,7 +13,8 @@ from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for line in re.findall(r"^[^\n|]*python (?:-m )?\w+\.py[^\n]*$", README, re.M) if "`" not in line]
+CALLS = re.findall(r"^(?:[^\n|]*python|torchrun [^\n]*?) \w+\.py[^\n]*$", README, re.M)
+COMMANDS = [line for line in CALLS if "`" not in line]
 
 
 def options_of(script: str) -> set[str]:
@@ -30,7 +31,7 @@ def test_every_command_names_a_script_and_options_that_exist(command):
     words = shlex.split(command, comments=True)
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file(), f"{script} does not exist"
-    given = {word for word in words if word.startswith("--")}
+    given = {word for word in words[words.index(script) :] if word.startswith("--")}
     assert given <= options_of(script), f"{script} does not know {given - options_of(script)}"
 
 

@@ -661,7 +661,7 @@ def test_an_unknown_option_that_resembles_none_is_told(capsys):
     [
         ("--preset huge", "unknown preset 'huge': use one of nano, tiny, small, base"),
         ("--objective clip", "unknown objective 'clip': use one of mamo, control"),
-        ("--augment flip", "unknown augment 'flip': use one of none, photo"),
+        ("--augment flip", "unknown augment 'flip': use one of none, photo, drawing"),
         ("--check some", "unknown check 'some': use one of header, full"),
         ("--batch-size 1", "batch_size is 1: contrast and matching need at least 2 pairs"),
         ("--batch-size 23", "batch of 23 pairs is larger than the 22 rows"),
