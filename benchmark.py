@@ -9,10 +9,10 @@ The variants take turns, round by round, so that a machine that slows down slows
 the ratios of the rounds, with the smallest and the largest.
 
 `step` makes whole training steps, on one random batch, of each preset, objective and batch size. Their floating-point
-operations follow from a formula, and utilisation is their rate as a share of the best rate of large matrix products in
-the same round. With --data it also loads batches, first with pictures that were decoded before, then without; with
---sharing it repeats what `sharing` measures, for the whole step. Peak memory is each variant's own on a GPU; on a CPU
-it is the peak of the process so far, so there only the first row's is its own.
+operations follow from a formula, and utilisation is their rate as a share of that of large matrix products, of the
+best of several shapes, in the same round. With --data it also loads batches, first with pictures that were decoded
+before, then without; with --sharing it repeats what `sharing` measures, for the whole step. Peak memory is each
+variant's own on a GPU; on a CPU it is the peak of the process so far, so there only the first row's is its own.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from data import Pairs, TwinBatches, captions_of, read_rows, training_batches
 from eval import OBJECTIVES, build_model
 from mamo import MAMO, PRESETS, Config, at, hide_patches, hide_words, normalised, same_pairs
 from tokenizer import Tokenizer
-from train import TrainConfig, make_optimizer, recompute_blocks
+from train import TrainConfig, compile_step, make_optimizer, recompute_blocks
 
 DATA = "data/scenes/pairs_train.jsonl"  # what `loader` loads unless told otherwise
-TURN = 0.1  # seconds that a turn of `step` lasts at least
+TURN = 0.2  # seconds that a turn of `step` lasts at least
 SIDE = 1024  # of the large matrices on a CPU; eight times that on a GPU
 
 
@@ -254,7 +254,7 @@ class Repeated:
             self.action = make(*arguments)
         except torch.OutOfMemoryError:
             return
-        self()  # the first time is slow, and makes what the optimiser keeps
+        self()  # the first time makes what the optimiser keeps
         start = time.perf_counter()
         self()
         self.times = min(max(round(TURN / (time.perf_counter() - start)), 1), 50)
@@ -283,7 +283,7 @@ class TrainingStep:
         if options.grad_checkpointing:
             recompute_blocks(self.model)
         if options.compile:
-            self.model.compile(dynamic=False)
+            compile_step(self.model)
 
     def __call__(self, losses: Callable | None = None) -> None:
         """One step; with losses, by that function of the batch in the model's place."""
@@ -332,6 +332,8 @@ def loading(rows: list[dict], config: Config, size: int) -> dict[str, Callable[[
 def measure(preset: str, size: int, options: argparse.Namespace, device, data: list[dict]) -> tuple[list[dict], dict]:
     """One preset and batch size: a row for each objective, and the ratios between what took turns, by name."""
     gc.collect()  # the models that were measured before go now, and not at some time later
+    if options.compile:
+        torch.compiler.reset()  # and so does their code: only a few kinds of one function can be compiled
     shapes = {name: shape_of(preset, options) | OBJECTIVES[name][1] for name in options.objectives}
     configs = {name: Config(**shape) for name, shape in shapes.items()}
     actions = {
@@ -348,7 +350,8 @@ def measure(preset: str, size: int, options: argparse.Namespace, device, data: l
     actions |= multiply
     seconds = take_turns(actions, options.rounds)
     seconds = {name: [s / actions[name].times for s in values] for name, values in seconds.items()}
-    rates = [operations / min(several) for several in zip(*(seconds[name] for name in multiply), strict=True)]
+    best = min(multiply, key=lambda name: statistics.median(seconds[name]))
+    rates = [operations / s for s in seconds[best]]
 
     rows = []
     for name, config in configs.items():
@@ -453,6 +456,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Command line: run one measurement, print its ratios and, with --out, write them."""
     options = parse()
+    runtime.keep_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     report = {"command": " ".join(["python", "benchmark.py", *sys.argv[1:]])}

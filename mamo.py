@@ -799,8 +799,8 @@ class MAMO(VisionLanguageModel):
         """
         # fp32: a softmax sums as many exponentials as there are words.
         logits = F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
-        loss = F.cross_entropy(rearrange(logits, "b m v -> b v m"), labels, reduction="none")
-        return global_mean(loss, valid)
+        loss = F.cross_entropy(rearrange(logits, "b m v -> (b m) v"), labels.flatten(), reduction="none")
+        return global_mean(loss, valid.flatten())
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -134,6 +134,14 @@ def recompute_blocks(model: torch.nn.Module) -> None:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def compile_step(model: torch.nn.Module) -> None:
+    """Compile the model's forward pass, and with it the backward pass, for batches of one shape."""
+    # einops keeps a list of the kinds of tensor it has met, and a list that grows would compile the step twice.
+    for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
+        einops.rearrange(known, "d -> d")
+    model.compile(dynamic=False)
+
+
 class Run:
     """One training run: what is made before the first step, and the loop."""
 
@@ -176,10 +184,7 @@ class Run:
         if self.config.grad_checkpointing:
             recompute_blocks(self.model)
         if self.config.compile:
-            # einops keeps a list of the kinds of tensor it has met, and a list that grows would compile the step twice.
-            for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
-                einops.rearrange(known, "d -> d")
-            self.model.compile(dynamic=False)
+            compile_step(self.model)
         if self.world == 1:
             return self.model
         # Queue and teacher are equal everywhere because what feeds them is: there is nothing to broadcast.
@@ -403,6 +408,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
 def main() -> None:
     """Command line: make the run, or take it up again, and train."""
     config, sizes = parse()
+    runtime.keep_memory()
     with runtime.processes(config.device) as device:
         run = Run(config, sizes, device)
         if run.step >= run.config.steps:

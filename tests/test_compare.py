@@ -38,7 +38,7 @@ def plan_file(tmp_path) -> Path:
 
 @pytest.fixture
 def runs(monkeypatch) -> list[list[str]]:
-    """Commands that a comparison starts, run in this process instead of processes of their own."""
+    """Commands that a comparison starts, run in this process instead of processes of their own; rates are made up."""
     started = []
 
     def run(command, **_):
@@ -51,7 +51,7 @@ def runs(monkeypatch) -> list[list[str]]:
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(compare.subprocess, "run", run)
-    monkeypatch.setattr(compare.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(compare, "seconds_per_step", lambda plan: dict.fromkeys(plan.arms, 0.1))
     monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)  # only a main thread may take signals over
     return started
 

@@ -120,6 +120,29 @@ def test_precision_is_chosen_and_explained(data, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------- memory and compilation
 
 
+def test_keeping_memory_is_asked_for_in_the_safe_order(monkeypatch):
+    """Both thresholds, the second only if the first was granted; elsewhere than on glibc nothing happens."""
+    for granted in (2**30, 2**25, 0):
+        asked = []
+
+        class Library:
+            @staticmethod
+            def mallopt(what, value, asked=asked, granted=granted):
+                asked.append((what, value))
+                return int(value <= granted or what == -1)
+
+        monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _, library=Library: library)
+        runtime.keep_memory()
+        tried = [(-3, 2**30)] + [(-3, 2**25)] * (granted < 2**30)
+        assert asked == tried + [(-1, 2**31 - 1)] * (granted > 0)
+
+    def missing(_):
+        raise OSError("no such library")
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
+    runtime.keep_memory()
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(data, tmp_path):
     """The same log and the same weights, with dropout, which must fall alike again; and fewer tensors are kept."""
     kept = {}
