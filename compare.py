@@ -12,7 +12,9 @@ A plan is a JSON file:
      "evaluate": "world --data data/scenes",                    command and options of eval.py
      "seeds": [0, 1, 2], "steps": 1000,
      "reference": "all", "equal": ["steps", "wall-clock"],      wall-clock: as long as the reference takes for its steps
-     "columns": {"R@1": ["pairs_test/matching/image_to_text/R@1", ...]}}     the first that a run has is shown
+     "columns": {"R@1": ["pairs_test/matching/image_to_text/R@1", ...], "ITM loss": ["log/itm"]}}
+
+A column shows the first of its paths that a run's row has: of results.json, or log/ for the last row of log.csv.
 
 For equal wall-clock the number of steps follows from a rate that is measured before the start, all arms taking turns
 step by step, so that a machine that slows down slows all of them. A run that was stopped goes on where it was, a
@@ -221,6 +223,7 @@ class Comparison:
         row = {"arm": job.arm, "steps": job.steps, "seed": job.seed, "seconds": time.perf_counter() - start}
         row["pairs_per_s"] = statistics.median(float(line["pairs_per_s"]) for line in log if line["pairs_per_s"])
         row["peak_memory_mb"] = max(float(line["peak_memory_mb"]) for line in log if line["peak_memory_mb"])
+        row |= {f"log/{name}": float(value) for name, value in log[-1].items() if value}  # the end of the curves
         row |= flat(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         with self.lock, open(self.path, "a", encoding="utf-8") as file:
             self.rows[job] = row
