@@ -86,7 +86,11 @@ def test_a_plan_is_run_once_and_its_rows_are_kept(plan_file, runs, tmp_path, cap
 def test_the_summary_is_mean_and_standard_deviation_over_seeds(plan_file, runs, tmp_path):
     comparison = Comparison(read_plan(plan_file), tmp_path / "out", 1)
     comparison.run()
-    summary, path = comparison.summary(), comparison.plan.columns["R@1"][0]
+    path = comparison.plan.columns["R@1"][0]
+    for seed, value in ((0, 10.0), (1, 25.0)):
+        assert path in comparison.rows[Job("all", 4, seed)]
+        comparison.rows[Job("all", 4, seed)][path] = value
+    summary = comparison.summary()
     assert list(summary) == ["equal steps: all", "equal steps: no MRM"]
     values = [comparison.rows[Job("all", 4, seed)][path] for seed in (0, 1)]
     part = summary["equal steps: all"]

@@ -145,6 +145,7 @@ def test_patch_centres_and_boxes_are_in_pixels_of_the_picture():
     centres = patch_centres((2, 3), 60, 20)
     assert centres == [(10, 5), (30, 5), (50, 5), (10, 15), (30, 15), (50, 15)]
     assert inside(centres, [[10, 0, 20, 6]]) == [True, False, False, False, False, False]
+    assert inside(centres, [[10, 0, 20, 5], [0, 4, 10, 2]]) == [False] * 6, "its right and lower edge are outside"
     assert inside(centres, [[0, 0, 5, 5], [29, 4, 30, 20]]) == [False, True, True, False, True, True]
 
 

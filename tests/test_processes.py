@@ -90,6 +90,7 @@ def draw_within_halves(run, monkeypatch) -> None:
         for run.rank in (1, 0):
             mine = slice(run.rank * half, (run.rank + 1) * half)
             blocks[:, mine, mine] = noise(part, half)
+        assert not torch.equal(blocks[:, :half, :half], blocks[:, half:, half:]), "each process draws anew"
         return blocks
 
     monkeypatch.setattr(run, "negative_noise", both)
