@@ -1,8 +1,13 @@
-"""What the tests share: a very small model, and batches of random but valid pairs. Nothing is read from disk."""
+"""What the tests share: a very small model, batches of random but valid pairs, and eval.py as a command."""
 
+import sys
+
+import pytest
 import torch
 from torch import Tensor
 
+import eval as evaluation
+import runtime
 from mamo import MAMO, Config
 
 # The models of the tests are so small that a second thread costs more than it brings.
@@ -94,3 +99,17 @@ def lengthen(batch: dict[str, Tensor], extra: int) -> dict[str, Tensor]:
 def total(model: MAMO, losses: dict[str, Tensor]) -> Tensor:
     """The weighted sum that a trainer minimises."""
     return sum(weight * losses[name] for name, weight in model.config.weights.items() if weight > 0)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run eval.py in this process -> exit status, what it said, its errors."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runtime.guarded(evaluation.main)
+            sys.exit(0)
+        return end.value.code, *capsys.readouterr()
+
+    return run

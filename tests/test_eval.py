@@ -5,7 +5,6 @@ import math
 import os
 import pickle
 import re
-import sys
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,7 +17,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import eval as evaluation
-import runtime
 from data import captions_of, load_image, pad, read_rows, to_tensor
 from eval import chance_recalls, draw_ranked, encode_rows, foils, load_model, ranks, recalls, rerank, retrieval
 
@@ -77,21 +75,6 @@ def checkpoint(gallery, tmp_path_factory) -> Path:
 def model_and_words(checkpoint):
     """A fresh copy of that model, and its tokenizer."""
     return load_model(checkpoint, CPU)[:2]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run eval.py in this process -> exit status, what it said, what it complained."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runtime.guarded(evaluation.main)
-            sys.exit(0)
-        said = capsys.readouterr()
-        return end.value.code, said.out, said.err
-
-    return run
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

@@ -1,7 +1,6 @@
 """Heat maps against a loop over one pair at a time, the pointing game against counting by hand, and the commands."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,9 +8,7 @@ from conftest import tiny_batch, tiny_config, tiny_model
 from helpers import caption, new_run, square, write_rows
 from PIL import Image
 
-import eval as evaluation
 import explain
-import runtime
 from data import read_rows
 from eval import load_model
 from explain import check_layer, choose_layer, heat_maps, inside, middle_layer, patch_centres, phrase_rows, pointing
@@ -40,20 +37,6 @@ def checkpoint(grounding, tmp_path_factory):
     run = new_run(grounding.with_name("pairs.jsonl"), tmp_path_factory.mktemp("run"), "--lr", "1e-2", "--steps", "12")
     run.train()
     return run.out / "checkpoint.pt"
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run eval.py in this process -> exit status, what it said, its errors."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runtime.guarded(evaluation.main)
-            sys.exit(0)
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 # ----------------------------------------------------------------------------------------------------------- heat maps
