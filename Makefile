@@ -1,5 +1,5 @@
 # Two commands do everything, set-up included, on a fresh clone:
-#   make demo   builds the world, pre-trains MAMO on it, evaluates, draws a picture    (about 10 minutes on two cores)
+#   make demo   builds the world, pre-trains MAMO on it, evaluates, draws a picture    (about 8 minutes on two cores)
 #   make test   runs the tests
 # On Windows run the lines below by hand with .venv\Scripts\python in place of $(PYTHON).
 
