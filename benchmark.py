@@ -16,14 +16,10 @@ variant's own on a GPU; on a CPU it is the peak of the process so far, so there 
 """
 
 import argparse
-import datetime
 import functools
 import gc
 import math
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -459,11 +455,7 @@ def main() -> None:
     runtime.keep_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    report = {"command": " ".join(["python", "benchmark.py", *sys.argv[1:]])}
-    report["hardware"] = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-    if torch.cuda.is_available():
-        report["hardware"] += f", {torch.cuda.get_device_name()}"
-    report["date"] = datetime.date.today().isoformat()
+    report = runtime.how_made("benchmark.py")
     report |= {"step": step, "sharing": sharing, "loader": loader}[options.command](options)
     for name, ratio in report["ratios"].items():
         print(

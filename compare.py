@@ -23,10 +23,8 @@ finished one is not repeated: start the same command again.
 
 import argparse
 import csv
-import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -215,7 +213,7 @@ class Comparison:
                 if ended.returncode:
                     self.failed.append(f"{job.folder}, see {folder / 'output.txt'}")
                     return
-        if torch.load(checkpoint, weights_only=True)["step"] < job.steps:
+        if runtime.load_checkpoint(checkpoint)["step"] < job.steps:
             self.failed.append(f"{job.folder} was interrupted")
             return
         with open(folder / "log.csv", newline="", encoding="utf-8") as file:
@@ -277,9 +275,8 @@ def main() -> None:
     summary = comparison.summary()
     print(table(summary, list(comparison.plan.columns)))
     if options.results:
-        report = {"what": comparison.plan.what, "command": " ".join(["python", "compare.py", *sys.argv[1:]])}
-        report["hardware"] = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-        report |= {"date": datetime.date.today().isoformat(), "seeds": comparison.plan.seeds, "arms": summary}
+        report = {"what": comparison.plan.what} | runtime.how_made("compare.py")
+        report |= {"seeds": comparison.plan.seeds, "arms": summary}
         runtime.write_json(options.results, report)
 
 

@@ -118,7 +118,7 @@ def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_ba
     for row in tqdm(rows, desc="checking pictures", disable=len(rows) < 5000, leave=False):
         if row["image"] not in status:
             status[row["image"]] = check_image(row["image"], check)
-        if "boxes" in row and not status[row["image"]]:
+        if task == "grounding" and not status[row["image"]]:
             status[row["image"]] = check_boxes(row["image"], row["boxes"])
     broken = [f"{image}: {fault}" for image, fault in status.items() if fault]
     if broken and not skip_bad:
@@ -191,7 +191,7 @@ def check_image(path: str, check: str) -> str | None:
 
 def check_boxes(path: str, boxes: list) -> str | None:
     """Which box reaches outside a picture, or None."""
-    width, height = load_image(path).size
+    width, height = size_of(path)
     for x, y, w, h in boxes:
         if x + w > width or y + h > height:
             return f"the box {[x, y, w, h]} reaches outside the picture of {width} x {height} pixels"
@@ -199,6 +199,13 @@ def check_boxes(path: str, boxes: list) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height that load_image would give, from the header alone."""
+    with Image.open(path) as file:
+        lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # turned by a quarter
+        return file.size[::-1] if lies else file.size
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -163,10 +163,11 @@ def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
     """R@1/5/10 in percent of a ranking drawn at random: the first k of g places hold none of a query's r right answers
     with probability C(g - r, k) / C(g, k). counts: r of each query; gallery: g."""
     levels = {}
-    for k in (min(k, gallery) for k in (1, 5, 10)):
-        missed = {r: math.comb(gallery - r, k) / math.comb(gallery, k) for r in set(counts)}
-        levels[k] = 100 * (1 - sum(missed[r] for r in counts) / len(counts))
-    return {f"R@{k}": levels[min(k, gallery)] for k in (1, 5, 10)}
+    for k in (1, 5, 10):
+        drawn = min(k, gallery)
+        missed = {r: math.comb(gallery - r, drawn) / math.comb(gallery, drawn) for r in set(counts)}
+        levels[f"R@{k}"] = 100 * (1 - sum(missed[r] for r in counts) / len(counts))
+    return levels
 
 
 def retrieval(

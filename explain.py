@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data import load_image, pad, to_tensor
+from data import load_image, pad, size_of, to_tensor
 from mamo import VisionLanguageModel, record_attention
 from tokenizer import Tokenizer
 
@@ -120,11 +120,9 @@ def pointing(model, tokenizer: Tokenizer, rows: list[dict], device, layer: int) 
     """
     phrases = [Phrase(row["image"], row["text"], row["text"], row["boxes"]) for row in rows]
     maps = maps_of(model, tokenizer, phrases, device)
-    sizes = {path: load_image(path).size for path in dict.fromkeys(one.image for one in phrases)}
+    sizes = {path: size_of(path) for path in dict.fromkeys(one.image for one in phrases)}
     right = torch.tensor([inside(patch_centres(model.config.grid, *sizes[one.image]), one.boxes) for one in phrases])
-    best = maps.argmax(dim=2)  # (layers, phrases)
-    hits = [right.gather(1, places[:, None])[:, 0] for places in best]
-    hits = torch.stack(hits) & (maps.amax(dim=2) > 0)
+    hits = right.gather(1, maps.argmax(dim=2).T).T & (maps.amax(dim=2) > 0)  # (layers, phrases)
     layers = [100 * one.float().mean().item() for one in hits]
     return {
         "n": len(phrases),
@@ -155,7 +153,7 @@ def draw_heat(model, tokenizer: Tokenizer, path: str, text: str, phrase: str, la
     size = (round(picture.width * scale), round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
     rows, columns = model.config.grid
-    strength = (heat / heat.max().clamp(min=1e-12)).reshape(rows, columns)
+    strength = (heat / heat.max()).reshape(rows, columns)
     mask = Image.fromarray((200 * strength).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
     pale = Image.blend(picture, Image.new("RGB", size, "white"), 0.5)
     laid = Image.composite(Image.new("RGB", size, (215, 25, 28)), pale, mask)

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import pickle
+import platform
 import random
 import signal
 import sys
@@ -278,6 +279,15 @@ def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> Non
 def write_json(path: Path, value) -> None:
     """Write JSON that a person can read."""
     write_beside(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def how_made(script: str) -> dict[str, str]:
+    """What a file of results says of itself: command, hardware, date."""
+    hardware = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        hardware += f", {torch.cuda.get_device_name()}"
+    command = " ".join(["python", script, *sys.argv[1:]])
+    return {"command": command, "hardware": hardware, "date": datetime.date.today().isoformat()}
 
 
 class CsvLog:

@@ -22,6 +22,7 @@ from data import (
     load_image,
     pad,
     read_rows,
+    size_of,
     stable_id,
     to_tensor,
     training_batches,
@@ -626,3 +627,19 @@ def test_the_built_in_world_can_be_read(tmp_path):
     foils = read_rows([tmp_path / "foils_test.jsonl"], "foils", check="full")
     assert foils and all(row["foils"] for row in foils)
     assert json.loads((tmp_path / "world.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_the_header_is_that_of_the_picture_as_it_is_loaded(tmp_path, orientation):
+    """Pictures that EXIF turns by a quarter change sides."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    square(1).save(tmp_path / "turned.png", exif=exif)
+    assert size_of(tmp_path / "turned.png") == load_image(tmp_path / "turned.png").size
+
+
+def test_boxes_are_only_checked_where_the_task_asks_for_them(tmp_path):
+    """Other tasks may have a key of that name: more keys are allowed and kept."""
+    square(1).save(tmp_path / "a.png")
+    rows = read_rows([write_rows(tmp_path / "a.jsonl", [{"image": "a.png", "caption": "a", "boxes": "none"}])], "pairs")
+    assert rows[0]["boxes"] == "none"
