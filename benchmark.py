@@ -318,9 +318,9 @@ def loading(rows: list[dict], config: Config, size: int) -> dict[str, Callable[[
         next(batches)
 
     def decode():
-        kept, dataset.kept = dataset.kept, {}
+        kept, dataset.pictures.kept = dataset.pictures.kept, {}
         next(batches)
-        dataset.kept = kept
+        dataset.pictures.kept = kept
 
     return {"loading": lambda: next(batches), "loading and decoding": decode}
 

@@ -6,7 +6,13 @@ data set is a JSONL file, one row a line, with image paths relative to that file
     pairs   {"image": "a.png", "caption": "a red circle"}      a list of captions means that all of them are right;
                                                                optional "twin": rows that share it stay in one batch
     foils   {"image": "a.png", "caption": "a red circle", "foils": {"colour": "a blue circle"}}
-    grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}      in pixels, any is right
+    grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}   in pixels, any is right;
+                                                               optional "proposals": boxes to choose from
+    phrases    {"image": "a.png", "text": "a red circle"}      what grounding learns from: no boxes
+    vqa        {"image": "a.png", "question": "what colour is it?", "answers": {"red": 1.0}}      scores from 0 to 1
+    reasoning  {"images": ["a.png", "b.png"], "text": "both show a circle", "label": true}        one picture or two;
+                                                               optional "group": rows judged together
+    entailment {"image": "a.png", "text": "it is red", "label": "neutral"}      or entailment, or contradiction
 
 More keys are allowed and kept. Every row is checked before the first step.
 
@@ -19,7 +25,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,11 +70,45 @@ def check_foil(row: dict) -> None:
 
 def check_grounding(row: dict) -> None:
     """A phrase and its boxes; that they lie inside the picture is checked with the picture."""
-    if not isinstance(row["text"], str) or not row["text"].strip():
-        raise ValueError("text is empty: give the phrase that the boxes belong to")
-    boxes = row["boxes"]
-    if not isinstance(boxes, list) or not boxes or not all(is_box(box) for box in boxes):
-        raise ValueError("boxes must be [[x, y, width, height], ...] in pixels, at least one, none of them empty")
+    check_text(row)
+    for name in ("boxes", "proposals"):
+        boxes = row.get(name, row["boxes"])
+        if not isinstance(boxes, list) or not boxes or not all(is_box(box) for box in boxes):
+            raise ValueError(f"{name} must be [[x, y, width, height], ...] in pixels, at least one, none of them empty")
+
+
+def check_text(row: dict, key: str = "text") -> None:
+    """A text that is not empty."""
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise ValueError(f"{key} is empty: give a text")
+
+
+def check_vqa(row: dict) -> None:
+    """A question, and at least one answer with a score from 0 to 1."""
+    check_text(row, "question")
+    answers = row["answers"]
+    scores = list(answers.values()) if isinstance(answers, dict) else []
+    if not scores or not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
+        raise ValueError(f'answers is {answers!r}: expected {{"answer": score from 0 to 1, ...}}, at least one')
+
+
+def check_reasoning(row: dict) -> None:
+    """One or two pictures, a text, and whether it is true."""
+    check_text(row)
+    if len(row["images"]) not in (1, 2):
+        raise ValueError(f"found {len(row['images'])} images: reasoning is about one or two")
+    if not isinstance(row["label"], bool):
+        raise ValueError(f"label is {row['label']!r}: expected true or false")
+
+
+ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
+
+
+def check_entailment(row: dict) -> None:
+    """A text and one of three labels."""
+    check_text(row)
+    if row["label"] not in ENTAILMENT_LABELS:
+        raise ValueError(f"label is {row['label']!r}: expected {', '.join(ENTAILMENT_LABELS)}")
 
 
 def is_box(box) -> bool:
@@ -77,20 +117,26 @@ def is_box(box) -> bool:
     return numbers and min(box[:2]) >= 0 and min(box[2:]) > 0
 
 
+IMAGE = {"image": "a path relative to this file"}
 SCHEMAS = {
-    "pairs": Schema({"image": "a path relative to this file", "caption": "a text or a list of texts"}, check_pair),
-    "foils": Schema(
-        {"image": "a path relative to this file", "caption": "a text", "foils": "{kind: wrong caption}"}, check_foil
-    ),
+    "pairs": Schema(IMAGE | {"caption": "a text or a list of texts"}, check_pair),
+    "foils": Schema(IMAGE | {"caption": "a text", "foils": "{kind: wrong caption}"}, check_foil),
     "grounding": Schema(
-        {
-            "image": "a path relative to this file",
-            "text": "a phrase",
-            "boxes": "[[x, y, width, height], ...] in pixels",
-        },
-        check_grounding,
+        IMAGE | {"text": "a phrase", "boxes": "[[x, y, width, height], ...] in pixels"}, check_grounding
     ),
+    "phrases": Schema(IMAGE | {"text": "a phrase"}, check_text),
+    "vqa": Schema(IMAGE | {"question": "a text", "answers": "{answer: score from 0 to 1}"}, check_vqa),
+    "reasoning": Schema(
+        {"images": "a list of one or two paths relative to this file", "text": "a text", "label": "true or false"},
+        check_reasoning,
+    ),
+    "entailment": Schema(IMAGE | {"text": "a text", "label": ", ".join(ENTAILMENT_LABELS)}, check_entailment),
 }
+
+
+def pictures_of(row: dict) -> list[str]:
+    """The pictures of a row, one or several, as a list."""
+    return row["images"] if "images" in row else [row["image"]]
 
 
 def captions_of(row: dict) -> list[str]:
@@ -105,7 +151,7 @@ def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_ba
              task       a key of SCHEMAS
              check      "header": every picture is there and its header can be read; "full": it can be decoded
              skip_bad   leave bad rows out, with a count, instead of stopping at them
-    Returns: the rows, "image" made a full path, "twin" made unique to its file
+    Returns: the rows, paths of pictures made full, "twin" made unique to its file
     Raises:  ValueError naming file, line, what was found and what was expected; for pictures a count and the first ten
     """
     rows, complaints = [], []
@@ -116,10 +162,11 @@ def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_ba
 
     status = {}  # each picture once, however many rows show it
     for row in tqdm(rows, desc="checking pictures", disable=len(rows) < 5000, leave=False):
-        if row["image"] not in status:
-            status[row["image"]] = check_image(row["image"], check)
+        for image in pictures_of(row):
+            if image not in status:
+                status[image] = check_image(image, check)
         if task == "grounding" and not status[row["image"]]:
-            status[row["image"]] = check_boxes(row["image"], row["boxes"])
+            status[row["image"]] = check_boxes(row["image"], row["boxes"] + row.get("proposals", []))
     broken = [f"{image}: {fault}" for image, fault in status.items() if fault]
     if broken and not skip_bad:
         listed = "\n  ".join(broken[:10])
@@ -127,7 +174,7 @@ def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_ba
             f"{len(broken)} of {len(status)} pictures cannot be read; mend the paths (relative to the JSONL file) or "
             f"pass --skip-bad. The first are:\n  {listed}"
         )
-    good = [row for row in rows if not status[row["image"]]]
+    good = [row for row in rows if not any(status[image] for image in pictures_of(row))]
     if complaints or broken:
         print(f"left out: {len(complaints)} bad rows and {len(rows) - len(good)} rows whose picture cannot be read")
     if not good:
@@ -150,7 +197,10 @@ def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
             except ValueError as fault:
                 complaints.append(f"{path}:{number}: {fault}")
                 continue
-            row["image"] = str(path.parent / row["image"])
+            if "images" in row:
+                row["images"] = [str(path.parent / image) for image in row["images"]]
+            else:
+                row["image"] = str(path.parent / row["image"])
             if row.get("twin") is None:
                 row.pop("twin", None)
             else:
@@ -170,7 +220,9 @@ def parse_row(line: str, schema: Schema) -> dict:
     if not schema.keys.keys() <= row.keys():
         wanted = "; ".join(f'"{key}": {what}' for key, what in schema.keys.items())
         raise ValueError(f"found the keys {sorted(row)}: expected {wanted}")
-    if not isinstance(row["image"], str):
+    if "images" in schema.keys and not isinstance(row["images"], list):
+        raise ValueError("images must be a list of paths relative to this file")
+    if not all(isinstance(image, str) for image in (row["images"] if "images" in schema.keys else [row["image"]])):
         raise ValueError("image must be a path relative to this file")
     schema.check(row)
     return row
@@ -256,6 +308,28 @@ def stable_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+class Pictures:
+    """Pictures as bytes by path, decoded once and kept, up to 256 MB, unless they are cropped."""
+
+    def __init__(self, image_size: tuple[int, int], augment: str = "none"):
+        self.image_size, self.augment = image_size, augment
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, path: str, rng: np.random.Generator) -> Tensor:
+        """Path -> (3, height, width), values in [-1, 1], augmented by draws from rng."""
+        if self.augment == "photo":  # cropped before it is made small, so that details stay sharp
+            return centred(to_pixels(photo(load_image(path), rng), self.image_size))
+        pixels = self.kept.get(path)
+        if pixels is None:
+            pixels = to_pixels(load_image(path), self.image_size)
+            if len(self.kept) * pixels.nbytes < 256 * 2**20:
+                self.kept[path] = pixels
+        if self.augment == "drawing":
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            pixels = to_pixels(drawing(image, rng), self.image_size)
+        return centred(pixels)
+
+
 class Pairs(Dataset):
     """Rows of `pairs` as training samples; a sample's key is (epoch, row), and all its randomness follows from it."""
 
@@ -269,27 +343,12 @@ class Pairs(Dataset):
         augment: str = "none",
         seed: int = 0,
     ):
-        self.rows, self.tokenizer, self.image_size, self.patches = rows, tokenizer, image_size, patches
-        self.max_tokens, self.augment, self.seed = max_tokens, augment, seed
-        self.kept: dict[int, Tensor] = {}  # decoded pictures by row, see pixels
+        self.rows, self.tokenizer, self.patches = rows, tokenizer, patches
+        self.max_tokens, self.seed = max_tokens, seed
+        self.pictures = Pictures(image_size, augment)
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def pixels(self, number: int, rng: np.random.Generator) -> Tensor:
-        """Picture of a row, (3, height, width) of bytes; decoded once and kept, up to 256 MB, unless it is cropped."""
-        path = self.rows[number]["image"]
-        if self.augment == "photo":  # cropped before it is made small, so that details stay sharp
-            return to_pixels(photo(load_image(path), rng), self.image_size)
-        pixels = self.kept.get(number)
-        if pixels is None:
-            pixels = to_pixels(load_image(path), self.image_size)
-            if len(self.kept) * pixels.nbytes < 256 * 2**20:
-                self.kept[number] = pixels
-        if self.augment == "drawing":
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            return to_pixels(drawing(image, rng), self.image_size)
-        return pixels
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, number = key
@@ -300,7 +359,7 @@ class Pairs(Dataset):
         captions = captions_of(row)
         caption = captions[rng.integers(len(captions))]
         return {
-            "images": centred(self.pixels(number, rng)),
+            "images": self.pictures(row["image"], rng),
             "input_ids": self.tokenizer.encode(caption, self.max_tokens),
             "image_id": stable_id(row["image"]),
             "caption_id": stable_id(caption),
@@ -453,6 +512,6 @@ def training_batches(
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-def count_truncated(rows: list[dict], tokenizer: Tokenizer, max_tokens: int) -> int:
-    """How many captions are longer than max_tokens, [CLS] and [SEP] included, and lose their end."""
-    return sum(len(tokenizer.encode(caption)) > max_tokens for row in rows for caption in captions_of(row))
+def count_truncated(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> int:
+    """How many texts are longer than max_tokens, [CLS] and [SEP] included, and lose their end."""
+    return sum(len(tokenizer.encode(text)) > max_tokens for text in texts)

@@ -1,17 +1,20 @@
-"""Evaluate a checkpoint without further training.
+"""Evaluate a checkpoint, pre-trained or fine-tuned.
 
     python eval.py retrieval --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
     python eval.py foils     --checkpoint runs/demo/checkpoint.pt --data data/scenes/foils_test.jsonl
+    python eval.py grounding --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
+    python eval.py vqa       --checkpoint runs/vqa/best.pt --data data/scenes/vqa_test.jsonl --predictions said.jsonl
+    python eval.py vqa       --data data/scenes/vqa_test.jsonl --predictions said.jsonl         score a file of answers
+    python eval.py reasoning --checkpoint runs/reasoning/best.pt --data data/scenes/reasoning_test.jsonl --figure a.png
     python eval.py score     --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle"
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
-    python eval.py pointing  --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
     python eval.py world     --checkpoint runs/demo/checkpoint.pt --data data/scenes       all of the built-in world
     torchrun --nproc-per-node 8 eval.py retrieval ...              pictures, texts and queries shared by eight processes
 
-Retrieval is zero-shot: every picture against every caption, both ways, R@1/5/10. "contrast" ranks by the cosine of the
+Retrieval sets every picture against every caption, both ways, R@1/5/10. "contrast" ranks by the cosine of the
 two embeddings; "matching" lets the matching head order the k best of them anew. A hit is any right answer among the
-first; an equal score of a wrong answer counts as ahead. Explaining and pointing: see explain.py. Results go to
-results.json beside the checkpoint.
+first; an equal score of a wrong answer counts as ahead. What an answer is worth, chance and intervals: metrics.py.
+Explaining and grounding: explain.py. Results go to results.json beside the checkpoint.
 """
 
 import argparse
@@ -23,14 +26,25 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, load_image, pad, read_rows, to_tensor
-from explain import check_layer, choose_layer, draw_heat, middle_layer, pointing
+from data import captions_of, load_image, pad, pictures_of, read_rows, to_tensor
+from explain import check_layer, choose_layer, draw_heat, ground, hits_by_layer, middle_layer
 from mamo import MAMO, Config, VisionLanguageModel, world
+from metrics import (
+    chance_recalls,
+    judge_answers,
+    judge_grounding,
+    judge_retrieval,
+    read_predictions,
+    recall_intervals,
+    recalls,
+    write_predictions,
+)
+from sheet import draw_examples, draw_ranked
+from tasks import Classifier, Head, build_task, coverage, slots, texts_of
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -47,7 +61,10 @@ def build_model(objective: str, config: dict) -> VisionLanguageModel:
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageModel, Tokenizer, dict]:
-    """Model in evaluation mode, tokenizer and whole state of a checkpoint. Raises ValueError, see load_checkpoint."""
+    """Model in evaluation mode, tokenizer and whole state of a checkpoint of train.py or finetune.py.
+
+    Raises:  ValueError, see load_checkpoint
+    """
     state = runtime.load_checkpoint(path)
     tokenizer = Tokenizer(state["vocab"])
     if len(tokenizer) != state["config"]["vocab_size"]:
@@ -55,7 +72,10 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
             f"{path} holds a vocabulary of {len(tokenizer)} words and a model of {state['config']['vocab_size']}: "
             "the two do not belong together"
         )
-    model = build_model(state["objective"], state["config"])
+    if "head" in state:
+        model = build_task(Head(**state["head"]), state["config"])
+    else:
+        model = build_model(state["objective"], state["config"])
     runtime.load_weights(model, state["model"], path)
     return model.to(device).eval(), tokenizer, state
 
@@ -154,33 +174,33 @@ def ranks(scores: Tensor, right: Tensor) -> Tensor:
     return (~(scores < best) & ~right).sum(dim=1)
 
 
-def recalls(rank: Tensor) -> dict[str, float]:
-    """R@1, R@5 and R@10 in percent."""
-    return {f"R@{k}": 100 * (rank < k).float().mean().item() for k in (1, 5, 10)}
-
-
-def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
-    """R@1/5/10 in percent of a ranking drawn at random: the first k of g places hold none of a query's r right answers
-    with probability C(g - r, k) / C(g, k). counts: r of each query; gallery: g."""
-    levels = {}
-    for k in (1, 5, 10):
-        drawn = min(k, gallery)
-        missed = {r: math.comb(gallery - r, drawn) / math.comb(gallery, drawn) for r in set(counts)}
-        levels[f"R@{k}"] = 100 * (1 - sum(missed[r] for r in counts) / len(counts))
-    return levels
+def best_first(scores: Tensor, right: Tensor, k: int = 10) -> Tensor:
+    """scores, right (q, g) -> (q, k): the k best, by the rule of ranks: of equal scores the wrong ones come first."""
+    wrong_first = right.byte().argsort(dim=1, stable=True)
+    ordered = scores.nan_to_num(nan=math.inf).gather(1, wrong_first).argsort(dim=1, descending=True, stable=True)
+    return wrong_first.gather(1, ordered)[:, :k]
 
 
 def retrieval(
-    model, tokenizer: Tokenizer, rows: list[dict], device, k: int = 128, by: str = "", block: int = 500
+    model,
+    tokenizer: Tokenizer,
+    rows: list[dict],
+    device,
+    k: int = 128,
+    by: str = "",
+    block: int = 500,
+    lists: list[dict] | None = None,
 ) -> dict:
-    """Zero-shot retrieval over the distinct pictures and captions of `pairs` rows, both ways.
+    """Retrieval over the distinct pictures and captions of `pairs` rows, both ways.
 
     Args:    k       candidates that matching orders anew, at most a tenth of the gallery (MAMO Sec. 4.1 takes 128 on
                      Flickr30k and 256 on COCO); 0 = contrast only
              by      a key of the rows: the recalls of its values are reported apart, still among the whole gallery
              block   queries at a time, which bounds the memory
-    Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls, "apart": {value}}
-             where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image": ...} in percent
+             lists   a list that takes up the ten best of each query, see metrics.py
+    Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls, "apart": {value},
+             "intervals": {way: recalls}} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image":
+             ...} in percent, of intervals [low, high] over resampled queries
     """
     if model.config.w_itc <= 0:
         raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
@@ -198,32 +218,52 @@ def retrieval(
             value_of_image[i] = value_of_text[t] = str(row.get(by, ""))
     k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
     result = {"images": len(images), "texts": len(texts), "k": k}
-    result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}}
+    result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
     sides = {
         "image_to_text": (encoded.image_embed, encoded.text_embed, right_texts, value_of_image),
         "text_to_image": (encoded.text_embed, encoded.image_embed, right_images, value_of_text),
     }
     for direction, (queries, gallery, answers, values) in sides.items():
-        found = {"contrast": [], "matching": []}
+        found, best = {"contrast": [], "matching": []}, {"contrast": [], "matching": []}
         mine = range(len(queries))[shard(len(queries))]
         for start in tqdm(mine[::block], desc=direction, leave=False, disable=len(queries) < 2000):
             asked = range(start, min(start + block, mine.stop))
             truth = torch.zeros(len(asked), len(gallery), dtype=torch.bool)
             for place, query in enumerate(asked):
                 truth[place, list(answers[query])] = True
-            scores = queries[asked.start : asked.stop] @ gallery.T
-            found["contrast"].append(ranks(scores, truth))
+            scores = {"contrast": queries[asked.start : asked.stop] @ gallery.T}
             if k:
-                found["matching"].append(ranks(rerank(model, encoded, scores, start, direction, k, device), truth))
+                scores["matching"] = rerank(model, encoded, scores["contrast"], start, direction, k, device)
+            for way, score in scores.items():
+                found[way].append(ranks(score, truth))
+                if lists is not None:
+                    best[way].append(best_first(score, truth))
         result["chance"][direction] = chance_recalls([len(answer) for answer in answers], len(gallery))
         for way in ("contrast", "matching") if k else ("contrast",):
             nothing = torch.empty(0, dtype=torch.long)  # for a process with fewer queries than there are processes
             rank = gather_shards(torch.cat([nothing, *found[way]]), len(queries))
-            result[way][direction] = recalls(rank)
+            result[way][direction] = recalls(rank.numpy())
+            result["intervals"].setdefault(way, {})[direction] = recall_intervals(rank.numpy())
+            if lists is not None:
+                none = torch.empty(0, min(10, len(gallery)), dtype=torch.long)
+                ten = gather_shards(torch.cat([none, *best[way]]), len(queries)).tolist()
+                lists += ranked_lists(way, direction, images, texts, ten)
             for value in sorted(set(values)) if by else ():
-                those = torch.tensor([v == value for v in values])
-                result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(rank[those])
+                those = rank.numpy()[[v == value for v in values]]
+                result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(
+                    rank[those].numpy()
+                )
     return result
+
+
+def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]]) -> list[dict]:
+    """Places of the best of each query -> their names, as predictions."""
+    asked, found = (images, texts) if direction == "image_to_text" else (texts, images)
+    names = list(found)
+    return [
+        {"way": way, "direction": direction, "query": query, "found": [names[place] for place in places]}
+        for query, places in zip(asked, best, strict=True)
+    ]
 
 
 def check_by(rows: list[dict], by: str) -> None:
@@ -234,7 +274,7 @@ def check_by(rows: list[dict], by: str) -> None:
 
 def encode_rows(model, tokenizer: Tokenizer, rows: list[dict], device, texts_of) -> tuple[dict, dict, Encoded]:
     """Encode the distinct pictures and texts of rows -> place of each picture, place of each text, Encoded"""
-    images = list(dict.fromkeys(row["image"] for row in rows))
+    images = list(dict.fromkeys(image for row in rows for image in pictures_of(row)))
     texts = list(dict.fromkeys(text for row in rows for text in texts_of(row)))
     places = ({name: i for i, name in enumerate(names)} for names in (images, texts))
     return *places, encode(model, tokenizer, images, texts, device)
@@ -284,6 +324,29 @@ def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -
     return result
 
 
+# ------------------------------------------------------------------------------------------------------ classification
+
+
+@torch.inference_mode()
+def classify(model: Classifier, tokenizer: Tokenizer, rows: list[dict], device, batch: int = 250) -> list[str]:
+    """The answer to each row of vqa, reasoning or entailment; each distinct picture and text is encoded once."""
+    images, texts, encoded = encode_rows(model, tokenizer, rows, device, texts_of)
+    mine, given = range(len(rows))[shard(len(rows))], []
+    for start in range(0, len(mine), batch):
+        some = [rows[number] for number in mine[start : start + batch]]
+        image = torch.tensor([images[path] for row in some for path in pictures_of(row)])
+        text = torch.tensor([texts[texts_of(row)[0]] for row in some])
+        logits = model.decide(
+            encoded.image[image].to(device).float(),
+            slots([len(pictures_of(row)) for row in some], model.pictures).to(device),
+            encoded.text[text].to(device).float(),
+            encoded.attention_mask[text].to(device),
+        )
+        given.append(logits.argmax(dim=1).cpu())
+    places = gather_shards(torch.cat([torch.empty(0, dtype=torch.long), *given]), len(rows))
+    return [model.description.answers[place] for place in places.tolist()]
+
+
 # ----------------------------------------------------------------------------------------------------------- commands
 
 
@@ -294,13 +357,10 @@ def percent(value: float) -> str:
 
 def retrieval_table(name: str, result: dict) -> str:
     """Recalls in percent, both ways, beside chance."""
-    ways = {"contrast": result["contrast"], "chance": result["chance"]}
+    ways = {"contrast": result["contrast"]}
     if result["matching"]:
-        ways = {
-            "contrast": result["contrast"],
-            f"matching, k={result['k']}": result["matching"],
-            "chance": result["chance"],
-        }
+        ways[f"matching, k={result['k']}"] = result["matching"]
+    ways["chance"] = result["chance"]
     for value, part in result["apart"].items():
         ways |= {f"{value}: {way}": recall for way, recall in part.items()}
     lines = [f"{name}: {result['images']} pictures, {result['texts']} captions; R@1 / R@5 / R@10 in %"]
@@ -328,47 +388,36 @@ def foil_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def pointing_table(name: str, result: dict) -> str:
-    """Hits in percent beside chance and ceiling, by the chosen fusion block and by each."""
-    layers = ", ".join(f"block {layer}: {hits:.1f}" for layer, hits in enumerate(result["layers"]))
+def line_of(name: str, one: dict) -> str:
+    """One figure: value, interval, chance, rows."""
     return (
-        f"{name}: {result['n']} phrases; centre of the hottest patch in the right box, in %\n"
-        f"  by block {result['layer']} {result['hits']:.1f}, chance {result['chance']:.1f}, "
-        f"ceiling of the grid {result['ceiling']:.1f} ({layers})"
+        f"  {name:28}{one['value']:6.1f} %   95 % interval {one['low']:5.1f} to {one['high']:5.1f}   "
+        f"chance {one['chance']:5.1f}   n {one['n']}"
     )
 
 
-def draw_ranked(
-    model, tokenizer: Tokenizer, rows: list[dict], device, path: Path, pictures: int = 8, best: int = 5
-) -> None:
-    """Draw some pictures of a gallery beside their best captions, by matching where there is a matching head.
-
-    A right caption is marked with +, a wrong one with -, so that the sheet does not rest on colour alone.
-    """
-    images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
-    if world()[0] > 0:
-        return  # one process draws
-    scores = encoded.image_embed @ encoded.text_embed.T
-    if model.config.w_itm > 0:
-        scores = rerank(model, encoded, scores, 0, "image_to_text", min(20, len(texts)), device)
-    right = {(row["image"], caption) for row in rows for caption in captions_of(row)}
-    names, side, line = list(texts), 128, 22
-    chosen = list(images)[:: max(len(images) // pictures, 1)][:pictures]
-    sheet = Image.new("RGB", (side + 460, (side + 12) * len(chosen) + 12), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for number, image in enumerate(chosen):
-        top = 12 + number * (side + 12)
-        sheet.paste(load_image(image).resize((side, side), Image.Resampling.NEAREST), (12, top))
-        for place, t in enumerate(scores[images[image]].topk(min(best, len(texts))).indices.tolist()):
-            good = (image, names[t]) in right
-            text = f"{'+' if good else '-'} {names[t]}"
-            pen.text((side + 28, top + 6 + place * line), text, fill="#0a6b2d" if good else "#8a1c1c", font=font)
-    runtime.write_beside(path, lambda temporary: sheet.save(temporary, format="PNG"))
+def figures_table(name: str, result: dict) -> str:
+    """Every figure of a task's result, one a line; then the confusion table of entailment."""
+    lines = [name]
+    for key, value in result.items():
+        if isinstance(value, dict) and "value" in value:
+            lines.append(line_of(key, value))
+        elif key == "types":
+            lines += [line_of(f"  {kind}", one) for kind, one in value.items()]
+        elif key == "confusion":
+            lines.append(f"  {'label, and the answers to it':28}" + "".join(f"{answer:>15}" for answer in value))
+            lines += [f"    {label:26}" + "".join(f"{n:15d}" for n in row.values()) for label, row in value.items()]
+        elif key == "layers":
+            blocks = ", ".join(f"block {layer}: {hits:.1f}" for layer, hits in enumerate(value))
+            lines.append(f"  pointing by {blocks}; block {result['layer']} was taken")
+        elif isinstance(value, float):
+            lines.append(f"  {key:28}{value:6.1f} %")
+    return "\n".join(lines)
 
 
-def keep_result(checkpoint: Path, name: str, result: dict) -> Path:
-    """Put a result under its name into results.json beside the checkpoint; earlier results of other names stay."""
-    path = checkpoint.parent / "results.json"
+def keep_result(beside: Path, name: str, result: dict) -> Path:
+    """Put a result under its name into results.json beside a file; earlier results of other names stay."""
+    path = beside.parent / "results.json"
     if world()[0] > 0:
         return path  # one process writes
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -376,24 +425,89 @@ def keep_result(checkpoint: Path, name: str, result: dict) -> Path:
     return path
 
 
+def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
+    """vqa, reasoning, entailment or grounding: predict or read predictions, score them, draw examples."""
+    task, rows = options.command, read_rows(options.data, options.command)
+    extra = {}
+    if model is None:
+        predictions = read_predictions(options.predictions, rows)
+    elif task == "grounding":
+        layers = hits_by_layer(model, tokenizer, rows, device)
+        extra = {"layer": layer_for(model, tokenizer, options, device), "layers": layers}
+        predictions = ground(model, tokenizer, rows, device, extra["layer"])
+    else:
+        if task == "vqa":
+            extra = {"coverage": coverage(rows, model.description.answers)}
+        given = classify(model, tokenizer, rows, device)
+        predictions = [{"row": number, "answer": answer} for number, answer in enumerate(given)]
+    if task == "grounding":
+        result = judge_grounding(rows, predictions)
+    else:
+        result = judge_answers(task, rows, [str(prediction.get("answer")) for prediction in predictions])
+    if model is not None and options.predictions and world()[0] == 0:
+        write_predictions(options.predictions, rows, predictions)
+    if options.figure and world()[0] == 0:
+        draw_examples(task, rows, predictions, options.figure)
+    return result | extra
+
+
+def layer_for(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> int:
+    """The fusion block that was given, or chosen on --choose, or the middle one."""
+    if options.layer is not None:
+        return check_layer(model, options.layer)
+    if options.choose:
+        return choose_layer(model, tokenizer, read_rows(options.choose, "grounding"), device)
+    return middle_layer(model)
+
+
+ANSWERING = ("vqa", "reasoning", "entailment")
+COMMANDS = ("retrieval", "foils", "grounding", *ANSWERING, "score", "explain", "world")
+
+
+def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel | None, Tokenizer | None]:
+    """Model and tokenizer for a command; none where predictions of a file are scored anew.
+
+    Raises:  ValueError for a checkpoint of another task
+    """
+    if options.checkpoint is None:
+        if options.predictions and options.command in ("retrieval", "grounding", *ANSWERING):
+            return None, None
+        raise ValueError(f"{options.command} needs --checkpoint: give the checkpoint.pt or best.pt of a run")
+    model, tokenizer, state = load_model(options.checkpoint, device)
+    task = state.get("head", {}).get("task", "pre-training")
+    if options.command in ANSWERING and task != options.command:
+        raise ValueError(
+            f"{options.checkpoint} is a checkpoint of {task} and has no head for {options.command}: give one that "
+            f"finetune.py {options.command} made"
+        )
+    if options.command in ("retrieval", "foils", "grounding", "world") and task in ANSWERING:
+        raise ValueError(
+            f"{options.checkpoint} is a checkpoint of {task}, which neither contrasts nor matches: give one of "
+            "train.py, or of finetune.py retrieval or grounding"
+        )
+    return model, tokenizer
+
+
 def main() -> None:
     """Command line: load a checkpoint, run one command, keep its result."""
     parser = runtime.Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("retrieval", "foils", "score", "explain", "pointing", "world"))
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint.pt of a run")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that scenes.py wrote")
+    parser.add_argument("--predictions", type=Path, help="JSONL to write; without --checkpoint: to score anew")
+    parser.add_argument("--figure", type=Path, help="sheet of right and wrong examples to draw, a PNG")
     parser.add_argument("--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only")
     parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
-    parser.add_argument("--image", help="picture for `score` and `explain`")
+    parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
     parser.add_argument("--text", help="text for `score` and `explain`")
     parser.add_argument("--phrase", help="part of the text that `explain` looks for; without: the whole text")
-    parser.add_argument("--layer", type=int, help="fusion block for `explain` and `pointing`, from 0, or -1 = the last")
-    parser.add_argument("--choose", nargs="+", help="JSONL files on which `pointing` chooses the layer, such as val")
+    parser.add_argument("--layer", type=int, help="fusion block for explain and grounding, from 0, or -1 = the last")
+    parser.add_argument("--choose", nargs="+", help="JSONL files on which `grounding` chooses the layer, such as val")
     parser.add_argument("--out", type=Path, default=Path("heat.png"), help="picture that `explain` writes")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     options = parser.parse_args()
     with runtime.processes(options.device) as device:
-        model, tokenizer, _ = load_model(options.checkpoint, device)
+        model, tokenizer = load_for(options, device)
         if options.command in ("score", "explain"):
             if not options.image or not options.text:
                 raise ValueError(f'{options.command} needs a picture and a text: --image photo.jpg --text "a circle"')
@@ -406,49 +520,80 @@ def main() -> None:
             return
         name = " ".join(options.data)
         if options.command == "retrieval":
-            result = retrieval(model, tokenizer, read_rows(options.data, "pairs"), device, options.k, options.by)
+            result = retrieve(model, tokenizer, options, device)
             print(retrieval_table(name, result))
         elif options.command == "foils":
             result = foils(model, tokenizer, read_rows(options.data, "foils"), device, options.by)
             print(foil_table(name, result))
         else:
-            result = point(model, tokenizer, options, device)
-            print(pointing_table(name, result))
-        print(f"kept in {keep_result(options.checkpoint, ' '.join([options.command, name]), result)}")
+            result = judge(model, tokenizer, options, device)
+            print(figures_table(f"{options.command}, {name}", result))
+        beside = options.checkpoint or options.predictions
+        print(f"kept in {keep_result(beside, ' '.join([options.command, name]), result)}")
 
 
-def point(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
-    """The pointing game by the fusion block that was given, or chosen on --choose, or the middle one."""
-    if options.layer is not None:
-        layer = check_layer(model, options.layer)
-    elif options.choose:
-        layer = choose_layer(model, tokenizer, read_rows(options.choose, "grounding"), device)
-    else:
-        layer = middle_layer(model)
-    return pointing(model, tokenizer, read_rows(options.data, "grounding"), device, layer)
+def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
+    """Retrieval by a checkpoint, or by the ranked lists of a file."""
+    rows = read_rows(options.data, "pairs")
+    if model is None:
+        return judge_retrieval(rows, options.predictions)
+    lists = []
+    result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists)
+    if options.predictions and world()[0] == 0:
+        write_predictions(options.predictions, rows, lists)
+    if options.figure and world()[0] == 0:
+        draw_ranked(rows, lists, options.figure)
+    return result
 
 
 def explain(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
-    """Lay the heat map of a phrase over a picture."""
+    """Lay the heat map of a phrase over a picture, or over each of two."""
     layer = middle_layer(model) if options.layer is None else check_layer(model, options.layer)
-    sheet = draw_heat(model, tokenizer, options.image, options.text, options.phrase or options.text, layer, device)
+    most = model.pictures if isinstance(model, Classifier) else 1
+    if len(options.image) > most:
+        raise ValueError(f"{len(options.image)} pictures are given, and this checkpoint reads {most} beside a text")
+    said = f"   {best_answers(model, tokenizer, options, device)[0][0]}" if isinstance(model, Classifier) else ""
+    phrase = options.phrase or options.text
+    sheet = draw_heat(model, tokenizer, options.image, options.text, phrase, layer, device, said)
     runtime.write_beside(options.out, lambda temporary: sheet.save(temporary, format="PNG"))
     print_score(model, tokenizer, options, device)
     print(f"fusion block {layer} of 0 to {model.config.fusion_depth - 1}; the map is in {options.out}")
 
 
 def print_score(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
-    """Cosine and probability of matching of one picture and one text."""
-    input_ids, attention_mask = pad([tokenizer.encode(options.text, model.config.max_tokens)], tokenizer.pad_id)
-    image = to_tensor(load_image(options.image), model.config.image_size)[None]
-    scores = model.score(image.to(device), input_ids.to(device), attention_mask.to(device))
+    """Cosine and probability of matching of one picture and one text; of a task with answers, the likeliest."""
+    if isinstance(model, Classifier):
+        for answer, probability in best_answers(model, tokenizer, options, device):
+            print(f"{answer}: {probability:.4f}")
+        return
+    images, input_ids, attention_mask = tensors_of(model, tokenizer, options, device)
     names = {"itc": "contrast, cosine in [-1, 1]", "itm": "matching, probability"}
-    for name, value in scores.items():
-        print(f"{names[name]}: {value.item():.4f}")
+    for name, value in model.score(images, input_ids, attention_mask).items():
+        print(f"{names[name]}: {value[0].item():.4f}")
+
+
+def tensors_of(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> tuple[Tensor, Tensor, Tensor]:
+    """--image and --text -> images (k, 3, height, width), input_ids (1, l), attention_mask (1, l)"""
+    input_ids, attention_mask = pad([tokenizer.encode(options.text, model.config.max_tokens)], tokenizer.pad_id)
+    images = torch.stack([to_tensor(load_image(path), model.config.image_size) for path in options.image])
+    return images.to(device), input_ids.to(device), attention_mask.to(device)
+
+
+@torch.no_grad()
+def best_answers(model: Classifier, tokenizer: Tokenizer, options, device, best: int = 5) -> list[tuple[str, float]]:
+    """The likeliest answers to --text about --image with their probabilities; of vqa each by itself."""
+    images, input_ids, attention_mask = tensors_of(model, tokenizer, options, device)
+    shown = slots([len(images)], model.pictures).to(device)
+    logits = model.decide(
+        model.encode_image(images), shown, model.encode_text(input_ids, attention_mask), attention_mask
+    )
+    chances = logits[0].sigmoid() if model.description.task == "vqa" else logits[0].softmax(dim=0)
+    order = chances.argsort(descending=True)[:best].tolist()
+    return [(model.description.answers[place], chances[place].item()) for place in order]
 
 
 def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
-    """Everything that the built-in world asks, each split apart, in one table, one results.json and one picture."""
+    """What the built-in world asks of a model that matches, each split apart, in one table and one results.json."""
     folder, out = Path(options.data[0]), options.checkpoint.parent
     matches = model.config.w_itm > 0
     if matches:  # the layer is chosen on val, and test is only looked at
@@ -456,19 +601,21 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
     for split in ("test", "novel"):
         rows = read_rows([folder / f"pairs_{split}.jsonl"], "pairs")
         by = "heldout" if split == "test" else ""
-        result = retrieval(model, tokenizer, rows, device, options.k, by)
+        lists = []
+        result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists)
         print(retrieval_table(f"retrieval, {split}", result))
         keep_result(options.checkpoint, f"pairs_{split}", result)
-        if split == "test":
-            draw_ranked(model, tokenizer, rows, device, out / "ranked.png")
+        if split == "test" and world()[0] == 0:
+            draw_ranked(rows, lists, out / "ranked.png")
         result = foils(model, tokenizer, read_rows([folder / f"foils_{split}.jsonl"], "foils"), device, by)
         print(foil_table(f"foils, {split}", result))
         path = keep_result(options.checkpoint, f"foils_{split}", result)
         if matches:
             rows = read_rows([folder / f"grounding_{split}.jsonl"], "grounding")
-            result = pointing(model, tokenizer, rows, device, layer)
-            print(pointing_table(f"pointing, {split}", result))
-            keep_result(options.checkpoint, f"pointing_{split}", result)
+            result = judge_grounding(rows, ground(model, tokenizer, rows, device, layer))
+            result |= {"layer": layer, "layers": hits_by_layer(model, tokenizer, rows, device)}
+            print(figures_table(f"grounding, {split}", result))
+            keep_result(options.checkpoint, f"grounding_{split}", result)
     print(f"kept in {path}; some pictures with their best captions: {out / 'ranked.png'}")
 
 

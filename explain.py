@@ -1,10 +1,11 @@
-"""Where does the model look for a phrase? Grad-CAM on the fusion encoder's attention, and the pointing game.
+"""Where does the model look for a phrase? Grad-CAM on the fusion encoder's attention, and grounding by it.
 
-    python eval.py explain  --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
-    python eval.py pointing --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
-                            --choose data/scenes/grounding_val.jsonl
+    python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
+    python eval.py grounding --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
+                             --choose data/scenes/grounding_val.jsonl
 
-The matching logit says how well a picture and a text belong together. Attention says which patches a word looks at; the
+The matching logit says how well a picture and a text belong together; of a checkpoint of vqa, reasoning or entailment
+the logit of the answer that it gives takes that place. Attention says which patches a word looks at; the
 gradient of the logit says which of these looks speak for a match. Their product, where it is positive, is the map:
 
     map[patch] = mean over heads, sum over the phrase's tokens, of attention * relu(d logit / d attention)
@@ -17,11 +18,13 @@ trained on. Of the last block only [CLS] has a map: the logit reads nothing else
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data import load_image, pad, size_of, to_tensor
 from mamo import VisionLanguageModel, record_attention
+from metrics import inside, patch_centres
 from tokenizer import Tokenizer
 
 
@@ -60,7 +63,7 @@ def heat_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, rea
     Returns: (fusion blocks, b, n), values of 0 or more
     Raises:  ValueError for a model without a matching head
     """
-    if model.config.w_itm <= 0:
+    if model.config.w_itm <= 0:  # tasks.py's models have it too
         raise ValueError("this checkpoint was trained without matching (w_itm 0): it has no logit to explain")
     with torch.no_grad():
         image, text = model.encode_image(images), model.encode_text(input_ids, real)
@@ -77,12 +80,11 @@ def heat_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, rea
 
 @dataclass
 class Phrase:
-    """A picture, the text that is read beside it, the phrase in it that is looked for, and the boxes it names."""
+    """A picture, the text that is read beside it, and the phrase in it that is looked for."""
 
     image: str
     text: str
     phrase: str
-    boxes: list[list[float]]
 
 
 def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device, batch: int = 50) -> Tensor:
@@ -101,66 +103,107 @@ def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device, batch: i
     return torch.cat(parts, dim=1)
 
 
-def patch_centres(grid: tuple[int, int], width: int, height: int) -> list[tuple[float, float]]:
-    """The centre (x, y) of each patch in pixels of a picture of that size, row by row."""
-    rows, columns = grid
-    return [((x + 0.5) * width / columns, (y + 0.5) * height / rows) for y in range(rows) for x in range(columns)]
-
-
-def inside(centres: list[tuple[float, float]], boxes: list[list[float]]) -> list[bool]:
-    """Which centres lie in any of the boxes [x, y, width, height]."""
-    return [any(x <= px < x + w and y <= py < y + h for x, y, w, h in boxes) for px, py in centres]
-
-
-def pointing(model, tokenizer: Tokenizer, rows: list[dict], device, layer: int) -> dict:
-    """The pointing game on `grounding` rows: does the centre of the hottest patch lie in a right box?
-
-    Returns: {"n", "chance": a patch drawn at random, "ceiling": some patch has its centre in a box, "layer",
-              "hits": by that fusion block, "layers": by each}, in percent. A map of zeros points nowhere: a miss
-    """
-    phrases = [Phrase(row["image"], row["text"], row["text"], row["boxes"]) for row in rows]
-    maps = maps_of(model, tokenizer, phrases, device)
-    sizes = {path: size_of(path) for path in dict.fromkeys(one.image for one in phrases)}
-    right = torch.tensor([inside(patch_centres(model.config.grid, *sizes[one.image]), one.boxes) for one in phrases])
-    hits = right.gather(1, maps.argmax(dim=2).T).T & (maps.amax(dim=2) > 0)  # (layers, phrases)
-    layers = [100 * one.float().mean().item() for one in hits]
-    return {
-        "n": len(phrases),
-        "chance": 100 * right.float().mean().item(),
-        "ceiling": 100 * right.any(dim=1).float().mean().item(),
-        "layer": layer,
-        "hits": layers[layer],
-        "layers": layers,
-    }
+def hits_by_layer(model, tokenizer: Tokenizer, rows: list[dict], device) -> list[float]:
+    """The pointing game by each fusion block, in percent: is the centre of the hottest patch in a right box?"""
+    maps = maps_of(model, tokenizer, phrases_of(rows), device)
+    right = torch.tensor(
+        [inside(patch_centres(model.config.grid, *size_of(row["image"])), row["boxes"]) for row in rows]
+    )
+    hits = right.gather(1, maps.argmax(dim=2).T).T & (maps.amax(dim=2) > 0)  # (layers, rows); zeros point nowhere
+    return [100 * one.float().mean().item() for one in hits]
 
 
 def choose_layer(model, tokenizer: Tokenizer, rows: list[dict], device) -> int:
     """The fusion block that points best at the phrases of some rows, such as those of val; of equals the first."""
-    layers = pointing(model, tokenizer, rows, device, 0)["layers"]
+    layers = hits_by_layer(model, tokenizer, rows, device)
     return max(range(len(layers)), key=lambda layer: layers[layer])
 
 
-def draw_heat(model, tokenizer: Tokenizer, path: str, text: str, phrase: str, layer: int, device) -> Image.Image:
-    """A picture beside itself with the heat map of a phrase laid over it: cold stays pale, hot becomes red."""
-    heat = maps_of(model, tokenizer, [Phrase(path, text, phrase, [])], device)[layer, 0]
+def phrases_of(rows: list[dict]) -> list[Phrase]:
+    """Each `grounding` row's phrase as the whole text."""
+    return [Phrase(row["image"], row["text"], row["text"]) for row in rows]
+
+
+def ground(model, tokenizer: Tokenizer, rows: list[dict], device, layer: int) -> list[dict]:
+    """Where a phrase is, by the map of one fusion block: predictions for metrics.judge_grounding.
+
+    point      centre of the hottest patch
+    proposal   the row's proposal with the largest sum of the map inside it over area ** 0.5    (ALBEF, RefCOCO+)
+    box        around the connected region that holds the hottest point and is at least half as hot
+    A map of zeros says nothing: all three are None.
+    """
+    maps, predictions = maps_of(model, tokenizer, phrases_of(rows), device)[layer], []
+    grid = model.config.grid
+    for number, (row, heat) in enumerate(zip(rows, maps, strict=True)):
+        width, height = size_of(row["image"])
+        prediction = {"row": number, "point": None, "proposal": None, "box": None, "grid": list(grid)}
+        if heat.any():
+            fine = F.interpolate(heat.view(1, 1, *grid), size=(height, width), mode="bicubic")[0, 0].clamp(min=0)
+            prediction["point"] = list(patch_centres(grid, width, height)[int(heat.argmax())])
+            prediction["proposal"] = max(row.get("proposals", []), key=lambda box: warmth(fine, box), default=None)
+            prediction["box"] = hot_box(fine)
+        predictions.append(prediction)
+    return predictions
+
+
+def warmth(heat: Tensor, box: list[float]) -> float:
+    """heat (height, width), box [x, y, width, height]: sum of the map in the box over the square root of its area."""
+    x, y, w, h = box
+    part = heat[round(y) : max(round(y + h), round(y) + 1), round(x) : max(round(x + w), round(x) + 1)]
+    return part.sum().item() / (w * h) ** 0.5
+
+
+def hot_box(heat: Tensor, share: float = 0.5) -> list[int]:
+    """heat (height, width) -> [x, y, width, height] around what is connected to its peak and at least share as hot."""
+    hot = (heat >= share * heat.max()).float()[None]
+    region = torch.zeros_like(hot)
+    region.view(-1)[heat.argmax()] = 1
+    while True:  # grow by one pixel on all sides, within what is hot
+        grown = F.max_pool2d(region, 3, stride=1, padding=1) * hot
+        if torch.equal(grown, region):
+            break
+        region = grown
+    y, x = region[0].nonzero(as_tuple=True)
+    return [int(x.min()), int(y.min()), int(x.max() - x.min()) + 1, int(y.max() - y.min()) + 1]
+
+
+def draw_heat(
+    model, tokenizer: Tokenizer, paths: list[str], text: str, phrase: str, layer: int, device, said: str = ""
+) -> Image.Image:
+    """Each picture beside itself with the heat map of a phrase laid over it: cold stays pale, hot becomes red.
+
+    said: what the model answers, for the line below
+    """
+    images = torch.stack([to_tensor(load_image(path), model.config.image_size) for path in paths])
+    ids, counted = phrase_rows(tokenizer, text, phrase, model.config.max_tokens)
+    input_ids = torch.tensor([ids] * len(paths), device=device)
+    rows = torch.tensor([counted] * len(paths), device=device)
+    heat = heat_maps(model, images.to(device), input_ids, torch.ones_like(rows), rows)[layer].cpu()
     if not heat.any():
         raise ValueError(
-            f"fusion block {layer} has no map for {phrase!r}: nothing that it looks at speaks for a match, or it is "
+            f"fusion block {layer} has no map for {phrase!r}: nothing that it looks at speaks for the answer, or it is "
             "the last block, which has a map for whole texts only; give another --layer"
         )
+    panels = [panel for path, one in zip(paths, heat, strict=True) for panel in panels_of(path, one, model.config.grid)]
+    sheet = Image.new("RGB", (sum(p.width + 12 for p in panels) + 12, max(p.height for p in panels) + 56), "white")
+    left = 12
+    for panel in panels:
+        sheet.paste(panel, (left, 12))
+        left += panel.width + 12
+    where = "" if phrase == text else f" in: {text}"
+    line = f"{phrase}{where}{said}   (fusion block {layer})"
+    font = ImageFont.load_default(size=16)
+    ImageDraw.Draw(sheet).text((12, sheet.height - 32), line, fill="black", font=font)
+    return sheet
+
+
+def panels_of(path: str, heat: Tensor, grid: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+    """A picture, and the same with its map (n,) over it."""
     picture = load_image(path)
     scale = 320 / min(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
-    rows, columns = model.config.grid
-    strength = (heat / heat.max()).reshape(rows, columns)
+    strength = (heat / heat.max().clamp(min=1e-12)).reshape(grid)
     mask = Image.fromarray((200 * strength).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
     pale = Image.blend(picture, Image.new("RGB", size, "white"), 0.5)
-    laid = Image.composite(Image.new("RGB", size, (215, 25, 28)), pale, mask)
-    font = ImageFont.load_default(size=16)
-    sheet = Image.new("RGB", (2 * size[0] + 36, size[1] + 56), "white")
-    sheet.paste(picture, (12, 12))
-    sheet.paste(laid, (size[0] + 24, 12))
-    where = "" if phrase == text else f" in: {text}"
-    ImageDraw.Draw(sheet).text((12, size[1] + 24), f"{phrase}{where}   (fusion block {layer})", fill="black", font=font)
-    return sheet
+    return picture, Image.composite(Image.new("RGB", size, (215, 25, 28)), pale, mask)

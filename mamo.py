@@ -527,11 +527,14 @@ class VisionLanguageModel(nn.Module):
         """Encoded text (b, l, d) -> unit vector (b, e)"""
         return self.student.embed_text(text)
 
+    def pair(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encoded image (b, 1 + n, d) and text (b, l, d) -> (b, d): the fused [CLS] alone"""
+        hidden, real = self.student.fusion.lower_blocks(image, text, attention_mask)
+        return self.student.fusion.last_block(hidden, real, torch.zeros_like(real[:, :1], dtype=torch.long))[:, 0]
+
     def match(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded image (b, 1 + n, d) and text (b, l, d) -> (b,): log-odds that the two belong together"""
-        hidden, real = self.student.fusion.lower_blocks(image, text, attention_mask)
-        pair = self.student.fusion.last_block(hidden, real, torch.zeros_like(real[:, :1], dtype=torch.long))
-        logits = self.itm_head(pair[:, 0]).float()  # fp32: re-ranking goes by small differences
+        logits = self.itm_head(self.pair(image, text, attention_mask)).float()  # fp32: re-ranking needs the digits
         return logits[:, 1] - logits[:, 0]
 
     @torch.no_grad()
@@ -544,6 +547,17 @@ class VisionLanguageModel(nn.Module):
         if self.config.w_itm > 0:
             scores["itm"] = self.match(image, text, attention_mask).sigmoid()
         return scores
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss that forward gives in the total."""
+        return self.config.weights
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Once per optimiser step: keep the temperature in ALBEF's bounds."""
+        if self.log_temperature is not None:
+            self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
 
     def loss_itc(self, image: Tensor, text: Tensor, same: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
         """Image-text contrast: among all candidates, find one's own partner, both ways.  (as ALBEF)
@@ -804,12 +818,11 @@ class MAMO(VisionLanguageModel):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Once per optimiser step: keep the temperature in ALBEF's bounds, move the teacher towards the student.
+        """Once per optimiser step: as above, then move the teacher towards the student.
 
         teacher <- ema * teacher + (1 - ema) * student        fp32: in bf16 a move of 0.5 % would be rounded away
         """
-        if self.log_temperature is not None:
-            self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
+        super().after_step()
         if self.teacher is not None:
             for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - self.config.ema)

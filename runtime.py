@@ -77,7 +77,8 @@ def shown(default) -> str:
 def field_comments(config_class: type) -> dict[str, str]:
     """The comment behind each field of a dataclass: it is written once, beside the field, and is the help text too."""
     comments = {}
-    for line in inspect.getsource(config_class).splitlines():
+    classes = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
+    for line in "".join(map(inspect.getsource, classes)).splitlines():
         name, colon, rest = line.strip().partition(":")
         if colon and name.isidentifier() and "# " in rest:
             comments[name] = rest.split("# ", 1)[1].replace("%", "%%")

@@ -1,11 +1,14 @@
-"""A synthetic world of coloured shapes: pictures, captions, twins and foils, deterministic from a seed.
+"""The built-in world on disk: pictures, captions, twins, foils and questions, deterministic from a seed.
 
     python scenes.py --out data/scenes               32 x 32 pictures of two objects on one axis
     python scenes.py --out data/full --level full    64 x 64, three to five objects, sizes, clutter, a covered area
 
-How to read it: a *scene* says what stands where; a *meaning* is a claim about a scene; `holds(meaning, scene)` is the
-one definition of truth; `words(meaning)` puts a meaning into a sentence. Everything on disk is made in one order: draw
-a meaning, derive its foils or its twin from it, then draw a scene in which the caption holds and the rest does not.
+Each task gets its files train, val, test and novel, in the schemas of data.py: pairs to pre-train on, foils, phrases to
+ground; and from questions.py vqa, reasoning and, where something is covered, entailment.
+
+How to read it: shapes.py first, it says what a scene is and what is true of it. Everything on disk is made in one
+order: draw a meaning, derive its foils or its twin from it, then draw a scene in which the caption holds and the rest
+does not.
 
 What a model can be asked although it was never shown:
 
@@ -22,285 +25,47 @@ import os
 import random
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import permutations, product
+from itertools import product
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-VERSION = 2  # counts up when the same arguments begin to give other files, so that an old world is not kept by mistake
+from questions import questions_of, tasks_of
+from shapes import (
+    DRAW,
+    LEVELS,
+    Count,
+    Description,
+    Exists,
+    Meaning,
+    Related,
+    Scene,
+    World,
+    clear,
+    differ,
+    draw_count,
+    facts,
+    found,
+    holds,
+    key,
+    make_world,
+    mirrored,
+    render,
+    reverse,
+    status,
+    swap,
+    tell,
+    told_apart,
+    turn,
+    words,
+)
 
-COLOURS = {  # far from each other and from light paper
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (50, 80, 220),
-    "yellow": (240, 210, 40),
-    "purple": (150, 60, 180),
-    "cyan": (60, 200, 215),
-    "orange": (240, 135, 30),
-    "black": (20, 20, 20),
-}
-# Grey levels of the paper. Not mid grey: that is 0 after normalisation, so an empty patch would be its position alone,
-# which the first layer norm blows up; in a trial, R@1 on val after 500 steps was 16 % on grey and 34 % on light paper.
-PAPER = (225, 243)
-SHAPES = {  # True inside; u to the right and v downwards, both from -1 to 1 across the box, which every shape touches
-    "circle": lambda u, v: u**2 + v**2 <= 1,
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 1,
-    "triangle": lambda u, v: 2 * abs(u) <= v + 1,
-    "cross": lambda u, v: np.minimum(abs(u), abs(v)) <= 0.25,
-    "ring": lambda u, v: (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.45),
-    "diamond": lambda u, v: abs(u) + abs(v) <= 1,
-}
-
-
-@dataclass(frozen=True)
-class Level:
-    """What a level shows and says. Weights are those of relation, single-object and count captions in training."""
-
-    picture: int  # width and height in pixels
-    colours: tuple[str, ...]
-    shapes: tuple[str, ...]
-    sizes: dict[str, tuple[int, int]]  # name: smallest and largest extent in pixels
-    styles: int  # how many wordings of one meaning are used, the plainest first
-    weights: tuple[float, float, float]
-    twin_kinds: tuple[str, ...] = ("swap", "relation", "axis")  # foils that the twins of training teach
-    other_kinds: tuple[str, ...] = ("colour", "shape")
-
-
-LEVELS = {
-    "easy": Level(32, tuple(COLOURS)[:6], tuple(SHAPES)[:5], {"medium": (11, 13)}, 1, (0.8, 0.2, 0.0)),
-    "full": Level(
-        64,
-        tuple(COLOURS),
-        tuple(SHAPES),
-        {"small": (8, 9), "large": (15, 16)},
-        8,
-        (0.6, 0.2, 0.2),
-        other_kinds=("colour", "shape", "size", "count"),
-    ),
-}
-
-# -------------------------------------------------------------------------------------------------- scenes and meanings
-
-
-@dataclass(frozen=True)
-class Object:
-    """A coloured shape in a picture; box is (x, y, width, height) in pixels."""
-
-    colour: str
-    shape: str
-    size: str
-    box: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A picture before it is drawn. The first two objects are those by which twins differ."""
-
-    background: int  # grey level
-    objects: tuple[Object, ...]  # what is seen
-    cover: tuple[int, int, int, int] | None = None  # box of the covered area
-    hidden: tuple[Object, ...] = ()  # what is behind the cover: no pixel shows it
-    clutter: tuple[tuple[int, int, int, int, int], ...] = ()  # (x, y, width, height, difference in grey) of faint marks
-
-
-@dataclass(frozen=True)
-class Description:
-    """What is said of one object; None is not said."""
-
-    colour: str | None = None
-    shape: str | None = None
-    size: str | None = None
-
-
-@dataclass(frozen=True)
-class Exists:
-    """At least one such object is seen."""
-
-    what: Description
-
-
-@dataclass(frozen=True)
-class Count:
-    """Exactly so many such objects are seen."""
-
-    what: Description
-    number: int
-
-
-@dataclass(frozen=True)
-class Related:
-    """A first object stands left of, right of, above or below a second."""
-
-    first: Description
-    relation: str
-    second: Description
-
-
-Meaning = Exists | Count | Related
-
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-TRANSPOSED = {"left of": "above", "above": "left of", "right of": "below", "below": "right of"}
-AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
-ALIGNED = 3  # centres of two objects on one axis differ by at most so many pixels across it
-
-
-def found(what: Description, scene: Scene) -> list[Object]:
-    """The visible objects that a description fits."""
-    return [
-        thing
-        for thing in scene.objects
-        if what.colour in (None, thing.colour) and what.shape in (None, thing.shape) and what.size in (None, thing.size)
-    ]
-
-
-def stands(a: Object, relation: str, b: Object) -> bool:
-    """Whether two boxes are apart along the axis of the relation, in its order, and aligned across it."""
-    axis = AXIS[relation]
-    near, far = (a.box, b.box) if relation in ("left of", "above") else (b.box, a.box)
-    gap = far[axis] - (near[axis] + near[axis + 2])
-    offset = (far[1 - axis] + far[3 - axis] / 2) - (near[1 - axis] + near[3 - axis] / 2)
-    return gap >= 1 and abs(offset) <= ALIGNED
-
-
-def holds(meaning: Meaning, scene: Scene) -> bool:
-    """Whether a meaning is true of what is seen in a scene: the one definition of truth."""
-    match meaning:
-        case Exists(what):
-            return bool(found(what, scene))
-        case Count(what, number):
-            return len(found(what, scene)) == number
-        case Related(first, relation, second):
-            return any(stands(a, relation, b) for a in found(first, scene) for b in found(second, scene))
-
-
-# ---------------------------------------------------------------------------------------------------------------- words
-
-RELATION_WORDS = {
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
-EXISTS_FRAMES = ("{}", "there is {}", "a picture of {}", "one can see {}")
-COUNT_FRAMES = ("{}", "there {be} {}", "a picture of {}", "exactly {}")
-RELATED_FRAMES = ("{}", "there is {}", "a picture of {}", "{a} is {r} {b}")
-NUMBERS = ("no", "one", "two", "three", "four", "five")
-
-
-def phrase(what: Description) -> str:
-    """The description without an article: large red circle."""
-    return " ".join(filter(None, (what.size, what.colour, what.shape or "object")))
-
-
-def words(meaning: Meaning, style: int = 0) -> str:
-    """A sentence for a meaning. Style 0 is the plain one; a caption and its foils share their style."""
-    frame, synonym = style % 4, style // 4
-    match meaning:
-        case Exists(what):
-            return EXISTS_FRAMES[frame].format(f"a {phrase(what)}")
-        case Count(what, number):
-            ending = "" if number == 1 else "es" if what.shape == "cross" else "s"
-            text = f"{NUMBERS[number]} {phrase(what)}{ending}"
-            return COUNT_FRAMES[frame].format(text, be="is" if number == 1 else "are")
-        case Related(first, relation, second):
-            a, r, b = f"a {phrase(first)}", RELATION_WORDS[relation][synonym], f"a {phrase(second)}"
-            return RELATED_FRAMES[frame].format(f"{a} {r} {b}", a=a, r=r, b=b)
-
-
-# ------------------------------------------------------------------------------------------------------------ the world
-
-
-@dataclass(frozen=True)
-class World:
-    """What may be shown and said where. Pools hold every relation between two different objects once, without sizes."""
-
-    name: str
-    level: Level
-    seed: int
-    novel: frozenset[tuple[str, str]]  # (colour, shape)
-    ordinary: tuple[tuple[str, str], ...]  # all other combinations
-    heldout: frozenset[tuple]  # keys
-    pools: dict[str, list[Related]]  # seen, exchangeable (a part of seen), heldout, novel
-
-
-def key(meaning: Related) -> tuple:
-    """What all bindings, orders and axes of two objects share: their colours and their shapes."""
-    pair = (meaning.first, meaning.second)
-    return tuple(sorted(what.colour for what in pair)), tuple(sorted(what.shape for what in pair))
-
-
-def make_world(name: str, seed: int) -> World:
-    """Choose the novel combinations and the held-out meanings, and sort all relations into pools."""
-    level, rng = LEVELS[name], random.Random(f"{seed} world")
-    # One combination for each shape, of different colours: every colour and every shape is still seen in others.
-    novel = frozenset(zip(rng.sample(level.colours, len(level.shapes)), level.shapes, strict=True))
-    combinations = [Description(colour, shape) for colour, shape in product(level.colours, level.shapes)]
-    ordinary = tuple((what.colour, what.shape) for what in combinations if (what.colour, what.shape) not in novel)
-    # One of two equivalent meanings: "left of" and "above" speak for "right of" and "below".
-    meanings = [Related(a, relation, b) for a, b in permutations(combinations, 2) for relation in ("left of", "above")]
-    pools = {"novel": [meaning for meaning in meanings if count_novel(meaning, novel)]}
-    rest = [meaning for meaning in meanings if not count_novel(meaning, novel)]
-    counts = Counter(map(key, rest))
-    keys, heldout = rng.sample(sorted(counts), len(counts)), set()
-    while sum(counts[held] for held in heldout) < 0.21 * len(rest):  # 21 %: enough for 500 test captions of level easy
-        heldout.add(keys.pop())
-    pools["heldout"] = [meaning for meaning in rest if key(meaning) in heldout]
-    pools["seen"] = [meaning for meaning in rest if key(meaning) not in heldout]
-    world = World(name, level, seed, novel, ordinary, frozenset(heldout), pools)
-    pools["exchangeable"] = [meaning for meaning in pools["seen"] if swap(meaning, world)]
-    return world
-
-
-def count_novel(meaning: Related, novel: frozenset[tuple[str, str]]) -> int:
-    """How many of the two objects are novel combinations."""
-    return sum((what.colour, what.shape) in novel for what in (meaning.first, meaning.second))
-
-
-def status(meaning: Related, world: World) -> tuple[int, bool]:
-    """What a caption and its foils must share, since training texts tell it: novel objects, and whether held out."""
-    return count_novel(meaning, world.novel), key(meaning) in world.heldout
-
-
-def mirrored(meaning: Related) -> Related:
-    """The same meaning, told from the other object."""
-    return Related(meaning.second, OPPOSITE[meaning.relation], meaning.first)
-
-
-def tell(meaning: Related, world: World, rng: random.Random) -> Related:
-    """Choose which object is mentioned first and, where the level has sizes, which sizes are mentioned."""
-    meaning = rng.choice((meaning, mirrored(meaning)))
-    if len(world.level.sizes) == 1:
-        return meaning
-    first, second = rng.choices((*world.level.sizes, None, None), k=2)
-    return Related(replace(meaning.first, size=first), meaning.relation, replace(meaning.second, size=second))
-
+VERSION = 3  # counts up when the same arguments begin to give other files, so that an old world is not kept by mistake
 
 # ---------------------------------------------------------------------------------------------------------------- foils
-
-
-def swap(meaning: Related, world: World) -> Related | None:
-    """Exchange the colours of the two objects; none where only the order would change, or the status."""
-    first, second = meaning.first, meaning.second
-    if first.colour == second.colour or first.shape == second.shape:
-        return None
-    other = Related(replace(first, colour=second.colour), meaning.relation, replace(second, colour=first.colour))
-    return other if status(other, world) == status(meaning, world) else None
-
-
-def reverse(meaning: Related) -> Related:
-    """The opposite relation between the same objects."""
-    return replace(meaning, relation=OPPOSITE[meaning.relation])
-
-
-def turn(meaning: Related, rng: random.Random) -> Related:
-    """A relation on the other axis between the same objects."""
-    return replace(meaning, relation=rng.choice([r for r in AXIS if AXIS[r] != AXIS[meaning.relation]]))
 
 
 def neighbours(meaning: Related, attribute: str, world: World) -> list[Related]:
@@ -337,98 +102,6 @@ def foils_of(meaning: Related, world: World, rng: random.Random) -> dict[str, Re
     foils = {"swap": swap(meaning, world), "relation": reverse(meaning), "axis": turn(meaning, rng)}
     foils |= {attribute: altered(meaning, attribute, world, rng) for attribute in ("colour", "shape", "size")}
     return {kind: foil for kind, foil in foils.items() if foil}
-
-
-# ------------------------------------------------------------------------------------------------------- drawing scenes
-
-
-def place(colour: str, shape: str, size: str, pixels: int, centre: tuple[int, int]) -> Object:
-    """An object of so many pixels around a centre."""
-    return Object(colour, shape, size, (centre[0] - pixels // 2, centre[1] - pixels // 2, pixels, pixels))
-
-
-def embody(what: Description, centre: tuple[int, int], world: World, rng: random.Random) -> Object:
-    """An object that a description fits; what is not said is drawn, never as a novel combination."""
-    colour, shape, size = what.colour, what.shape, what.size or rng.choice(tuple(world.level.sizes))
-    if colour is None or shape is None:
-        colour, shape = rng.choice([c for c in world.ordinary if colour in (None, c[0]) and shape in (None, c[1])])
-    return place(colour, shape, size, rng.randint(*world.level.sizes[size]), centre)
-
-
-def draw_easy(meaning: Related, world: World, rng: random.Random) -> Scene:
-    """The two objects of a relation on one axis, the pair anywhere in the picture."""
-    distance = rng.randint(14, 18)
-    start, across = rng.randint(7, 25 - distance), rng.randint(8, 24)
-    centres = [(start, across), (start + distance, across + rng.randint(-1, 1))]
-    if AXIS[meaning.relation] == 1:
-        centres = [(x, y) for y, x in centres]
-    if meaning.relation in ("right of", "below"):
-        centres.reverse()
-    pair = (meaning.first, meaning.second)
-    objects = tuple(embody(what, centre, world, rng) for what, centre in zip(pair, centres, strict=True))
-    return Scene(rng.randint(*PAPER), objects)
-
-
-def draw_full(meaning: Related | Count, world: World, rng: random.Random) -> Scene:
-    """Three to five objects in the cells of a jittered 3 x 3 grid, a cover over an empty one, faint marks anywhere."""
-    cells = rng.sample(list(product(range(3), range(3))), 9)
-    if isinstance(meaning, Related):
-        wanted = [meaning.first, meaning.second]
-        line, ends = rng.randrange(3), sorted(rng.sample(range(3), 2))
-        pair = [(end, line) if AXIS[meaning.relation] == 0 else (line, end) for end in ends]
-        if meaning.relation in ("right of", "below"):
-            pair.reverse()
-        cells = pair + [cell for cell in cells if cell not in pair]
-    else:  # the second object is another one, so that exchanging the places of the first two changes the picture
-        wanted = [meaning.what, Description()] + [meaning.what] * (meaning.number - 1)
-    wanted += [Description()] * (rng.randint(3, 5) - len(wanted))
-    shift_x, shift_y = rng.randint(-2, 2), rng.randint(-2, 2)
-    middles = [(12 + 20 * column + shift_x, 12 + 20 * row + shift_y) for column, row in cells]
-    centres = [(x + rng.randint(-1, 1), y + rng.randint(-1, 1)) for x, y in middles]
-    objects = tuple(embody(what, centre, world, rng) for what, centre in zip(wanted, centres, strict=False))
-    x, y = middles[len(wanted)]
-    hidden = tuple(embody(Description(), centres[len(wanted)], world, rng) for _ in range(rng.randrange(2)))
-    clutter = tuple(
-        (rng.randrange(61), rng.randrange(61), rng.randint(1, 3), rng.randint(1, 3), rng.choice((-12, 12)))
-        for _ in range(rng.randint(8, 16))
-    )
-    return Scene(rng.randint(*PAPER), objects, (x - 10, y - 10, 20, 20), hidden, clutter)
-
-
-DRAW = {"easy": draw_easy, "full": draw_full}
-
-
-def clear(meaning: Meaning, scene: Scene) -> bool:
-    """Whether a caption holds and each object it relates is the only one that its description fits."""
-    if isinstance(meaning, Related) and not len(found(meaning.first, scene)) == len(found(meaning.second, scene)) == 1:
-        return False
-    return holds(meaning, scene)
-
-
-def places_exchanged(scene: Scene) -> Scene:
-    """The first two objects exchange their places."""
-    a, b, *rest = scene.objects
-    middle_a, middle_b = ((x + w // 2, y + h // 2) for x, y, w, h in (a.box, b.box))
-    a = place(a.colour, a.shape, a.size, a.box[2], middle_b)
-    b = place(b.colour, b.shape, b.size, b.box[2], middle_a)
-    return replace(scene, objects=(a, b, *rest))
-
-
-def transposed(scene: Scene) -> Scene:
-    """The picture's rows become its columns, so left of becomes above; the shapes themselves stay upright."""
-
-    def over(things: tuple[Object, ...]) -> tuple[Object, ...]:
-        return tuple(replace(t, box=(t.box[1], t.box[0], t.box[3], t.box[2])) for t in things)
-
-    cover = scene.cover and (scene.cover[1], scene.cover[0], scene.cover[3], scene.cover[2])
-    clutter = tuple((y, x, h, w, difference) for x, y, w, h, difference in scene.clutter)
-    return replace(scene, objects=over(scene.objects), cover=cover, hidden=over(scene.hidden), clutter=clutter)
-
-
-def exchanged(scene: Scene) -> Scene:
-    """The first two objects exchange their colours."""
-    a, b, *rest = scene.objects
-    return replace(scene, objects=(replace(a, colour=b.colour), replace(b, colour=a.colour), *rest))
 
 
 # ----------------------------------------------------------------------------------------------------------- the splits
@@ -477,43 +150,11 @@ def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
             captions = [claim, claim] if kind == "count" else [meaning, rng.choice((other, mirrored(other)))]
         if told_apart(captions, [scene, twin]) and told_apart(captions[::-1], [twin, scene]):
             break
+    # Phrases to ground are those of one twin: the other shows the same objects, most often by the same names.
     return [
-        Sample(("pairs",), s, words(caption, style), False, twin=number)
-        for caption, s in zip(captions, (scene, twin), strict=True)
+        Sample(tasks, s, words(caption, style), False, twin=number)
+        for tasks, caption, s in zip((("pairs", "grounding"), ("pairs",)), captions, (scene, twin), strict=True)
     ]
-
-
-def differ(difference: str, meaning: Related, scene: Scene, world: World, rng: random.Random) -> tuple[Related, Scene]:
-    """The scene with one difference, and the meaning that is then true."""
-    if difference == "colours":
-        return swap(meaning, world), exchanged(scene)
-    if difference == "places" or (difference == "axis" and rng.random() < 0.5):
-        meaning, scene = reverse(meaning), places_exchanged(scene)
-    if difference in ("axis", "turned"):
-        meaning, scene = replace(meaning, relation=TRANSPOSED[meaning.relation]), transposed(scene)
-    return meaning, scene
-
-
-def told_apart(captions: list[Meaning], scenes: list[Scene]) -> bool:
-    """Whether the first caption is clear in the first scene and false of the second, unless both captions are one."""
-    return clear(captions[0], scenes[0]) and (captions[0] == captions[1] or not holds(captions[0], scenes[1]))
-
-
-def draw_count(combinations: tuple[tuple[str, str], ...], rng: random.Random) -> Count:
-    """One, two or three objects of a colour, of a shape or of both."""
-    colour, shape = rng.choice(combinations)
-    what = rng.choice((Description(colour), Description(None, shape), Description(colour, shape)))
-    return Count(what, rng.randint(1, 3))
-
-
-def facts(scene: Scene) -> set[Related]:
-    """Every relation between two objects of a scene, in the form of the pools."""
-    return {
-        Related(Description(a.colour, a.shape), relation, Description(b.colour, b.shape))
-        for a, b in permutations(scene.objects, 2)
-        for relation in ("left of", "above")
-        if stands(a, relation, b)
-    }
 
 
 def gallery(split: str, size: int, world: World, rng: random.Random) -> list[Sample]:
@@ -583,33 +224,6 @@ def samples_of(split: str, size: int, world: World) -> Iterator[Sample]:
     yield from counting(split, count_size(split, size, world), world, rng)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-@cache
-def sprite(shape: str, pixels: int) -> np.ndarray:
-    """How much of each pixel a shape covers, (pixels, pixels, 1), from 8 x 8 points a pixel."""
-    at = (np.arange(8 * pixels) + 0.5) / (4 * pixels) - 1
-    inside = SHAPES[shape](at[None, :], at[:, None]) & np.ones((8 * pixels, 8 * pixels), dtype=bool)
-    return inside.reshape(pixels, 8, pixels, 8).mean(axis=(1, 3), dtype=np.float32)[..., None]
-
-
-def render(scene: Scene, extent: int) -> np.ndarray:
-    """The picture of a scene, (extent, extent, 3) of bytes."""
-    pixels = np.full((extent, extent, 3), scene.background, dtype=np.float32)
-    for x, y, w, h, difference in scene.clutter:
-        pixels[y : y + h, x : x + w] = scene.background + difference
-    for thing in scene.objects:
-        x, y, w, h = thing.box
-        region = pixels[y : y + h, x : x + w]
-        region += sprite(thing.shape, w) * (np.array(COLOURS[thing.colour], dtype=np.float32) - region)
-    if scene.cover:
-        x, y, w, h = scene.cover
-        stripes = (np.arange(w)[None, :] + np.arange(h)[:, None]) % 4 < 2
-        pixels[y : y + h, x : x + w] = np.where(stripes, 90, 165)[..., None]
-    return pixels.round().astype(np.uint8)
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -665,20 +279,48 @@ def describe(world: World, sizes: dict[str, int]) -> dict:
     }
 
 
-def write_split(split: str, size: int, world: World, folder: Path, bar: tqdm) -> None:
-    """Pictures of a split and one JSONL file for each of its tasks."""
+def write_pairs(split: str, size: int, world: World, folder: Path, bar: tqdm) -> None:
+    """Pictures of a split and one JSONL file for each task that is asked of one picture and its caption."""
     (folder / "images" / split).mkdir(parents=True)
     lines = {}
     for number, sample in enumerate(samples_of(split, size, world)):
-        image = f"images/{split}/{number:06d}.png"
-        Image.fromarray(render(sample.scene, world.level.picture)).save(folder / image, compress_level=1)
+        image = write_picture(sample.scene, f"images/{split}/{number:06d}.png", world, folder)
         for task in sample.tasks:
             about = {"heldout": sample.heldout, "scene": scene_row(sample.scene)}
-            rows = [{"image": image, **row, **about} for row in ROWS[task](sample, world)]
-            lines.setdefault(task, []).extend(map(json.dumps, rows))
+            lines.setdefault(task, []).extend({"image": image, **row, **about} for row in ROWS[task](sample, world))
         bar.update()
     for task, rows in lines.items():
-        (folder / f"{task}_{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
+        write_rows(folder / f"{task}_{split}.jsonl", rows)
+
+
+def write_questions(task: str, split: str, size: int, world: World, folder: Path, bar: tqdm) -> None:
+    """Pictures of their own and one JSONL file for a task of questions.py."""
+    (folder / "images" / f"{task}_{split}").mkdir(parents=True)
+    rows, count = [], 0
+    for asked in questions_of(task, split, size, world):
+        images = []
+        for scene in asked.scenes:
+            images.append(write_picture(scene, f"images/{task}_{split}/{count:06d}.png", world, folder))
+            count += 1
+        for places, keys in asked.rows:
+            if task == "reasoning":
+                pictures = {"images": [images[place] for place in places]}
+                rows.append(pictures | keys | {"scenes": [scene_row(asked.scenes[place]) for place in places]})
+            else:
+                rows.append({"image": images[0], **keys, "scene": scene_row(asked.scenes[0])})
+        bar.update()
+    write_rows(folder / f"{task}_{split}.jsonl", rows)
+
+
+def write_picture(scene: Scene, name: str, world: World, folder: Path) -> str:
+    """Draw a scene into a file, and give back its name."""
+    Image.fromarray(render(scene, world.level.picture)).save(folder / name, compress_level=1)
+    return name
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """One row a line."""
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8", newline="\n")
 
 
 def write_world(world: World, sizes: dict[str, int], out: Path) -> None:
@@ -686,9 +328,12 @@ def write_world(world: World, sizes: dict[str, int], out: Path) -> None:
     folder = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         total = sum(size + count_size(split, size, world) for split, size in sizes.items())
-        with tqdm(total=total, desc=f"drawing level {world.name}", unit=" pictures") as bar:
+        total += sum(size // 2 if task == "reasoning" else size for size in sizes.values() for task in tasks_of(world))
+        with tqdm(total=total, desc=f"drawing level {world.name}", unit=" samples") as bar:
             for split, size in sizes.items():
-                write_split(split, size, world, folder, bar)
+                write_pairs(split, size, world, folder, bar)
+                for task in tasks_of(world):
+                    write_questions(task, split, size, world, folder, bar)
         (folder / "world.json").write_text(json.dumps(describe(world, sizes), indent=1) + "\n", encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)

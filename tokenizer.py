@@ -130,6 +130,16 @@ class Tokenizer:
         words.sort(key=lambda word: (-counts[word], word))
         return cls(entries + words[: max_size - len(entries)])
 
+    def extended(self, texts: Iterable[str], most: int, min_count: int = 2) -> Tokenizer:
+        """This vocabulary and, behind it, words of the texts that it spells in pieces, most frequent first.
+
+        So that a small vocabulary, built from captions, learns the words of questions. No id changes.
+        """
+        counts = Counter(word for text in texts for chunk in CHUNK.findall(text) for word in split_words(chunk))
+        new = [w for w, count in counts.items() if count >= min_count and w not in self._ids and len(w) <= MAX_WORD]
+        new.sort(key=lambda word: (-counts[word], word))
+        return Tokenizer(self.vocab + new[:most])
+
     def tokenize(self, text: str) -> list[str]:
         """Word pieces of a text, without special tokens other than [UNK] for a word that no pieces spell."""
         pieces = []

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,14 +114,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, while norms, biases, positions, single tokens and the temperature do not."""
-    groups = {True: [], False: []}
+def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale=lambda name: 1.0) -> torch.optim.AdamW:
+    """AdamW; matrices decay, while norms, biases, positions, single tokens and the temperature do not.
+
+    scale: the name of a parameter -> its learning rate as a multiple of the run's
+    """
+    groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim == 2 and not name.endswith(("positions", "types"))].append(parameter)
+            decays = parameter.ndim == 2 and not name.endswith(("positions", "types"))
+            groups.setdefault((scale(name), config.weight_decay if decays else 0.0), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": config.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        [{"params": group, "scale": times, "weight_decay": decay} for (times, decay), group in groups.items()],
         lr=config.lr,
         betas=(0.9, config.beta2),
         fused=True,
@@ -145,6 +150,8 @@ def compile_step(model: torch.nn.Module) -> None:
 class Run:
     """One training run: what is made before the first step, and the loop."""
 
+    script = "train.py"  # the command that takes a run up again
+
     def __init__(self, config: TrainConfig, sizes: dict, device: torch.device | None = None):
         """config: the run's options; sizes: fields of mamo.Config that override the preset's; device: this process's"""
         self.config, self.out, self.device = config, Path(config.out), device or runtime.pick_device(config.device)
@@ -153,31 +160,55 @@ class Run:
         if path.is_file() and not config.resume:
             raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
         state = runtime.load_checkpoint(path) if path.is_file() else None
-        self.rows, self.val_rows = read_rows(config.data, "pairs", config.check, config.skip_bad), self.read_val()
+        self.rows, self.val_rows = self.read()
         config.parts = config.parts or parts_for(config.batch_size, self.world)
         self.order = TwinBatches(
             self.rows, config.batch_size, config.seed, rank=self.rank, world=self.world, parts=config.parts
         )
-        self.tokenizer = Tokenizer(state["vocab"] if state else self.vocabulary())
-        runtime.seed_everything(config.seed)
-        shape = state["config"] if state else self.new_shape(sizes)
-        self.model = build_model(config.objective, shape).to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
+        if config.epochs and not state:
+            config.steps = max(round(config.epochs * self.order.batches_per_epoch / config.accumulate), 1)
+        self.tokenizer, model = self.build(state, sizes)
+        self.model = model.to(self.device)
+        self.optimizer = self.make_optimizer()
         self.precision, self.why = runtime.pick_precision(config.precision, self.device)
         # fp16 has no room for small gradients: the loss is scaled up for the backward pass, and they down again after.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.step, self.meter = 0, {}
+        self.step, self.meter, self.settled = 0, {}, False
         if state:
-            runtime.load_weights(self.model, state["model"], path)
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.scaler.is_enabled() and state.get("scaler"):
-                self.scaler.load_state_dict(state["scaler"])
-            self.step, self.meter = state["step"], state["meter"]
+            self.take_up(state, path)
         self.shared = self.prepare_step()
         if self.rank == 0:
             self.log = runtime.CsvLog(self.out / "log.csv", self.step)
             runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
         self.announce()
+
+    def read(self) -> tuple[list[dict], list[dict]]:
+        """Rows to train on, and rows to evaluate on, at most 1,000: --val, or pairs_val.jsonl beside the training data,
+        or none."""
+        config = self.config
+        rows = read_rows(config.data, "pairs", config.check, config.skip_bad)
+        beside = Path(config.data[0]).with_name("pairs_val.jsonl")
+        paths = config.val or ([beside] if beside.is_file() else [])
+        return rows, read_rows(paths, "pairs", config.check, config.skip_bad)[:1000] if paths else []
+
+    def build(self, state: dict | None, sizes: dict) -> tuple[Tokenizer, torch.nn.Module]:
+        """The tokenizer and a fresh model, of the shape in the checkpoint where there is one."""
+        tokenizer = Tokenizer(state["vocab"] if state else self.vocabulary())
+        runtime.seed_everything(self.config.seed)
+        shape = state["config"] if state else self.new_shape(tokenizer, sizes)
+        return tokenizer, build_model(self.config.objective, shape)
+
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """One learning rate for everything."""
+        return make_optimizer(self.model, self.config)
+
+    def take_up(self, state: dict, path: Path) -> None:
+        """Go on from a checkpoint of this run."""
+        runtime.load_weights(self.model, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.meter = state["step"], state["meter"]
 
     def prepare_step(self) -> torch.nn.Module:
         """The model as a step calls it: with checkpointed blocks, compiled, its gradients averaged over processes."""
@@ -190,44 +221,43 @@ class Run:
         # Queue and teacher are equal everywhere because what feeds them is: there is nothing to broadcast.
         return DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def read_val(self) -> list[dict]:
-        """Rows to evaluate on, at most 1,000: --val, or pairs_val.jsonl beside the training data, or none."""
-        config = self.config
-        beside = Path(config.data[0]).with_name("pairs_val.jsonl")
-        paths = config.val or ([beside] if beside.is_file() else [])
-        return read_rows(paths, "pairs", config.check, config.skip_bad)[:1000] if paths else []
-
     def vocabulary(self) -> list[str]:
         """From --vocab, else built from the training captions."""
         if self.config.vocab:
             return Tokenizer.from_file(self.config.vocab).vocab
-        return Tokenizer.build(caption for row in self.rows for caption in captions_of(row)).vocab
+        return Tokenizer.build(self.texts()).vocab
 
-    def new_shape(self, sizes: dict) -> dict:
+    def new_shape(self, tokenizer: Tokenizer, sizes: dict) -> dict:
         """Fields of mamo.Config: the preset's, the objective's, the user's, and what follows from the tokenizer and the
-        length of the run, which --epochs sets here."""
-        config, tokenizer = self.config, self.tokenizer
-        if config.epochs:
-            config.steps = max(round(config.epochs * self.order.batches_per_epoch / config.accumulate), 1)
+        length of the run."""
+        config = self.config
         shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | sizes
         if shape.get("ema", -1) < 0:
             shape["ema"] = ema_for(config.steps)
         words = {"vocab_size": len(tokenizer), "mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
         return shape | words
 
+    def name(self) -> str:
+        """What is trained, for the first line."""
+        return f"{self.config.objective} {self.config.preset}, teacher {self.model.config.ema:.4f}"
+
+    def texts(self) -> Iterator[str]:
+        """All texts of the training rows."""
+        return (caption for row in self.rows for caption in captions_of(row))
+
     def announce(self) -> None:
         """Say what is about to run, and what a model that knows nothing would score."""
         config, model = self.config, self.model
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         where = f"{self.device}, {self.world} processes" if self.world > 1 else f"{self.device}"
-        print(f"{config.objective} {config.preset}: {millions:.2f} M parameters on {where}, {len(self.rows)} rows")
-        pairs = f"{config.batch_size} x {config.accumulate} pairs"
-        print(f"{config.steps} steps of {pairs}, teacher {model.config.ema:.4f}, {self.precision}: {self.why}")
+        print(f"{self.name()}: {millions:.2f} M parameters on {where}, {len(self.rows)} rows")
+        pairs = f"{config.batch_size} x {config.accumulate}"
+        print(f"{config.steps} steps of {pairs}, {self.precision}: {self.why}")
         if self.order.never:
             print(f"{self.order.never} rows are left out: no batch of {config.batch_size} has room for their twins")
-        cut = count_truncated(self.rows, self.tokenizer, model.config.max_tokens)
+        cut = count_truncated(self.texts(), self.tokenizer, model.config.max_tokens)
         if cut:
-            print(f"{cut} captions are longer than max_tokens {model.config.max_tokens} and lose their end")
+            print(f"{cut} texts are longer than max_tokens {model.config.max_tokens} and lose their end")
         chance = ", ".join(f"{name} {level:.2f}" for name, level in model.chance(config.batch_size).items())
         print(f"losses of a model that knows nothing: {chance}")
 
@@ -250,9 +280,9 @@ class Run:
         with runtime.Interrupt() as interrupt, bar as progress:
             since = (time.perf_counter(), self.step)
             stopped = False
-            while self.step < stop_at and not stopped:
+            while self.step < stop_at and not stopped and not self.settled:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.step, config)
+                    group["lr"] = group["scale"] * learning_rate(self.step, config)
                 total = self.one_step(batches)
                 progress.update()
                 progress.set_postfix(loss=f"{total:.3f}", refresh=False)
@@ -267,14 +297,14 @@ class Run:
                         self.log.write({"step": self.step} | row)
                     since = (time.perf_counter(), self.step)
                 stopped = runtime.any_process(interrupt.asked)
-                if self.step % config.save_every == 0 or self.step == stop_at or stopped:
+                if self.step % config.save_every == 0 or self.step == stop_at or stopped or self.settled:
                     self.save()
         if stopped:
-            print(f"stopped at step {self.step} and saved; go on with: python train.py --out {self.out} --resume")
+            print(f"stopped at step {self.step} and saved; go on with: python {self.script} --out {self.out} --resume")
 
     def one_step(self, batches) -> float:
         """Forward, finite check, backward, clip, step, teacher. Returns the weighted total of the losses."""
-        config, model, weights = self.config, self.model, self.model.config.weights
+        config, model, weights = self.config, self.model, self.model.weights
         model.train()
         summed = 0.0
         for part in range(config.accumulate):
@@ -362,7 +392,11 @@ class Run:
         self.share_meter()
         if self.rank > 0:
             return
-        state = {
+        runtime.save_checkpoint(self.out / "checkpoint.pt", self.state())
+
+    def state(self) -> dict:
+        """The content of a checkpoint."""
+        return {
             "objective": self.config.objective,
             "config": dataclasses.asdict(self.model.config),
             "train": dataclasses.asdict(self.config),
@@ -373,7 +407,6 @@ class Run:
             "step": self.step,
             "meter": self.meter,
         }
-        runtime.save_checkpoint(self.out / "checkpoint.pt", state)
 
 
 def plain(value):
@@ -386,15 +419,19 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runtime.add_options(parser, TrainConfig)
     runtime.add_options(parser, Config, skip=("vocab_size", "mask_id", "special_ids"))
-    given = vars(parser.parse_args(arguments))
-    run_fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    return resolve(vars(parser.parse_args(arguments)), TrainConfig)
+
+
+def resolve(given: dict, config_class: type[TrainConfig]) -> tuple[TrainConfig, dict]:
+    """What was given on the command line -> options and sizes; a resumed run takes its options from its checkpoint."""
+    run_fields = {f.name for f in dataclasses.fields(config_class)}
     options = {name: value for name, value in given.items() if name in run_fields}
     sizes = {name: value for name, value in given.items() if name not in run_fields}
-    checkpoint = Path(options.get("out", TrainConfig.out)) / "checkpoint.pt"
+    checkpoint = Path(options.get("out", config_class.out)) / "checkpoint.pt"
     if options.get("resume") and checkpoint.is_file():
         saved = runtime.load_checkpoint(checkpoint)
         # The defaults come first, for options that are younger than the checkpoint.
-        before = dataclasses.asdict(TrainConfig()) | vars(Config()) | saved["train"] | saved["config"]
+        before = dataclasses.asdict(config_class()) | vars(Config()) | saved["train"] | saved["config"]
         changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]
         if changed:
             was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
@@ -402,7 +439,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
                 f"a resumed run keeps its options, and these differ: {was}; leave them out or use another --out"
             )
         options = saved["train"] | {name: value for name, value in options.items() if name in FREE_ON_RESUME}
-    return TrainConfig(**options), sizes
+    return config_class(**options), sizes
 
 
 def main() -> None:

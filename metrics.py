@@ -1,0 +1,309 @@
+"""Predictions and what they are worth: files of predictions, scores, chance levels, intervals.
+
+A prediction is a dictionary, one line of a JSONL file; eval.py writes them and scores from them, so a file that another
+program wrote, or that was mended by hand, is scored by the same code.
+
+    vqa, reasoning, entailment   {"row": 0, "answer": "red"}      of reasoning "true" or "false"
+    grounding                    {"row": 0, "point": [x, y], "proposal": [x, y, w, h], "box": [...], "grid": [4, 4]}
+    retrieval                    {"way": "contrast", "direction": "image_to_text", "query": ..., "found": [ten best]}
+
+Every figure comes with n, with chance, and with a 95 % interval: the middle 95 % of 1,000 resamples, in which what
+belongs together (a group, or else a picture) is drawn together.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+import runtime
+from data import ENTAILMENT_LABELS, captions_of, pictures_of, size_of
+
+RESAMPLES = 1000
+
+
+# ----------------------------------------------------------------------------------------------- files of predictions
+
+
+def write_predictions(path: Path, rows: list[dict], predictions: list[dict]) -> None:
+    """One line each; where it belongs to a row, the row's text goes with it, for a reader and as a check."""
+    lines = []
+    for prediction in predictions:
+        about = {"text": text_of(rows[prediction["row"]])} if "row" in prediction else {}
+        lines.append(json.dumps(prediction | about))
+    text = "\n".join(lines) + "\n"
+    runtime.write_beside(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def text_of(row: dict) -> str:
+    """What a row asks."""
+    return row["question"] if "question" in row else row["text"]
+
+
+def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
+    """Predictions for rows, in their order.
+
+    Raises:  ValueError for a line that is none, for rows missing or predicted twice, and where a text is another
+    """
+    found: dict[int, dict] = {}
+    for number, prediction in read_lines(path):
+        row = prediction.get("row")
+        if type(row) is not int or not 0 <= row < len(rows):
+            raise ValueError(f"{path}:{number}: row is {row!r}: expected a number from 0 to {len(rows) - 1}")
+        if row in found:
+            raise ValueError(f"{path}:{number}: row {row} is predicted twice: keep one line for each row")
+        if prediction.get("text", text_of(rows[row])) != text_of(rows[row]):
+            raise ValueError(
+                f"{path}:{number}: row {row} is {prediction['text']!r} there and {text_of(rows[row])!r} in the data: "
+                "the predictions belong to other data"
+            )
+        found[row] = prediction
+    missing = [row for row in range(len(rows)) if row not in found]
+    if missing:
+        raise ValueError(
+            f"{path} has no prediction for {len(missing)} of {len(rows)} rows, the first is row {missing[0]}: "
+            "predict every row"
+        )
+    return [found[row] for row in range(len(rows))]
+
+
+def read_lines(path: Path) -> list[tuple[int, dict]]:
+    """Line numbers and objects of a JSONL file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: write it with --checkpoint first, or give another --predictions")
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error.msg}): expected one object a line") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}:{number}: found {type(value).__name__}: expected an object")
+            lines.append((number, value))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------- figure and interval
+
+
+def figure(values, clusters: list, chance: float) -> dict:
+    """Mean of values in [0, 1] as percent -> {"n", "value", "low", "high", "chance"}
+
+    low and high: the middle 95 % of means over resampled clusters.
+    """
+    values = np.asarray(values, dtype=float)
+    _, which = np.unique(np.asarray(list(map(str, clusters))), return_inverse=True)
+    sums, counts = np.bincount(which, values), np.bincount(which)
+    draws = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {
+        "n": len(values),
+        "value": 100 * values.mean(),
+        "low": 100 * low,
+        "high": 100 * high,
+        "chance": 100 * chance,
+    }
+
+
+def cluster_of(row: dict) -> str:
+    """What a row is drawn together with: its group, or else its picture."""
+    return str(row.get("group") or pictures_of(row)[0])
+
+
+# ----------------------------------------------------------------------------------------- vqa, reasoning, entailment
+
+
+def score_answers(task: str, rows: list[dict], answers: list[str]) -> list[float]:
+    """What each answer is worth, from 0 to 1; of vqa the score that the row gives it."""
+    if task == "vqa":
+        return [float(row["answers"].get(answer, 0.0)) for row, answer in zip(rows, answers, strict=True)]
+    return [float(right_label(row) == answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def right_label(row: dict) -> str:
+    """The label as an answer: true and false in lower case."""
+    return str(row["label"]).lower() if isinstance(row["label"], bool) else row["label"]
+
+
+def constant(task: str, rows: list[dict]) -> float:
+    """Chance: the best that one and the same answer to all rows is worth, from 0 to 1."""
+    scores = Counter()
+    for row in rows:
+        scores.update(row["answers"] if task == "vqa" else {right_label(row): 1.0})
+    return max(scores.values()) / len(rows)
+
+
+def judge_answers(task: str, rows: list[dict], answers: list[str]) -> dict:
+    """The figures of vqa, reasoning or entailment.
+
+    Returns: {"accuracy": figure, "types": {type: figure}}; chance of a type is its best constant answer, and chance
+             over all is that of one who knows the types. Reasoning with groups: {"consistency": figure}, all rows of a
+             group right; chance is a coin for each row. Entailment: {"confusion": {label: {answer: rows}}}
+    Raises:  ValueError for an answer that is no label
+    """
+    if task != "vqa":
+        labels = ("false", "true") if task == "reasoning" else ENTAILMENT_LABELS
+        for number, answer in enumerate(answers):
+            if answer not in labels:
+                raise ValueError(f"the answer to row {number} is {answer!r}: expected {', '.join(labels)}")
+    scores = score_answers(task, rows, answers)
+    of_type: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        of_type.setdefault(str(row.get("type", "")), []).append(number)
+    parts = {}
+    for name, numbers in sorted(of_type.items()):
+        those = [rows[number] for number in numbers]
+        parts[name] = figure([scores[n] for n in numbers], list(map(cluster_of, those)), constant(task, those))
+    chance = sum(part["chance"] * part["n"] for part in parts.values()) / len(rows) / 100
+    result = {"accuracy": figure(scores, list(map(cluster_of, rows)), chance)}
+    result["types"] = parts if len(parts) > 1 else {}
+    if task == "reasoning" and any("group" in row for row in rows):
+        groups: dict[str, list[float]] = {}
+        for row, score in zip(rows, scores, strict=True):
+            groups.setdefault(cluster_of(row), []).append(score)
+        coin = sum(0.5 ** len(group) for group in groups.values()) / len(groups)
+        result["consistency"] = figure([min(group) for group in groups.values()], list(groups), coin)
+    if task == "entailment":
+        pairs = Counter(zip(map(right_label, rows), answers, strict=True))
+        result["confusion"] = {a: {b: pairs[a, b] for b in ENTAILMENT_LABELS} for a in ENTAILMENT_LABELS}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- grounding
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    """Intersection over union of two boxes [x, y, width, height]."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    both = max(width, 0) * max(height, 0)
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
+
+
+def fits(box: list[float], boxes: list[list[float]]) -> bool:
+    """Whether a box overlaps any right one by at least half of their union."""
+    return any(iou(box, right) >= 0.5 for right in boxes)
+
+
+def patch_centres(grid: tuple[int, int], width: int, height: int) -> list[tuple[float, float]]:
+    """The centre (x, y) of each patch in pixels of a picture of that size, row by row."""
+    rows, columns = grid
+    return [((x + 0.5) * width / columns, (y + 0.5) * height / rows) for y in range(rows) for x in range(columns)]
+
+
+def inside(centres: list[tuple[float, float]], boxes: list[list[float]]) -> list[bool]:
+    """Which centres lie in any of the boxes [x, y, width, height]."""
+    return [any(x <= px < x + w and y <= py < y + h for x, y, w, h in boxes) for px, py in centres]
+
+
+def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
+    """The figures of grounding, none of which counts a row without a prediction as anything but wrong.
+
+    Returns: {"pointing": figure, "ceiling", "box": figure} and where rows have proposals {"proposals": figure}
+             pointing    the point lies in a right box; chance: a patch at random; ceiling: the best patch
+             proposals   the chosen proposal fits a right box (IoU >= 0.5); chance: a proposal at random
+             box         the box fits a right one; chance: the same box anywhere in the picture
+    """
+    sizes = {path: size_of(path) for path in dict.fromkeys(row["image"] for row in rows)}
+    clusters, draw = list(map(cluster_of, rows)), np.random.default_rng(0)
+    points, patches, boxes, anywhere = [], [], [], []
+    for row, prediction in zip(rows, predictions, strict=True):
+        width, height = sizes[row["image"]]
+        patches.append(inside(patch_centres(prediction["grid"], width, height), row["boxes"]))
+        point, box = prediction.get("point"), prediction.get("box")
+        points.append(bool(point) and inside([tuple(point)], row["boxes"])[0])
+        boxes.append(bool(box) and fits(box, row["boxes"]))
+        if box:
+            x = draw.uniform(0, max(width - box[2], 0), 100)
+            y = draw.uniform(0, max(height - box[3], 0), 100)
+            anywhere.append(np.mean([fits([*place, *box[2:]], row["boxes"]) for place in zip(x, y, strict=True)]))
+        else:
+            anywhere.append(0.0)
+    result = {
+        "pointing": figure(points, clusters, float(np.mean([np.mean(one) for one in patches]))),
+        "ceiling": 100 * float(np.mean([any(one) for one in patches])),
+        "box": figure(boxes, clusters, float(np.mean(anywhere))),
+    }
+    if all("proposals" in row for row in rows):
+        chosen = [p.get("proposal") for p in predictions]
+        hits = [bool(box) and fits(box, row["boxes"]) for box, row in zip(chosen, rows, strict=True)]
+        lucky = [np.mean([fits(box, row["boxes"]) for box in row["proposals"]]) for row in rows]
+        result["proposals"] = figure(hits, clusters, float(np.mean(lucky)))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- retrieval
+
+SIDES = ("image_to_text", "text_to_image")
+
+
+def right_answers(rows: list[dict]) -> dict[str, dict[str, set[str]]]:
+    """Of each direction and query, its right answers among pictures and captions of pairs rows."""
+    right = {side: {} for side in SIDES}
+    for row in rows:
+        for caption in captions_of(row):
+            right["image_to_text"].setdefault(row["image"], set()).add(caption)
+            right["text_to_image"].setdefault(caption, set()).add(row["image"])
+    return right
+
+
+def recalls(rank: np.ndarray) -> dict[str, float]:
+    """Places of the first right answers (queries,), 0 = first -> R@1, R@5 and R@10 in percent."""
+    return {f"R@{k}": 100 * float((rank < k).mean()) for k in (1, 5, 10)}
+
+
+def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
+    """R@1/5/10 in percent of a ranking drawn at random: the first k of g places hold none of a query's r right answers
+    with probability C(g - r, k) / C(g, k). counts: r of each query; gallery: g."""
+    levels = {}
+    for k in (1, 5, 10):
+        drawn = min(k, gallery)
+        missed = {r: math.comb(gallery - r, drawn) / math.comb(gallery, drawn) for r in set(counts)}
+        levels[f"R@{k}"] = 100 * (1 - sum(missed[r] for r in counts) / len(counts))
+    return levels
+
+
+def recall_intervals(rank: np.ndarray) -> dict[str, list[float]]:
+    """Places of the first right answers (queries,) -> 95 % intervals of R@1, R@5 and R@10 in percent."""
+    found = {k: figure(rank < k, range(len(rank)), 0.0) for k in (1, 5, 10)}
+    return {f"R@{k}": [one["low"], one["high"]] for k, one in found.items()}
+
+
+def judge_retrieval(rows: list[dict], path: Path) -> dict:
+    """Recalls from a file of ranked lists, as eval.retrieval gives them.
+
+    Raises:  ValueError for a query that is missing, ranked twice or not in the data
+    """
+    right = right_answers(rows)
+    place = {(way, side): {} for way in ("contrast", "matching") for side in SIDES}
+    for number, one in read_lines(path):
+        key, query = (one.get("way"), one.get("direction")), one.get("query")
+        if key not in place or query not in right[key[1]] or not isinstance(one.get("found"), list):
+            raise ValueError(
+                f"{path}:{number}: {key[0]!r}, {key[1]!r}, {query!r}: expected contrast or matching, a direction, a "
+                "query of the data and a list of what was found"
+            )
+        if query in place[key]:
+            raise ValueError(f"{path}:{number}: the query {query!r} is ranked twice: keep one line for each query")
+        hits = [at for at, name in enumerate(one["found"]) if name in right[key[1]][query]]
+        place[key][query] = hits[0] if hits else 10  # beyond the ten best
+    result = {"images": len(right[SIDES[0]]), "texts": len(right[SIDES[1]]), "k": "as predicted"}
+    result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
+    for (way, side), found in place.items():
+        if way == "matching" and not any(place[way, one] for one in SIDES):
+            continue
+        if len(found) < len(right[side]):
+            raise ValueError(
+                f"{path} lacks {len(right[side]) - len(found)} of {len(right[side])} queries of {side} by {way}: "
+                "rank every query"
+            )
+        rank = np.array(list(found.values()))
+        result[way][side] = recalls(rank)
+        result["intervals"].setdefault(way, {})[side] = recall_intervals(rank)
+        other = len(right[SIDES[1 - SIDES.index(side)]])
+        result["chance"][side] = chance_recalls([len(answers) for answers in right[side].values()], other)
+    return result
