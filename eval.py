@@ -249,10 +249,8 @@ def retrieval(
                 ten = gather_shards(torch.cat([none, *best[way]]), len(queries)).tolist()
                 lists += ranked_lists(way, direction, images, texts, ten)
             for value in sorted(set(values)) if by else ():
-                those = rank.numpy()[[v == value for v in values]]
-                result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(
-                    rank[those].numpy()
-                )
+                those = rank[torch.tensor([v == value for v in values])].numpy()
+                result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
     return result
 
 

@@ -124,8 +124,9 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale=lambda nam
         if parameter.requires_grad:
             decays = parameter.ndim == 2 and not name.endswith(("positions", "types"))
             groups.setdefault((scale(name), config.weight_decay if decays else 0.0), []).append(parameter)
+    in_order = sorted(groups.items(), key=lambda item: item[0], reverse=True)  # what decays first
     return torch.optim.AdamW(
-        [{"params": group, "scale": times, "weight_decay": decay} for (times, decay), group in groups.items()],
+        [{"params": group, "scale": times, "weight_decay": decay} for (times, decay), group in in_order],
         lr=config.lr,
         betas=(0.9, config.beta2),
         fused=True,
@@ -282,7 +283,7 @@ class Run:
             stopped = False
             while self.step < stop_at and not stopped and not self.settled:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = group["scale"] * learning_rate(self.step, config)
+                    group["lr"] = group.get("scale", 1.0) * learning_rate(self.step, config)
                 total = self.one_step(batches)
                 progress.update()
                 progress.set_postfix(loss=f"{total:.3f}", refresh=False)

@@ -482,12 +482,12 @@ def test_padding_goes_to_the_longest_caption():
 
 def test_truncated_captions_are_counted():
     """[CLS] and [SEP] count as tokens; every caption of a list counts; one that just fits is not cut."""
-    rows = [{"caption": "one two three"}, {"caption": ["one two three four", "one two three four five", "one"]}]
+    texts = ["one two three", "one two three four", "one two three four five", "one"]
     words = ["one", "two", "three", "four", "five"]
     tokenizer = Tokenizer.build(words * 2)
-    lengths = [len(tokenizer.encode(text)) for row in rows for text in captions_of(row)]
+    lengths = [len(tokenizer.encode(text)) for text in texts]
     assert lengths == [5, 6, 7, 3]
-    assert [count_truncated(rows, tokenizer, limit) for limit in (7, 6, 5, 4, 3, 2)] == [0, 1, 2, 3, 3, 4]
+    assert [count_truncated(texts, tokenizer, limit) for limit in (7, 6, 5, 4, 3, 2)] == [0, 1, 2, 3, 3, 4]
 
 
 # ----------------------------------------------------------------------------------------------------- batches of twins

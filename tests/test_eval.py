@@ -419,8 +419,8 @@ def test_everything_of_the_built_in_world_in_one_command(tmp_path, command):
     )
     assert code == 0, errors
     kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
-    assert kept.keys() == {f"{task}_{split}" for task in ("pairs", "foils", "pointing") for split in ("test", "novel")}
-    assert kept["pointing_test"]["layer"] == kept["pointing_novel"]["layer"] in (0, 1)
+    assert kept.keys() == {f"{task}_{split}" for task in ("pairs", "foils", "grounding") for split in ("test", "novel")}
+    assert kept["grounding_test"]["layer"] == kept["grounding_novel"]["layer"] in (0, 1)
     assert "retrieval, test" in said and "foils, novel" in said
     assert any("heldout" in name for name in kept["pairs_test"]["apart"])
     assert Image.open(tmp_path / "run" / "ranked.png").format == "PNG"

@@ -553,7 +553,7 @@ def test_captions_that_are_cut_are_told(data, tmp_path, capsys):
     new_run(data, tmp_path / "two", "--max-tokens", "9")
     rows = read_rows([data], "pairs")
     long = sum(isinstance(row["caption"], list) for row in rows)  # each such row has one caption of twelve tokens
-    assert f"{long} captions are longer than max_tokens 9" in capsys.readouterr().out
+    assert f"{long} texts are longer than max_tokens 9" in capsys.readouterr().out
 
 
 def test_the_start_tells_what_a_model_that_knows_nothing_would_score(data, tmp_path, capsys):
