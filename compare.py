@@ -15,6 +15,8 @@ A plan is a JSON file:
      "columns": {"R@1": ["pairs_test/matching/image_to_text/R@1", ...], "ITM loss": ["log/itm"]}}
 
 A column shows the first of its paths that a run's row has: of results.json, or log/ for the last row of log.csv.
+"script": "finetune.py" compares runs of fine-tuning: "train" then begins with the task, and best.pt is evaluated.
+"evaluate" may be a list of commands, and {seed} in any option stands for the run's seed.
 
 For equal wall-clock the number of steps follows from a rate that is measured before the start, all arms taking turns
 step by step, so that a machine that slows down slows all of them. A run that was stopped goes on where it was, a
@@ -39,6 +41,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import finetune
 import runtime
 import train
 
@@ -52,20 +55,30 @@ class Plan:
     what: str
     train: str
     arms: dict[str, str]
-    evaluate: str
+    evaluate: str | list[str]
     steps: int
     reference: str
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     equal: list[str] = field(default_factory=lambda: ["steps"])
     columns: dict[str, list[str]] = field(default_factory=dict)
+    script: str = "train.py"
 
     def __post_init__(self):
+        if self.script not in SCRIPTS:
+            raise ValueError(f"the script is {self.script!r}: use {' or '.join(SCRIPTS)}")
         if self.reference not in self.arms:
             raise ValueError(f"the reference {self.reference!r} is not among the arms: use one of {list(self.arms)}")
         if not self.equal or not set(self.equal) <= {"steps", "wall-clock"}:
             raise ValueError(f'equal is {self.equal}: give "steps", "wall-clock" or both')
         if not self.seeds or self.steps < 1:
             raise ValueError(f"seeds {self.seeds}, steps {self.steps}: give at least one of each")
+
+
+# script: its run, its command line, the checkpoint to evaluate
+SCRIPTS = {
+    "train.py": (train.Run, train.parse, "checkpoint.pt"),
+    "finetune.py": (finetune.FineTune, finetune.parse, "best.pt"),
+}
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,10 @@ def seconds_per_step(plan: Plan, rounds: int = 25) -> dict[str, float]:
     """Median seconds of a training step of each arm, loading and optimiser included; the arms take turns."""
     with tempfile.TemporaryDirectory() as folder:
         runs, seconds = {}, {arm: [] for arm in plan.arms}
+        make_run, parse, _ = SCRIPTS[plan.script]
         for number, (arm, options) in enumerate(plan.arms.items()):
             given = f"{plan.train} {options} --steps {plan.steps} --out {folder}/{number}"
-            run = train.Run(*train.parse(shlex.split(given)))
+            run = make_run(*parse(shlex.split(given.replace("{seed}", str(plan.seeds[0])))))
             runs[arm] = run, run.batches()
         for counted in range(-5, rounds):
             for arm, (run, batches) in runs.items():
@@ -197,15 +211,19 @@ class Comparison:
         """Train and evaluate in processes of their own, and write the row."""
         plan, folder = self.plan, self.out / job.folder
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = folder / "checkpoint.pt"
-        training = shlex.split(f"{plan.train} {plan.arms[job.arm]} --steps {job.steps} --seed {job.seed}")
-        evaluation = shlex.split(plan.evaluate)
+        checkpoint, judged = folder / "checkpoint.pt", folder / SCRIPTS[plan.script][2]
+
+        def words(options: str) -> list[str]:
+            return shlex.split(options.replace("{seed}", str(job.seed)))
+
+        training = words(f"{plan.train} {plan.arms[job.arm]} --steps {job.steps} --seed {job.seed}")
+        evaluations = [plan.evaluate] if isinstance(plan.evaluate, str) else plan.evaluate
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         start = time.perf_counter()
         with open(folder / "output.txt", "a", encoding="utf-8") as output:
             for command in (
-                ["train.py", *training, "--out", str(folder), "--resume"],
-                ["eval.py", *evaluation, "--checkpoint", str(checkpoint)],
+                [plan.script, *training, "--out", str(folder), "--resume"],
+                *(["eval.py", *words(evaluation), "--checkpoint", str(judged)] for evaluation in evaluations),
             ):
                 ended = subprocess.run(
                     [sys.executable, *command], cwd=HERE, env=environment, stdout=output, stderr=output

@@ -56,7 +56,7 @@ class FineConfig(TrainConfig):
     data: list[str] = dataclasses.field(default_factory=list)  # JSONL files, or X for X_train.jsonl and X_val.jsonl
     out: str = ""  # run folder; without: runs/ and the name of the task
     lr: float = 5e-4  # peak learning rate of the encoders
-    lr_head: float = 2e-3  # peak learning rate of what the checkpoint does not have
+    lr_head: float = 2e-3  # peak learning rate of the head, and of everything from scratch
     steps: int = 2000  # optimiser steps
     val_share: float = 0.1  # share of the training rows to choose on where there is no val file, split by `group`
     freeze: bool = False  # keep the encoders as they are and train one linear layer: a linear probe
@@ -77,6 +77,9 @@ class FineConfig(TrainConfig):
                 f"patience {self.patience}, val_share {self.val_share}, answers {self.answers}: give a patience of 0 "
                 "or more, a share from 0 to below 1, and two answers or more"
             )
+
+
+HEAD = ("head.", "absent")  # how the names of a task's own parameters begin
 
 
 class FineTune(Run):
@@ -110,15 +113,14 @@ class FineTune(Run):
         start = None if config.init == "none" else runtime.load_checkpoint(config.init)
         config.objective = start["objective"] if start else config.objective
         tokenizer = self.words(start)
-        head = Head(config.task, answers_of(config.task, self.rows, config.answers), config.freeze)
-        if start and not config.new_head and start.get("head", {}).get("task") == config.task == "vqa":
-            head.answers = start["head"]["answers"]
-        model = build_task(head, self.shape(start, tokenizer, sizes))
+        # A head that was trained for this task is kept, with the answers that it knows.
+        before = start["head"] if start and "head" in start and not config.new_head else {}
+        kept = before.get("task") == config.task
+        answers = before["answers"] if kept else answers_of(config.task, self.rows, config.answers)
+        model = build_task(Head(config.task, answers, config.freeze), self.shape(start, tokenizer, sizes))
         self.fresh = list(model.state_dict())
         if start:
-            weights = start["model"]
-            if config.new_head or start.get("head", {}).get("task", config.task) != config.task:
-                weights = {name: value for name, value in weights.items() if not name.startswith(("head.", "absent"))}
+            weights = {name: value for name, value in start["model"].items() if kept or not name.startswith(HEAD)}
             self.fresh = adopt(model, weights, Config(**start["config"]), start["vocab"], tokenizer)
         return tokenizer, self.frozen(model)
 
@@ -153,7 +155,7 @@ class FineTune(Run):
     def make_optimizer(self) -> torch.optim.AdamW:
         """The encoders at --lr and the head at --lr-head; from scratch everything at --lr-head."""
         times = self.config.lr_head / self.config.lr
-        heads = ("head.", "absent") if self.config.init != "none" else ("",)
+        heads = HEAD if self.config.init != "none" else ("",)
         return make_optimizer(self.model, self.config, lambda name: times if name.startswith(heads) else 1.0)
 
     def take_up(self, state: dict, path: Path) -> None:

@@ -33,7 +33,8 @@ def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int =
 def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Path, each: int = 6) -> None:
     """Right answers on the left, wrong ones on the right, with picture, text, answer and what would have been right.
 
-    Of grounding the right box is drawn in green and the proposal or, without, the box in red; the point is a dot.
+    Of grounding the right box is drawn in green, and inside it or elsewhere the proposal, or else the box, in red; the
+    point is a dot.
     """
     if task == "grounding":
         good = [hit(row, prediction) for row, prediction in zip(rows, predictions, strict=True)]
@@ -91,9 +92,10 @@ def thumbnail(row: dict, prediction: dict, image: str, side: int) -> Image.Image
     small = picture.resize((side, side), Image.Resampling.NEAREST if side > width else Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(small)
     chosen = prediction.get("proposal") or prediction.get("box")
-    for boxes, colour in ((row.get("boxes", []), RIGHT), ([chosen] if chosen else [], WRONG)):
+    for boxes, colour, out in ((row.get("boxes", []), RIGHT, 3), ([chosen] if chosen else [], WRONG, 0)):
         for x, y, w, h in boxes:
-            corners = (x * side / width, y * side / height, (x + w) * side / width - 1, (y + h) * side / height - 1)
+            left, top, right, bottom = x / width, y / height, (x + w) / width, (y + h) / height
+            corners = (left * side - out, top * side - out, right * side - 1 + out, bottom * side - 1 + out)
             pen.rectangle(corners, outline=colour, width=2)
     if prediction.get("point"):
         x, y = prediction["point"][0] * side / width, prediction["point"][1] * side / height
