@@ -3,7 +3,8 @@
 scenes.py writes it to disk. An answer is always taken from `holds`, the one definition of truth, and everything is made
 so that half of the input gives nothing away:
 
-    vqa          for each kind of question, every answer is drawn as often as every other, whatever the picture
+    vqa          for each kind of question, every answer is as frequent as every other; of yes, no and numbers whatever
+                 the picture, while the colour or shape asked for is of course one of those in the picture
     reasoning    two texts meet two (pairs of) pictures; each text is true of one and false of the other, and so is each
                  picture: knowing only the text, or only the pictures, is worth exactly 50 %
     entailment   each picture has one statement of each label; a statement's words do not tell its label
@@ -100,15 +101,17 @@ def ask_count(scene: Scene, things: list[Object], split: str, world: World, rng:
     """How many red objects are there? Asked only where each number from 0 to the level's largest can be the answer."""
     largest = 3 if len(world.level.sizes) > 1 else 2
     by_count: dict[int, list[Description]] = {number: [] for number in range(largest + 1)}
-    kinds = [Description(colour) for colour in world.level.colours]
-    kinds += [Description(None, shape) for shape in world.level.shapes]
-    for what in kinds:
+    colours = [Description(colour) for colour in world.level.colours]
+    for what in (*colours, *(Description(None, shape) for shape in world.level.shapes)):
         by_count.setdefault(len(found(what, scene)), []).append(what)
     if not all(by_count[number] for number in range(largest + 1)):
         return None
     number = rng.randint(0, largest)
     frame = choose(("how many {} are there?", "how many {} can be seen?"), world, rng)
-    return frame.format(plural(rng.choice(by_count[number]))), str(number)
+    # Colour or shape first: which of the two is asked for must not tell the number.
+    kinds = [[what for what in by_count[number] if (what.colour is None) == asked] for asked in (False, True)]
+    what = rng.choice(rng.choice([kind for kind in kinds if kind]))
+    return frame.format(plural(what)), str(number)
 
 
 def ask_existence(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
@@ -200,12 +203,11 @@ def draw_any(split: str, world: World, rng: random.Random) -> Scene:
 
 
 def draw_repeated(split: str, world: World, rng: random.Random) -> Scene:
-    """A picture in which a colour or a shape stands twice, on the level full three times."""
-    most = 3 if len(world.level.sizes) > 1 else 2
+    """A picture in which a colour stands twice, or a shape, on the level full three times; each as often."""
+    most, kind = 3 if len(world.level.sizes) > 1 else 2, rng.choice(("colour", "shape"))
     while True:
         scene = draw_any(split, world, rng)
-        counts = Counter(thing.colour for thing in scene.objects) + Counter(thing.shape for thing in scene.objects)
-        if max(counts.values()) >= most:
+        if max(Counter(getattr(thing, kind) for thing in scene.objects).values()) >= most:
             return scene
 
 

@@ -40,7 +40,11 @@ def tiny_model(config: Config | None = None, seed: int = 0, noise: float = 0.15)
     student in the teacher's place would not show.
     """
     torch.manual_seed(seed)
-    model = MAMO(config or tiny_config()).train()
+    return moved(MAMO(config or tiny_config()).train(), noise)
+
+
+def moved(model: torch.nn.Module, noise: float = 0.15):
+    """The model, with noise added to every parameter."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))

@@ -72,6 +72,37 @@ def write_squares(path: Path, count: int = 22, twins: int = 0, several: bool = F
     return write_rows(path, rows)
 
 
+def write_task(path: Path, task: str, count: int = 12) -> Path:
+    """A file of a task about the first squares, and their pictures; the rows of two neighbours share a group.
+
+    Of retrieval some have several captions, one more of them than a step looks at, and a colour is a caption of two
+    pictures; of reasoning rows have one picture or two.
+    """
+    rows = []
+    for number in range(count):
+        (path.parent / "pictures").mkdir(parents=True, exist_ok=True)
+        picture, colour, text = f"pictures/{number:02d}.png", list(COLOURS)[number // 4], caption(number)
+        square(number).save(path.parent / picture)
+        about = {"image": picture, "group": f"g{number // 2}"}
+        if task == "retrieval":
+            captions = [f"{text} number {i}" for i in range(7)] if number == 1 else [text, colour][: 1 + number % 2]
+            rows.append(about | {"caption": captions})
+        elif task == "grounding":
+            rows += [about | {"text": text}, about | {"text": colour}]
+        elif task == "vqa":
+            place = ("left", "right")[number % 2]
+            rows.append(about | {"question": "what colour is the square", "answers": {colour: 1.0, "dark": 0.3}})
+            rows.append(about | {"question": "where is the square", "answers": {place: 1.0, "on paper": 0.6}})
+        elif task == "reasoning":
+            images, other = [picture, f"pictures/{(number + 5) % count:02d}.png"], {"group": about["group"]}
+            rows.append(other | {"images": images, "text": f"one square is {colour}", "label": number % 2 == 0})
+            rows.append(other | {"images": images[:1], "text": "it is large", "label": number % 4 < 2})
+        else:
+            label = ("entailment", "neutral", "contradiction")[number % 3]
+            rows.append(about | {"text": caption(number + number % 3), "label": label})
+    return write_rows(path, rows)
+
+
 def options(data: Path, out: Path, *more: str) -> list[str]:
     """The command line of a very small run; what comes later wins."""
     return ["--data", str(data), "--out", str(out), *SIZES.split(), *SMALL_RUN.split(), *more]

@@ -13,10 +13,12 @@ import torch
 from helpers import resumed_run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import finetune
 import runtime
 import train
 from data import read_rows
 from eval import load_model, retrieval
+from finetune import FineTune
 
 # A server that has imported torch once forks each worker: a fresh interpreter would take seconds.
 FORKS = multiprocessing.get_context("forkserver")
@@ -102,6 +104,13 @@ def go_on(out: Path, folder: Path) -> None:
     seen = watched(run)
     run.train()
     (folder / f"seen-{run.rank}.json").write_text(json.dumps(seen))
+
+
+def fine_tune(arguments: list[str], folder: Path) -> None:
+    """Fine-tune from the command line's arguments, and leave what each process ended with."""
+    run = FineTune(*finetune.parse(arguments))
+    run.train()
+    torch.save({"model": run.model.state_dict(), "best": [run.best, run.best_step]}, folder / f"ended-{run.rank}.pt")
 
 
 def gradients_of(model, batch: dict, folder: Path) -> None:

@@ -21,6 +21,7 @@ from data import (
     count_truncated,
     load_image,
     pad,
+    pictures_of,
     read_rows,
     size_of,
     stable_id,
@@ -108,6 +109,117 @@ def test_foil_rows_are_checked(tmp_path, change):
     without = {"image": "a.png", "caption": "a red square"}
     with pytest.raises(ValueError, match=r"expected.*foils"):
         read_rows([one_picture(tmp_path, without)], "foils")
+
+
+GOOD = {
+    "grounding": {"image": "a.png", "text": "a red square", "boxes": [[0, 0, 12, 8]], "proposals": [[12, 8, 12, 8]]},
+    "phrases": {"image": "a.png", "text": "a red square"},
+    "vqa": {"image": "a.png", "question": "what colour is it?", "answers": {"red": 1, "dark red": 0.3, "blue": 0}},
+    "reasoning": {"images": ["a.png", "a.png"], "text": "both show a square", "label": True},
+    "entailment": {"image": "a.png", "text": "it is red", "label": "neutral"},
+}
+
+
+@pytest.mark.parametrize("task", GOOD)
+def test_rows_of_every_task_can_be_read(tmp_path, task):
+    """Paths are made full and everything else is kept, further keys too."""
+    (row,) = read_rows([one_picture(tmp_path, GOOD[task] | {"group": "g", "type": "colour"})], task, check="full")
+    full = str(tmp_path / "a.png")
+    paths = {"images": [full, full]} if task == "reasoning" else {"image": full}
+    assert row == GOOD[task] | {"group": "g", "type": "colour"} | paths
+    assert pictures_of(row) == ([full, full] if task == "reasoning" else [full])
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "says"),
+    [
+        ("vqa", {"answers": {}}, "answers is {}: expected"),
+        ("vqa", {"answers": {"red": 1.5}}, "answers is {'red': 1.5}: expected"),
+        ("vqa", {"answers": {"red": 1.0, "blue": -0.1}}, "score from 0 to 1"),
+        ("vqa", {"answers": {"red": "1.0"}}, "score from 0 to 1"),
+        ("vqa", {"answers": {"red": True}}, "score from 0 to 1"),
+        ("vqa", {"answers": {"red": float("nan")}}, "score from 0 to 1"),
+        ("vqa", {"answers": "red"}, "answers is 'red': expected"),
+        ("vqa", {"answers": ["red"]}, "answers is ['red']: expected"),
+        ("vqa", {"question": "  "}, "question is empty"),
+        ("vqa", {"question": 3}, "question is empty"),
+        ("vqa", {"image": ["a.png"]}, "image must be a path"),
+        ("reasoning", {"images": ["a.png"] * 3}, "found 3 images: reasoning is about one or two"),
+        ("reasoning", {"images": []}, "found 0 images: reasoning is about one or two"),
+        ("reasoning", {"images": "a.png"}, "images must be a list"),
+        ("reasoning", {"images": ["a.png", 3]}, "image must be a path"),
+        ("reasoning", {"label": "yes"}, "label is 'yes': expected true or false"),
+        ("reasoning", {"label": "true"}, "label is 'true': expected true or false"),
+        ("reasoning", {"label": 1}, "label is 1: expected true or false"),
+        ("reasoning", {"text": ""}, "text is empty"),
+        ("entailment", {"label": "maybe"}, "label is 'maybe': expected entailment, neutral, contradiction"),
+        ("entailment", {"label": None}, "label is None: expected"),
+        ("entailment", {"label": ["neutral"]}, "label is ['neutral']: expected"),
+        ("entailment", {"text": ["it is red"]}, "text is empty"),
+        ("phrases", {"text": " "}, "text is empty"),
+        ("phrases", {"text": None}, "text is empty"),
+        ("grounding", {"boxes": [[0, 0, 12]]}, "boxes must be"),
+        ("grounding", {"proposals": [[0, 0, 0, 8]]}, "proposals must be"),
+        ("grounding", {"proposals": "all"}, "proposals must be"),
+    ],
+)
+def test_rows_of_every_task_are_checked(tmp_path, task, change, says):
+    """With file and line, in one sentence; and the same row is left out under skip_bad."""
+    path = one_picture(tmp_path, GOOD[task], "", GOOD[task] | change)
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        read_rows([path], task)
+    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+    assert len(read_rows([path], task, skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize(("task", "key"), [(task, key) for task in GOOD for key in GOOD[task] if key != "proposals"])
+def test_a_row_of_a_task_that_lacks_a_key_is_told_what_it_needs(tmp_path, task, key):
+    """Every key but the proposals is needed."""
+    wrong = {name: value for name, value in GOOD[task].items() if name != key}
+    path = one_picture(tmp_path, GOOD[task], wrong)
+    with pytest.raises(ValueError) as error:
+        read_rows([path], task)
+    assert str(error.value).startswith(f"{path}:2: found the keys {sorted(wrong)}: expected ")
+    assert f'"{key}": ' in str(error.value)
+
+
+@pytest.mark.parametrize("task", GOOD)
+def test_an_empty_file_of_a_task_is_one_sentence(tmp_path, task):
+    """A download that broke off before the first line."""
+    path = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=re.escape(f"no rows in {path}: expected one JSON object a line")):
+        read_rows([path], task)
+
+
+@pytest.mark.parametrize("name", ["boxes", "proposals"])
+def test_boxes_must_lie_inside_their_picture(tmp_path, name):
+    """The picture of 24 x 16 and the box are named; one that touches the edges is inside."""
+    for box, fits in (([0, 0, 24, 16], True), ([12, 0, 13, 8], False), ([0, 8, 12, 8.5], False)):
+        path = one_picture(tmp_path, GOOD["grounding"] | {name: [[0, 0, 1, 1], box]})
+        if fits:
+            assert read_rows([path], "grounding")[0][name][1] == box
+        else:
+            with pytest.raises(
+                ValueError, match=re.escape(f"a.png: the box {box} reaches outside the picture of 24 x 16")
+            ):
+                read_rows([path], "grounding")
+
+
+@pytest.mark.xfail(strict=True, reason="of the two least values of a place and a size only one is looked at")
+def test_a_box_whose_place_is_no_number_is_refused(tmp_path):
+    """JSON as Python writes it may hold NaN."""
+    path = one_picture(tmp_path, GOOD["grounding"] | {"boxes": [[0, float("nan"), 5, 5]]})
+    with pytest.raises(ValueError, match="boxes must be"):
+        read_rows([path], "grounding")
+
+
+@pytest.mark.xfail(strict=True, reason="the key images is taken for the pictures whatever the task is")
+@pytest.mark.parametrize("extra", [3, ["b.png"]])
+def test_a_further_key_of_the_name_images_changes_nothing(tmp_path, extra):
+    """More keys are allowed and kept."""
+    path = one_picture(tmp_path, {"image": "a.png", "caption": "a square", "images": extra})
+    (row,) = read_rows([path], "pairs")
+    assert row["image"] == str(tmp_path / "a.png") and row["images"] == extra
 
 
 def test_the_number_of_bad_rows_is_told(tmp_path):

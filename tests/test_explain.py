@@ -1,18 +1,33 @@
-"""Heat maps against a loop over one pair at a time, the pointing game against counting by hand, and the commands."""
+"""Heat maps against a loop over one pair at a time, grounding and the pointing game by hand, and the commands."""
 
+import dataclasses
 import json
+import random
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_config, tiny_model
+from conftest import moved, tiny_batch, tiny_config, tiny_model
 from helpers import caption, new_run, square, write_rows
 from PIL import Image
 
 import explain
 from data import read_rows
 from eval import load_model
-from explain import check_layer, choose_layer, heat_maps, inside, middle_layer, patch_centres, phrase_rows, pointing
+from explain import (
+    check_layer,
+    choose_layer,
+    draw_heat,
+    ground,
+    heat_maps,
+    hits_by_layer,
+    hot_box,
+    middle_layer,
+    phrase_rows,
+    warmth,
+)
 from mamo import record_attention
+from metrics import judge_grounding, patch_centres
+from tasks import Head, build_task
 from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -42,26 +57,26 @@ def checkpoint(grounding, tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------- heat maps
 
 
-def naive_heat(model, images, input_ids, real, rows) -> torch.Tensor:
-    """The same map for each pair alone, without padding, number by number; gradients through retain_grad."""
-    length = int(real.sum())
+def naive_heat(model, images, input_ids, real, rows, logit_of) -> torch.Tensor:
+    """The same map for one text and its pictures, without padding, number by number; gradients through retain_grad."""
+    length = int(real[0].sum())
     image, text = model.encode_image(images), model.encode_text(input_ids[:, :length], real[:, :length])
     with record_attention(model.student.fusion) as recorded:
-        logit = model.match(image, text, real[:, :length])
+        logit = logit_of(image, text, real[:, :length])
         for (attention,) in recorded:
             attention.retain_grad()
-    logit.sum().backward()
+    logit.backward()
     layers = []
     for (attention,) in recorded:
-        heat = torch.zeros(model.config.patches)
-        for head in range(attention.shape[1]):
-            for token in range(min(length, attention.shape[2])):
-                for patch in range(model.config.patches):
-                    place = length + 1 + patch  # behind the text and the class token
-                    look = attention[0, head, token, place], attention.grad[0, head, token, place]
-                    if rows[0, token] and look[1] > 0:
-                        heat[patch] += (look[0] * look[1]).detach() / attention.shape[1]
-        layers.append(heat)
+        heat = torch.zeros(len(images), model.config.patches)
+        for picture in range(len(images)):
+            for head in range(attention.shape[1]):
+                for token in range(min(length, attention.shape[2])):
+                    for patch in range(model.config.patches):
+                        place = picture, head, token, length + 1 + patch  # behind the text and the class token
+                        if rows[0, token] and attention.grad[place] > 0:
+                            heat[picture, patch] += (attention[place] * attention.grad[place]).detach()
+        layers.append(heat / attention.shape[1])
     return torch.stack(layers)
 
 
@@ -77,10 +92,34 @@ def test_heat_maps_equal_a_loop_over_pairs_heads_tokens_and_patches():
     assert heat.shape == (3, 4, config.patches) and not heat.requires_grad
     assert (heat >= 0).all() and (heat.amax(dim=2) > 0).any()
     for i in range(4):
-        expected = naive_heat(
-            model, batch["images"][i : i + 1], batch["input_ids"][i : i + 1], real[i : i + 1], rows[i : i + 1]
-        )
-        torch.testing.assert_close(heat[:, i], expected, rtol=1e-3, atol=1e-7)
+        one = batch["images"][i : i + 1], batch["input_ids"][i : i + 1], real[i : i + 1], rows[i : i + 1]
+        expected = naive_heat(model, *one, lambda *pair: model.match(*pair)[0])
+        torch.testing.assert_close(heat[:, i], expected[:, 0], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("task", "pictures"), [("vqa", 1), ("entailment", 1), ("reasoning", 1), ("reasoning", 2)])
+def test_the_map_of_a_task_explains_the_answer_that_is_given(task, pictures):
+    """The gradient of that answer's logit, with respect to the attention in the pass of each picture."""
+    answers = ["false", "true"] if task == "reasoning" else ["red", "green", "blue"]
+    batch = tiny_batch(tiny_config(), b=pictures)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = moved(build_task(Head(task, answers), dataclasses.asdict(tiny_config())).eval(), 0.3)
+        texts = [batch[name][:1].expand(pictures, -1) for name in ("input_ids", "attention_mask", "attention_mask")]
+        shown = torch.tensor([[place < pictures for place in range(model.pictures)]])
+
+        def logits(image, text, real, model=model, shown=shown):
+            return model.decide(image, shown, text[:1], real[:1])[0]
+
+        with torch.no_grad():
+            encoded = model.encode_image(batch["images"]), model.encode_text(*texts[:2]), texts[1]
+            given = int(logits(*encoded).argmax())
+        heat = heat_maps(model, batch["images"], *texts)
+        expected = naive_heat(model, batch["images"], *texts, lambda *pair, at=given: logits(*pair)[at])
+        assert heat.shape == (2, pictures, 24) and (heat.amax(dim=2) > 0).any()
+        torch.testing.assert_close(heat, expected, rtol=1e-3, atol=1e-7)
+        other = naive_heat(model, batch["images"], *texts, lambda *pair, at=given: logits(*pair)[at - 1])
+        assert (heat - other).abs().max() > 0.1 * heat.max(), "the maps of two answers are to differ"
 
 
 def test_the_maps_belong_to_the_tokens_that_are_asked_for():
@@ -120,16 +159,7 @@ def test_a_phrase_is_found_among_the_tokens():
             phrase_rows(tokenizer, text, phrase, length)
 
 
-# ---------------------------------------------------------------------------------------------------------- the game
-
-
-def test_patch_centres_and_boxes_are_in_pixels_of_the_picture():
-    """A picture of 60 x 20 pixels under 2 rows and 3 columns of patches; a box has its left and upper edge."""
-    centres = patch_centres((2, 3), 60, 20)
-    assert centres == [(10, 5), (30, 5), (50, 5), (10, 15), (30, 15), (50, 15)]
-    assert inside(centres, [[10, 0, 20, 6]]) == [True, False, False, False, False, False]
-    assert inside(centres, [[10, 0, 20, 5], [0, 4, 10, 2]]) == [False] * 6, "its right and lower edge are outside"
-    assert inside(centres, [[0, 0, 5, 5], [29, 4, 30, 20]]) == [False, True, True, False, True, True]
+# ----------------------------------------------------------------------------------------------------------- grounding
 
 
 def test_hits_chance_and_ceiling_by_hand(grounding, checkpoint, monkeypatch):
@@ -140,14 +170,18 @@ def test_hits_chance_and_ceiling_by_hand(grounding, checkpoint, monkeypatch):
     planted = torch.zeros(2, 12, 6)
     planted[0, :, 0] = 1.0
     monkeypatch.setattr(explain, "maps_of", lambda *_: planted)
-    found = pointing(model, tokenizer, rows, CPU, 0)
+    layers = hits_by_layer(model, tokenizer, rows, CPU)
+    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, 0))
     # Centres are at x 8, 24, 40 and y 8, 24. Half a picture, 24 x 16, holds one of its six: x 8, or x 24 and 40.
     left, right = [0, 4, 8, 2, 6, 10], [1, 5, 9, 3, 7, 11]
     held = dict.fromkeys(left, 1) | dict.fromkeys(right, 2) | {0: 0, 1: 2}
-    assert found["n"] == 12 and found["ceiling"] == pytest.approx(100 * 11 / 12)
-    assert found["chance"] == pytest.approx(100 * sum(held.values()) / 72)
-    assert found["layers"] == [pytest.approx(100 * 3 / 12), 0.0]  # rows 4 and 8 are at the top left, and row 1
-    assert found["hits"] == found["layers"][0] and pointing(model, tokenizer, rows, CPU, 1)["hits"] == 0.0
+    assert found["pointing"]["n"] == 12 and found["ceiling"] == pytest.approx(100 * 11 / 12)
+    assert found["pointing"]["chance"] == pytest.approx(100 * sum(held.values()) / 72)
+    assert layers == [pytest.approx(100 * 3 / 12), 0.0]  # rows 4 and 8 are at the top left, and row 1
+    assert found["pointing"]["value"] == pytest.approx(layers[0])
+    nowhere = ground(model, tokenizer, rows, CPU, 1)
+    assert all(one["point"] is one["proposal"] is one["box"] is None for one in nowhere)
+    assert [judge_grounding(rows, nowhere)[name]["value"] for name in ("pointing", "box")] == [0.0, 0.0]
     assert choose_layer(model, tokenizer, rows, CPU) == 0
     planted[1] = planted[0]
     assert choose_layer(model, tokenizer, rows, CPU) == 0, "of equals the first"
@@ -155,10 +189,97 @@ def test_hits_chance_and_ceiling_by_hand(grounding, checkpoint, monkeypatch):
     assert choose_layer(model, tokenizer, rows, CPU) == 1
 
 
+def test_the_hottest_patch_the_warmest_proposal_and_the_hot_region_are_predicted(grounding, checkpoint, monkeypatch):
+    """Planted maps, hot in the corner where the square is: in pixels of the pictures, not of what the model sees."""
+    model, tokenizer, _ = load_model(checkpoint, CPU)
+    rows = read_rows([grounding], "grounding")[:4]
+    planted = torch.full((2, 4, 6), 0.01)
+    for number, patch in enumerate((0, 2, 3, 5)):
+        planted[1, number, patch] = 1.0
+    planted[0, :, 1] = 1.0
+    monkeypatch.setattr(explain, "maps_of", lambda *_: planted)
+    for row in rows:
+        row["proposals"] = [[2 * value for value in box] for box in BOXES] + [[0, 0, 48, 32], [16, 12, 16, 8]]
+    for number, said in enumerate(ground(model, tokenizer, rows, CPU, 1)):
+        assert said.keys() == {"row", "point", "proposal", "box", "grid"}
+        assert (said["row"], said["grid"]) == (number, [2, 3])
+        assert said["point"] == [(8, 40)[number % 2], (8, 24)[number // 2]]
+        assert said["proposal"] == rows[number]["boxes"][0]
+        x, y, w, h = said["box"]
+        left, top = number % 2 == 0, number < 2
+        assert (x == 0, y == 0, x + w == 48, y + h == 32) == (left, top, not left, not top)
+        assert 8 <= w <= 20 and 8 <= h <= 20
+    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, 1))
+    assert found["pointing"]["value"] == found["proposals"]["value"] == 100.0
+    assert found["pointing"]["value"] == hits_by_layer(model, tokenizer, rows, CPU)[1]
+    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, 0))
+    assert found["pointing"]["value"] == pytest.approx(hits_by_layer(model, tokenizer, rows, CPU)[0])
+
+
+def test_warmth_is_the_sum_in_a_box_over_the_root_of_its_area():
+    """By hand, at the edges, of a box smaller than a pixel, and against loops."""
+    heat = torch.arange(24.0).view(4, 6)
+    assert warmth(heat, [1, 1, 2, 2]) == pytest.approx((7 + 8 + 13 + 14) / 2)
+    assert warmth(heat, [0, 0, 6, 4]) == pytest.approx(276 / 24**0.5)
+    assert warmth(heat, [4, 3, 2, 1]) == pytest.approx((22 + 23) / 2**0.5)
+    assert warmth(heat, [2.2, 1.1, 0.5, 0.5]) == pytest.approx(8 / 0.5)
+    assert warmth(heat, [2.6, 1.1, 0.3, 0.3]) == pytest.approx(9 / 0.3), "within a pixel: that pixel"
+    one_hot = torch.zeros(8, 8)
+    one_hot[2:4, 2:4] = 1.0
+    boxes = [[2, 2, 2, 2], [2, 2, 1, 1], [0, 0, 8, 8], [1, 1, 4, 4], [5, 5, 2, 2]]
+    assert max(boxes, key=lambda box: warmth(one_hot, box)) == [2, 2, 2, 2], "neither the smallest nor the largest"
+    draw, heat = random.Random(0), torch.rand(9, 13, generator=torch.Generator().manual_seed(0))
+    for _ in range(50):
+        x, y = draw.randrange(13), draw.randrange(9)
+        w, h = draw.randint(1, 13 - x), draw.randint(1, 9 - y)
+        total = sum(heat[row, column].item() for row in range(y, y + h) for column in range(x, x + w))
+        assert warmth(heat, [x, y, w, h]) == pytest.approx(total / (w * h) ** 0.5, rel=1e-5)
+
+
+def naive_box(heat: torch.Tensor, share: float) -> list[int]:
+    """Walk from the hottest pixel to all neighbours, also across corners, that are hot enough."""
+    height, width = heat.shape
+    first = max(((y, x) for y in range(height) for x in range(width)), key=lambda place: heat[place])
+    limit, seen, waiting = share * heat[first], {first}, [first]
+    while waiting:
+        y, x = waiting.pop()
+        for other in ((y + down, x + right) for down in (-1, 0, 1) for right in (-1, 0, 1)):
+            if 0 <= other[0] < height and 0 <= other[1] < width and heat[other] >= limit and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    (top, bottom), (left, right) = ((min(part), max(part)) for part in zip(*seen, strict=True))
+    return [left, top, right - left + 1, bottom - top + 1]
+
+
+def test_the_hot_box_is_around_what_is_connected_to_the_peak():
+    """Of two blobs the hotter one, without the colder; "at least half as hot" includes exactly half."""
+    heat = torch.zeros(10, 14)
+    heat[1:4, 1:3], heat[2, 2] = 0.5, 1.0
+    heat[6:9, 6:12], heat[3, 3] = 0.9, 0.49
+    assert hot_box(heat) == [1, 1, 2, 3]
+    heat[7, 8] = 2.0
+    assert hot_box(heat) == [8, 7, 1, 1], "the rest is less than half as hot now"
+    assert hot_box(heat, share=0.4) == [6, 6, 6, 3]
+    heat[4, 4] = heat[5, 5] = heat[3, 3] = 1.0
+    assert hot_box(heat, share=0.2) == [1, 1, 11, 8], "connected across corners"
+    assert hot_box(torch.ones(3, 5)) == [0, 0, 5, 3]
+
+
+def test_the_hot_box_equals_a_walk():
+    """On random maps, whose hot regions wind."""
+    found = set()
+    for seed in range(60):
+        heat = torch.rand(9, 13, generator=torch.Generator().manual_seed(seed))
+        share = 0.5 + 0.25 * (seed % 2)
+        assert hot_box(heat, share) == naive_box(heat, share)
+        found.add(tuple(hot_box(heat, share)))
+    assert len(found) > 20
+
+
 def test_a_batch_of_phrases_equals_each_alone(grounding, checkpoint):
     model, tokenizer, _ = load_model(checkpoint, CPU)
     rows = read_rows([grounding], "grounding")
-    phrases = [explain.Phrase(row["image"], f"there is {row['text']}", "square", []) for row in rows]
+    phrases = [explain.Phrase(row["image"], f"there is {row['text']}", "square") for row in rows]
     phrases[3].text = "a green square"
     whole = explain.maps_of(model, tokenizer, phrases, CPU, batch=5)
     alone = torch.cat([explain.maps_of(model, tokenizer, [phrase], CPU) for phrase in phrases], dim=1)
@@ -188,7 +309,7 @@ def test_explain_lays_the_map_over_the_picture(grounding, checkpoint, command, t
         )
         assert code == 0 and f"fusion block {layer % 2} of 0 to 1" in said and "matching, probability" in said, errors
         sheet = Image.open(out).convert("RGB")
-        phrase = explain.Phrase(str(image), words[1], words[3], [])
+        phrase = explain.Phrase(str(image), words[1], words[3])
         heat = explain.maps_of(model, tokenizer, [phrase], CPU)[layer, 0]
         width, height = 480, 320
         centres = patch_centres((2, 3), width, height)
@@ -200,18 +321,45 @@ def test_explain_lays_the_map_over_the_picture(grounding, checkpoint, command, t
         assert heat[hot] == heat[cold] or green[hot] < green[cold]
 
 
-def test_pointing_reports_the_layer_that_was_given_or_chosen(grounding, checkpoint, command):
+def test_two_pictures_are_drawn_side_by_side_each_with_its_map(grounding):
+    """Of reasoning; and what the model answers is in the line below."""
+    rows = read_rows([grounding], "grounding")[:2]
+    words = Tokenizer.build([row["text"] for row in rows] * 9)
+    special = {"vocab_size": len(words), "mask_id": words.mask_id, "special_ids": words.special_ids}
+    torch.manual_seed(0)
+    model = build_task(Head("reasoning", ["false", "true"]), dataclasses.asdict(tiny_config(**special))).eval()
+    paths, text = [row["image"] for row in rows], rows[0]["text"]
+    both = draw_heat(model, words, paths, text, text, 0, CPU)
+    assert both.size == (4 * 480 + 5 * 12, 320 + 56)
+    for number, path in enumerate(paths):
+        left = 12 + 2 * number * 492
+        picture = Image.open(path).resize((480, 320), Image.Resampling.NEAREST)
+        assert both.crop((left, 12, left + 480, 332)).tobytes() == picture.tobytes()
+        laid = both.crop((left + 492, 12, left + 972, 332))
+        assert max(red - green for _, (red, green, _) in laid.getcolors(1 << 18)) > 100, "the hottest place is red"
+    said = draw_heat(model, words, paths, text, text, 0, CPU, "   true")
+    assert (
+        said.crop((0, 0, both.width, 332)).tobytes() == both.crop((0, 0, both.width, 332)).tobytes() != said.tobytes()
+    )
+
+
+def test_grounding_reports_the_layer_that_was_given_or_chosen(grounding, checkpoint, command):
     """The layer of --choose, or --layer, or the middle one; kept in results.json beside chance and ceiling."""
     model, tokenizer, _ = load_model(checkpoint, CPU)
-    expected = pointing(model, tokenizer, read_rows([grounding], "grounding"), CPU, 0)
-    for given, layer in (((), 0), (("--layer", "-1"), 1), (("--choose", grounding), None)):
-        code, said, errors = command("pointing", "--checkpoint", checkpoint, "--data", grounding, *given)
-        assert code == 0 and "chance" in said and "ceiling of the grid" in said, errors
-        kept = json.loads(checkpoint.with_name("results.json").read_text())[f"pointing {grounding}"]
-        assert kept["layers"] == expected["layers"] and kept["hits"] == kept["layers"][kept["layer"]]
-        if layer is None:
-            layer = choose_layer(model, tokenizer, read_rows([grounding], "grounding"), CPU)
-        assert kept["layer"] == layer
+    rows = read_rows([grounding], "grounding")
+    layers = hits_by_layer(model, tokenizer, rows, CPU)
+    for given, layer in (
+        ((), 0),
+        (("--layer", "-1"), 1),
+        (("--choose", grounding), choose_layer(model, tokenizer, rows, CPU)),
+    ):
+        code, said, errors = command("grounding", "--checkpoint", checkpoint, "--data", grounding, *given)
+        assert code == 0 and "chance" in said and "ceiling" in said and f"block {layer} was taken" in said, errors
+        kept = json.loads(checkpoint.with_name("results.json").read_text())[f"grounding {grounding}"]
+        assert kept["layer"] == layer and kept["layers"] == layers
+        assert kept["pointing"]["value"] == pytest.approx(layers[layer])
+        expected = judge_grounding(rows, ground(model, tokenizer, rows, CPU, layer))
+        assert {name: kept[name] for name in ("pointing", "ceiling", "box")} == expected
 
 
 @pytest.mark.parametrize(
@@ -223,7 +371,10 @@ def test_pointing_reports_the_layer_that_was_given_or_chosen(grounding, checkpoi
         ({"boxes": [[-1, 0, 5, 5]]}, "boxes must be"),
         ({"boxes": [[True, 0, 5, 5]]}, "boxes must be"),
         ({"text": " "}, "text is empty"),
+        ({"proposals": []}, "proposals must be"),
+        ({"proposals": [[0, 0, 5, 5], [0, 0, 5]]}, "proposals must be"),
         ({"boxes": [[0, 0, 8, 8], [40, 0, 9, 8]]}, r"the box \[40, 0, 9, 8\] reaches outside the picture of 48 x 32"),
+        ({"proposals": [[0, 25, 8, 8]]}, r"the box \[0, 25, 8, 8\] reaches outside the picture of 48 x 32"),
     ],
 )
 def test_boxes_are_checked(grounding, change, says):
@@ -246,9 +397,9 @@ def test_what_explaining_lacks_is_told(checkpoint, grounding, command, tmp_path)
             ("explain", *picture, "--text", "a red square", "--phrase", "red", "--layer", "1"),
             "fusion block 1 has no map",
         ),
-        (("pointing",), "pointing needs --data"),
-        (("pointing", "--data", grounding, "--layer", "-3"), "layer is -3"),
-        (("pointing", "--data", grounding.with_name("pairs.jsonl"), "--choose", tmp_path / "none"), "is not a file"),
+        (("grounding",), "grounding needs --data"),
+        (("grounding", "--data", grounding, "--layer", "-3"), "layer is -3"),
+        (("grounding", "--data", grounding, "--choose", tmp_path / "none"), "none is not a file"),
     ):
         code, _, errors = command(*arguments[:1], "--checkpoint", checkpoint, *arguments[1:])
         assert code == 2 and errors.startswith("error: ") and says in errors and errors.count("\n") == 1, errors

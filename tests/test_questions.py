@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -54,20 +55,18 @@ def worlds(tmp_path_factory) -> dict[str, Path]:
     return {level: make(tmp_path_factory.mktemp("questions") / level, level, **SIZES) for level in LEVELS}
 
 
-@pytest.fixture(scope="module")
-def many() -> dict[tuple[str, str], dict[str, list[dict]]]:
-    """The rows of vqa and entailment of each level and split, of so many scenes that spread is small; none is drawn."""
-    drawn = {}
-    for level, task in TASKS:
-        if task in DRAWN:
-            world, drawn[level, task] = shapes.make_world(level, 0), {}
-            for split, size in DRAWN[task].items():
-                drawn[level, task][split] = [
-                    keys | {"scene": scenes.scene_row(asked.scenes[0])}
-                    for asked in questions.questions_of(task, split, size, world)
-                    for _, keys in asked.rows
-                ]
-    return drawn
+@cache
+def many(level: str, task: str) -> dict[str, list[dict]]:
+    """The rows of each split of vqa or entailment, from so many scenes that the spread is small; none is drawn."""
+    world = shapes.make_world(level, 0)
+    return {
+        split: [
+            keys | {"scene": scenes.scene_row(asked.scenes[0])}
+            for asked in questions.questions_of(task, split, size, world)
+            for _, keys in asked.rows
+        ]
+        for split, size in DRAWN[task].items()
+    }
 
 
 def rows_of(folder: Path, task: str) -> list[tuple[str, dict]]:
@@ -209,6 +208,21 @@ def at_chance(correct: int, rows: int, chance: float) -> bool:
     return correct / rows <= chance + 0.03 + 4 * math.sqrt(chance * (1 - chance) / rows)
 
 
+def nameless(text: str) -> str:
+    """A text without its names of colours and shapes, which a bag of words may know too well to see the rest."""
+    return re.sub(rf"\b({SHAPE})(es|s)?\b", "shape", re.sub(rf"\b({COLOUR})\b", "colour", text))
+
+
+def independent(pairs: list[tuple[str, str]]) -> bool:
+    """Whether wording and answer do not go together, by a chi-square test: it sees hints worth two or three points."""
+    table, wordings, answers = Counter(pairs), *(Counter(column) for column in zip(*pairs, strict=True))
+    expected = {(w, a): wordings[w] * answers[a] / len(pairs) for w, a in product(wordings, answers)}
+    excess = sum((table[cell] - mean) ** 2 / mean for cell, mean in expected.items())
+    freedom = (len(wordings) - 1) * (len(answers) - 1)
+    print(f"chi-square {excess:.0f}, {freedom} is expected: {sorted(table.items())}")
+    return excess <= freedom + 5 * math.sqrt(2 * freedom) + 5  # by chance less than once in thousands
+
+
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
@@ -258,13 +272,13 @@ def test_each_picture_is_asked_three_questions_of_different_kinds(worlds, level)
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_answer_is_more_frequent_than_another(many, level, kind):
+def test_no_answer_is_more_frequent_than_another(level, kind):
     """Within four standard deviations; colours and shapes within another quarter, since some stand with fewer others.
 
     One colour of level easy and two of level full belong to no novel combination, all other colours and all shapes to
     one. In the split novel, where novel combinations are asked for, only those colours and shapes are answers.
     """
-    for split, rows in many[level, "vqa"].items():
+    for split, rows in many(level, "vqa").items():
         counts = Counter(answer_of(row) for row in rows if row["type"] == kind)
         world = shapes.LEVELS[level]
         expected = {
@@ -281,14 +295,14 @@ def test_no_answer_is_more_frequent_than_another(many, level, kind):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_question_without_its_picture_is_no_hint(many, level, kind):
+def test_a_question_without_its_picture_is_no_hint(level, kind):
     """A bag of words and bigrams learned in training, on the rest of train, on test and on novel.
 
     Who knows the question knows that of all colours one does not belong to this shape: one answer less to guess from.
     """
     bags = {
         split: [(features(row["question"]), answer_of(row)) for row in rows if row["type"] == kind]
-        for split, rows in many[level, "vqa"].items()
+        for split, rows in many(level, "vqa").items()
     }
     answers = len({answer for _, answer in bags["train"]})
     chance = 1 / (answers - 1 if kind in ("colour", "shape") else answers)
@@ -299,33 +313,20 @@ def test_a_question_without_its_picture_is_no_hint(many, level, kind):
         assert at_chance(number, rows, chance), f"{split}: {number / rows:.1%} of {rows} right, chance is {chance:.1%}"
 
 
+# Fails for kind count, on level easy with some seeds: questions.py asks for shapes the more, the larger the number.
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_wording_of_a_question_is_no_hint(many, level, kind):
-    """Which wording, and whether a colour or a shape is asked for, does not go with any answer, by a chi-square test.
-
-    This sees hints that are worth only a few points to a bag of words.
-    """
-    table = Counter()
-    for row in many[level, "vqa"]["train"]:
-        if row["type"] == kind:
-            wording = re.sub(rf"\b({SHAPE})(es|s)?\b", "shape", re.sub(rf"\b({COLOUR})\b", "colour", row["question"]))
-            table[wording, answer_of(row)] += 1
-    wordings, answers = Counter(), Counter()
-    for (wording, answer), count in table.items():
-        wordings[wording] += count
-        answers[answer] += count
-    expected = {(w, a): wordings[w] * answers[a] / table.total() for w, a in product(wordings, answers)}
-    excess = sum((table[cell] - mean) ** 2 / mean for cell, mean in expected.items())
-    freedom = (len(wordings) - 1) * (len(answers) - 1)
-    assert excess <= freedom + 8 * math.sqrt(2 * freedom), f"{excess:.0f} where {freedom} is expected: {table}"
+def test_the_wording_of_a_question_is_no_hint(level, kind):
+    """Nor is it whether a colour or a shape is asked for."""
+    rows = [row for row in many(level, "vqa")["train"] if row["type"] == kind]
+    assert independent([(nameless(row["question"]), answer_of(row)) for row in rows])
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ("count", "existence", "comparison"))
-def test_a_picture_without_its_question_is_no_hint(many, level, kind):
+def test_a_picture_without_its_question_is_no_hint(level, kind):
     """Of these kinds, each answer is as likely of each picture. Not so of colours, shapes and sides, which are seen."""
-    bags = [(content(row["scene"]), answer_of(row)) for row in many[level, "vqa"]["train"] if row["type"] == kind]
+    bags = [(content(row["scene"]), answer_of(row)) for row in many(level, "vqa")["train"] if row["type"] == kind]
     correct, chance = right_by_halves(bags), 1 / len({answer for _, answer in bags})
     assert at_chance(correct, len(bags), chance), f"{correct / len(bags):.1%} of {len(bags)} right"
 
@@ -400,17 +401,17 @@ def test_each_picture_has_one_statement_of_each_label(worlds):
 
 
 @pytest.mark.parametrize("kind", ("count", "relation"))
-def test_no_label_is_more_frequent_among_counts_or_relations(many, kind):
+def test_no_label_is_more_frequent_among_counts_or_relations(kind):
     for split in ("train", "test"):
-        counts = Counter(row["label"] for row in many["full", "entailment"][split] if row["type"] == kind)
+        counts = Counter(row["label"] for row in many("full", "entailment")[split] if row["type"] == kind)
         mean = counts.total() / 3
         assert all(abs(counts[label] - mean) <= 4 * math.sqrt(mean * 2 / 3) for label in LABELS), (split, counts)
 
 
-def test_a_statement_without_its_picture_is_no_hint(many):
+def test_a_statement_without_its_picture_is_no_hint():
     bags = {
         split: [(features(row["text"]), row["label"]) for row in rows]
-        for split, rows in many["full", "entailment"].items()
+        for split, rows in many("full", "entailment").items()
     }
     correct = {split: right(bags["train"], bags[split]) for split in ("test", "novel")}
     half = len(bags["train"]) // 6 * 3  # between two pictures
@@ -419,6 +420,15 @@ def test_a_statement_without_its_picture_is_no_hint(many):
     for split, number in correct.items():
         rows = len(bags[split])
         assert at_chance(number, rows, 1 / 3), f"{split}: {number / rows:.1%} of {rows} right"
+
+
+def test_the_wording_of_a_statement_is_no_hint():
+    """Nor is the relation, the bound, or whether a colour or a shape is counted."""
+    rows = many("full", "entailment")["train"]
+    counts, relations = ([row for row in rows if row["type"] == kind] for kind in ("count", "relation"))
+    assert independent([(nameless(row["text"]), row["label"]) for row in counts])
+    assert independent([(nameless(row["text"]), row["label"]) for row in relations])
+    assert independent([(parse(row["text"])[2], row["label"]) for row in relations])
 
 
 # --------------------------------------------------------------------------------------------------- what is never told

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune import FineConfig
 from mamo import Config
 from train import TrainConfig
 
@@ -18,10 +19,11 @@ COMMANDS = [line for line in CALLS if "`" not in line]
 
 
 def options_of(script: str) -> set[str]:
-    """Options that a script knows: those it declares itself and, for train.py, the fields of its two dataclasses."""
+    """Options that a script knows: those it declares itself and, of the loops, the fields of their dataclasses."""
     declared = set(re.findall(r'"(--[a-z0-9-]+)"', (ROOT / script).read_text(encoding="utf-8")))
-    if script == "train.py":
-        fields = [field.name for config in (TrainConfig, Config) for field in dataclasses.fields(config)]
+    own = {"train.py": TrainConfig, "finetune.py": FineConfig}
+    if script in own:
+        fields = [field.name for config in (own[script], Config) for field in dataclasses.fields(config)]
         declared |= {"--" + name.replace("_", "-") for name in fields}
     return declared
 
