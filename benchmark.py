@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import runtime
-from data import Pairs, TwinBatches, captions_of, read_rows, training_batches
+from data import Collate, Pairs, TwinBatches, captions_of, read_rows, training_batches
 from eval import OBJECTIVES, build_model
 from mamo import MAMO, PRESETS, Config, at, hide_patches, hide_words, normalised, same_pairs
 from tokenizer import Tokenizer
@@ -207,7 +207,7 @@ def loader(options: argparse.Namespace) -> dict:
     model = MAMO(config)
     optimizer = make_optimizer(model, TrainConfig())
     dataset = Pairs(rows, tokenizer, config.image_size, config.patches, config.max_tokens)
-    batches = training_batches(dataset, TwinBatches(rows, size), options.workers)
+    batches = training_batches(dataset, TwinBatches(rows, size), Collate(dataset.tokenizer.pad_id), options.workers)
     repeated = next(batches)
     noise = torch.rand(2, size, size)
 
@@ -313,7 +313,7 @@ def loading(rows: list[dict], config: Config, size: int) -> dict[str, Callable[[
     rows = rows[: 4 * size]
     tokenizer = Tokenizer.build(caption for row in rows for caption in captions_of(row))
     dataset = Pairs(rows, tokenizer, config.image_size, config.patches, config.max_tokens)
-    batches = training_batches(dataset, TwinBatches(rows, size), workers=0)
+    batches = training_batches(dataset, TwinBatches(rows, size), Collate(dataset.tokenizer.pad_id), workers=0)
     for _ in range(4):
         next(batches)
 

@@ -24,6 +24,7 @@ another number of processes see the same samples masked in the same way.
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -113,7 +114,11 @@ def check_entailment(row: dict) -> None:
 
 def is_box(box) -> bool:
     """Whether a value is [x, y, width, height] with a place that is not negative and a size that is not zero."""
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
+    numbers = (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(value) in (int, float) and math.isfinite(value) for value in box)
+    )
     return numbers and min(box[:2]) >= 0 and min(box[2:]) > 0
 
 
@@ -136,7 +141,7 @@ SCHEMAS = {
 
 def pictures_of(row: dict) -> list[str]:
     """The pictures of a row, one or several, as a list."""
-    return row["images"] if "images" in row else [row["image"]]
+    return [row["image"]] if "image" in row else row["images"]
 
 
 def captions_of(row: dict) -> list[str]:
@@ -171,12 +176,12 @@ def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_ba
     if broken and not skip_bad:
         listed = "\n  ".join(broken[:10])
         raise ValueError(
-            f"{len(broken)} of {len(status)} pictures cannot be read; mend the paths (relative to the JSONL file) or "
-            f"pass --skip-bad. The first are:\n  {listed}"
+            f"{len(broken)} of {len(status)} pictures cannot be used; mend paths (relative to the JSONL file), "
+            f"pictures or boxes, or pass --skip-bad. The first are:\n  {listed}"
         )
     good = [row for row in rows if not any(status[image] for image in pictures_of(row))]
     if complaints or broken:
-        print(f"left out: {len(complaints)} bad rows and {len(rows) - len(good)} rows whose picture cannot be read")
+        print(f"left out: {len(complaints)} bad rows and {len(rows) - len(good)} rows whose picture cannot be used")
     if not good:
         raise ValueError(f"no rows in {', '.join(map(str, paths))}: expected one JSON object a line")
     return good
@@ -197,7 +202,8 @@ def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
             except ValueError as fault:
                 complaints.append(f"{path}:{number}: {fault}")
                 continue
-            if "images" in row:
+            if "images" in schema.keys:
+                row.pop("image", None)  # a further key; pictures_of goes by it
                 row["images"] = [str(path.parent / image) for image in row["images"]]
             else:
                 row["image"] = str(path.parent / row["image"])
@@ -493,19 +499,10 @@ class TwinBatches:
 
 
 def training_batches(
-    dataset: Pairs, batches: TwinBatches, workers: int, pin_memory: bool = False, length: int = 0
+    dataset: Dataset, batches: TwinBatches, collate: Callable, workers: int, pin_memory: bool = False
 ) -> Iterator[dict]:
-    """Endless training batches, in the same order and with the same masks for any number of workers.
-
-    length: pad all texts to so many tokens, see Collate.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=Collate(dataset.tokenizer.pad_id, length),
-        num_workers=workers,
-        pin_memory=pin_memory,
-    )
+    """Endless training batches, in the same order and with the same masks for any number of workers."""
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory)
     try:
         yield from loader
     except ValueError as error:  # a worker puts its whole traceback around the sentence

@@ -31,20 +31,21 @@ from tqdm import tqdm
 
 import runtime
 from data import captions_of, load_image, pad, pictures_of, read_rows, to_tensor
-from explain import check_layer, choose_layer, draw_heat, ground, hits_by_layer, middle_layer
+from explain import check_layer, choose_layer, draw_heat, ground, middle_layer
 from mamo import MAMO, Config, VisionLanguageModel, world
 from metrics import (
     chance_recalls,
     judge_answers,
     judge_grounding,
     judge_retrieval,
+    read_lines,
     read_predictions,
     recall_intervals,
     recalls,
     write_predictions,
 )
 from sheet import draw_examples, draw_ranked
-from tasks import Classifier, Head, build_task, coverage, slots, texts_of
+from tasks import Classifier, Head, build_task, coverage, read_as, slots, texts_of
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -177,7 +178,13 @@ def ranks(scores: Tensor, right: Tensor) -> Tensor:
 def best_first(scores: Tensor, right: Tensor, k: int = 10) -> Tensor:
     """scores, right (q, g) -> (q, k): the k best, by the rule of ranks: of equal scores the wrong ones come first."""
     wrong_first = right.byte().argsort(dim=1, stable=True)
-    ordered = scores.nan_to_num(nan=math.inf).gather(1, wrong_first).argsort(dim=1, descending=True, stable=True)
+    broken = right & (scores.isnan() & right).any(dim=1, keepdim=True)
+    ordered = (
+        scores.nan_to_num(nan=math.inf)
+        .masked_fill(broken, -math.inf)
+        .gather(1, wrong_first)
+        .argsort(dim=1, descending=True, stable=True)
+    )
     return wrong_first.gather(1, ordered)[:, :k]
 
 
@@ -328,12 +335,13 @@ def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -
 @torch.inference_mode()
 def classify(model: Classifier, tokenizer: Tokenizer, rows: list[dict], device, batch: int = 250) -> list[str]:
     """The answer to each row of vqa, reasoning or entailment; each distinct picture and text is encoded once."""
-    images, texts, encoded = encode_rows(model, tokenizer, rows, device, texts_of)
+    schema = read_as(model.description.task)
+    images, texts, encoded = encode_rows(model, tokenizer, rows, device, lambda row: texts_of(row, schema))
     mine, given = range(len(rows))[shard(len(rows))], []
     for start in range(0, len(mine), batch):
         some = [rows[number] for number in mine[start : start + batch]]
         image = torch.tensor([images[path] for row in some for path in pictures_of(row)])
-        text = torch.tensor([texts[texts_of(row)[0]] for row in some])
+        text = torch.tensor([texts[texts_of(row, schema)[0]] for row in some])
         logits = model.decide(
             encoded.image[image].to(device).float(),
             slots([len(pictures_of(row)) for row in some], model.pictures).to(device),
@@ -405,9 +413,8 @@ def figures_table(name: str, result: dict) -> str:
         elif key == "confusion":
             lines.append(f"  {'label, and the answers to it':28}" + "".join(f"{answer:>15}" for answer in value))
             lines += [f"    {label:26}" + "".join(f"{n:15d}" for n in row.values()) for label, row in value.items()]
-        elif key == "layers":
-            blocks = ", ".join(f"block {layer}: {hits:.1f}" for layer, hits in enumerate(value))
-            lines.append(f"  pointing by {blocks}; block {result['layer']} was taken")
+        elif key == "layer":
+            lines.append(f"  by fusion block {value}")
         elif isinstance(value, float):
             lines.append(f"  {key:28}{value:6.1f} %")
     return "\n".join(lines)
@@ -430,12 +437,15 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     if model is None:
         predictions = read_predictions(options.predictions, rows)
     elif task == "grounding":
-        layers = hits_by_layer(model, tokenizer, rows, device)
-        extra = {"layer": layer_for(model, tokenizer, options, device), "layers": layers}
+        extra = {"layer": layer_for(model, tokenizer, options, device)}
         predictions = ground(model, tokenizer, rows, device, extra["layer"])
     else:
         if task == "vqa":
-            extra = {"coverage": coverage(rows, model.description.answers)}
+            answers = model.description.answers
+            extra = {"coverage": coverage(rows, answers)}
+            if outside := sum(row["answers"].keys().isdisjoint(answers) for row in rows):
+                print(f"{outside} of {len(rows)} rows have none of the {len(answers)} answers that this checkpoint knows: "
+                      "they count as wrong")  # fmt: skip
         given = classify(model, tokenizer, rows, device)
         predictions = [{"row": number, "answer": answer} for number, answer in enumerate(given)]
     if task == "grounding":
@@ -509,6 +519,11 @@ def main() -> None:
         if options.command in ("score", "explain"):
             if not options.image or not options.text:
                 raise ValueError(f'{options.command} needs a picture and a text: --image photo.jpg --text "a circle"')
+            most = model.pictures if isinstance(model, Classifier) else 1
+            if len(options.image) > most:
+                raise ValueError(
+                    f"{len(options.image)} pictures are given, and this checkpoint reads {most} beside a text"
+                )
             {"score": print_score, "explain": explain}[options.command](model, tokenizer, options, device)
             return
         if not options.data:
@@ -534,10 +549,12 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
     """Retrieval by a checkpoint, or by the ranked lists of a file."""
     rows = read_rows(options.data, "pairs")
     if model is None:
-        return judge_retrieval(rows, options.predictions)
-    lists = []
-    result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists)
-    if options.predictions and world()[0] == 0:
+        result = judge_retrieval(rows, options.predictions)
+        lists = [one for _, one in read_lines(options.predictions)]
+    else:
+        lists = []
+        result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists)
+    if model is not None and options.predictions and world()[0] == 0:
         write_predictions(options.predictions, rows, lists)
     if options.figure and world()[0] == 0:
         draw_ranked(rows, lists, options.figure)
@@ -547,9 +564,6 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
 def explain(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
     """Lay the heat map of a phrase over a picture, or over each of two."""
     layer = middle_layer(model) if options.layer is None else check_layer(model, options.layer)
-    most = model.pictures if isinstance(model, Classifier) else 1
-    if len(options.image) > most:
-        raise ValueError(f"{len(options.image)} pictures are given, and this checkpoint reads {most} beside a text")
     said = f"   {best_answers(model, tokenizer, options, device)[0][0]}" if isinstance(model, Classifier) else ""
     phrase = options.phrase or options.text
     sheet = draw_heat(model, tokenizer, options.image, options.text, phrase, layer, device, said)
@@ -611,7 +625,7 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         if matches:
             rows = read_rows([folder / f"grounding_{split}.jsonl"], "grounding")
             result = judge_grounding(rows, ground(model, tokenizer, rows, device, layer))
-            result |= {"layer": layer, "layers": hits_by_layer(model, tokenizer, rows, device)}
+            result |= {"layer": layer}
             print(figures_table(f"grounding, {split}", result))
             keep_result(options.checkpoint, f"grounding_{split}", result)
     print(f"kept in {path}; some pictures with their best captions: {out / 'ranked.png'}")

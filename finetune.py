@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import runtime
-from data import read_rows
+from data import read_rows, training_batches
 from eval import classify, retrieval
 from mamo import Config
-from metrics import score_answers
+from metrics import cluster_of, score_answers
 from tasks import (
     CAPTIONS,
     TASKS,
@@ -41,6 +40,7 @@ from tasks import (
     build_task,
     by_picture,
     coverage,
+    read_as,
     texts_of,
 )
 from tokenizer import Tokenizer
@@ -72,6 +72,10 @@ class FineConfig(TrainConfig):
             raise ValueError(f"unknown task {self.task!r}: use one of {', '.join(TASKS)}")
         if self.freeze and issubclass(TASKS[self.task], TASKS["retrieval"]):
             raise ValueError(f"{self.task} has no head of its own to train while the encoders stay: leave out --freeze")
+        if self.lr <= 0 or self.lr_head <= 0:
+            raise ValueError(
+                f"lr is {self.lr}, lr_head {self.lr_head}: give more than 0; --freeze keeps the encoders as they are"
+            )
         if self.patience < 0 or not 0 <= self.val_share < 1 or self.answers < 2:
             raise ValueError(
                 f"patience {self.patience}, val_share {self.val_share}, answers {self.answers}: give a patience of 0 "
@@ -101,7 +105,7 @@ class FineTune(Run):
             rows, val = split_by_group(rows, config.val_share, config.seed)
             print(f"no val file: {len(val)} of {len(rows) + len(val)} rows are kept apart to choose on")
         if schema in ("pairs", "phrases"):
-            rows = by_picture(rows)
+            rows, val = by_picture(rows, schema), by_picture(val, schema)
         return rows, val[:2000]
 
     def build(self, state: dict | None, sizes: dict) -> tuple[Tokenizer, torch.nn.Module]:
@@ -139,6 +143,8 @@ class FineTune(Run):
         if start is None:
             return self.new_shape(tokenizer, sizes)
         other = [name for name in sizes if name not in ("image_size", "max_tokens", "dropout")]
+        default = FineConfig()
+        other += [name for name in ("preset", "vocab") if getattr(self.config, name) != getattr(default, name)]
         if other:
             raise ValueError(
                 f"--{other[0].replace('_', '-')} is fixed by the checkpoint {self.config.init}: leave it out, or "
@@ -162,6 +168,7 @@ class FineTune(Run):
         """Go on, with what was best so far."""
         super().take_up(state, path)
         self.best, self.best_step, self.worse = state["best"]
+        self.settled = 0 < self.config.patience <= self.worse
 
     def name(self) -> str:
         """What is trained, for the first line."""
@@ -170,7 +177,7 @@ class FineTune(Run):
 
     def texts(self) -> Iterator[str]:
         """All texts of the training rows."""
-        return (text for row in self.rows for text in texts_of(row))
+        return (text for row in self.rows for text in texts_of(row, read_as(self.config.task)))
 
     def announce(self) -> None:
         """As in train.py, and how much of the right answers the list of answers covers."""
@@ -189,15 +196,10 @@ class FineTune(Run):
         config, shape, task = self.config, self.model.config, TASKS[self.config.task]
         dataset = TaskRows(self.rows, self.model.description, self.tokenizer, shape, config.augment, config.seed)
         self.order.first = self.step * config.accumulate
-        captions = min(max(len(texts_of(row)) for row in self.rows), CAPTIONS)
+        captions = min(max(len(texts_of(row, dataset.schema)) for row in self.rows), CAPTIONS)
         length = shape.max_tokens if config.compile else 0
         collate = TaskCollate(self.tokenizer.pad_id, task.pictures, captions, length)
-        pin = self.device.type == "cuda"
-        return iter(
-            DataLoader(
-                dataset, batch_sampler=self.order, collate_fn=collate, num_workers=config.workers, pin_memory=pin
-            )
-        )
+        return training_batches(dataset, self.order, collate, config.workers, self.device.type == "cuda")
 
     def evaluate(self, progress: tqdm) -> dict:
         """The task's figure on val; the best weights so far are kept in best.pt."""
@@ -214,7 +216,7 @@ class FineTune(Run):
     def figure(self) -> float:
         """Accuracy in percent; of retrieval and grounding R@1 by matching, the mean of both ways."""
         if isinstance(self.model, TASKS["retrieval"]):
-            rows = by_picture(self.val_rows)[:500]
+            rows = self.val_rows[:500]
             ways = retrieval(self.model, self.tokenizer, rows, self.device, k=16)["matching"]
             return sum(way["R@1"] for way in ways.values()) / len(ways)
         given = classify(self.model, self.tokenizer, self.val_rows, self.device)
@@ -247,7 +249,7 @@ def split_by_group(rows: list[dict], share: float, seed: int) -> tuple[list[dict
     """Rows -> those to train on, those to choose on: whole groups, or where there are none all rows of a picture."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault(str(row.get("group") or row.get("image") or row["images"]), []).append(row)
+        groups.setdefault(cluster_of(row), []).append(row)
     names = random.Random(seed).sample(sorted(groups), len(groups))
     val: list[dict] = []
     while names and len(val) < share * len(rows):
@@ -277,7 +279,10 @@ def main() -> None:
     with runtime.processes(config.device) as device:
         run = FineTune(config, sizes, device)
         run.train()
-        print(f"best on val: {run.best:.1f} % at step {run.best_step}, kept in {run.out / 'best.pt'}")
+        if run.best_step:
+            print(f"best on val: {run.best:.1f} % at step {run.best_step}, kept in {run.out / 'best.pt'}")
+        else:
+            print(f"nothing was chosen on val: evaluate the last step, {run.out / 'checkpoint.pt'}")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
                 f"{path}:{number}: row {row} is {prediction['text']!r} there and {text_of(rows[row])!r} in the data: "
                 "the predictions belong to other data"
             )
+        try:
+            check_prediction(rows[row], prediction)
+        except ValueError as fault:
+            raise ValueError(f"{path}:{number}: {fault}") from fault
         found[row] = prediction
     missing = [row for row in range(len(rows)) if row not in found]
     if missing:
@@ -69,12 +73,25 @@ def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
     return [found[row] for row in range(len(rows))]
 
 
+def check_prediction(row: dict, prediction: dict) -> None:
+    """An answer that is a text; of grounding places that are numbers, or None."""
+    if "boxes" not in row:
+        if not isinstance(prediction.get("answer"), str):
+            raise ValueError(f"answer is {prediction.get('answer')!r}: expected a text")
+        return
+    for name, length in (("grid", 2), ("point", 2), ("proposal", 4), ("box", 4)):
+        value = prediction.get(name)
+        numbers = isinstance(value, list) and len(value) == length and all(type(x) in (int, float) for x in value)
+        if not numbers and (value is not None or name == "grid"):
+            raise ValueError(f"{name} is {value!r}: expected {length} numbers")
+
+
 def read_lines(path: Path) -> list[tuple[int, dict]]:
     """Line numbers and objects of a JSONL file."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: write it with --checkpoint first, or give another --predictions")
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 value = json.loads(line)
@@ -97,8 +114,10 @@ def figure(values, clusters: list, chance: float) -> dict:
     values = np.asarray(values, dtype=float)
     _, which = np.unique(np.asarray(list(map(str, clusters))), return_inverse=True)
     sums, counts = np.bincount(which, values), np.bincount(which)
-    draws = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    draw, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):  # one at a time: all at once would take 600 MB for 25,000 clusters
+        drawn = draw.integers(len(sums), size=len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.percentile(means, (2.5, 97.5))
     return {
         "n": len(values),
@@ -111,7 +130,7 @@ def figure(values, clusters: list, chance: float) -> dict:
 
 def cluster_of(row: dict) -> str:
     """What a row is drawn together with: its group, or else its picture."""
-    return str(row.get("group") or pictures_of(row)[0])
+    return str(pictures_of(row)[0] if row.get("group") is None else row["group"])
 
 
 # ----------------------------------------------------------------------------------------- vqa, reasoning, entailment
@@ -282,7 +301,12 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
     place = {(way, side): {} for way in ("contrast", "matching") for side in SIDES}
     for number, one in read_lines(path):
         key, query = (one.get("way"), one.get("direction")), one.get("query")
-        if key not in place or query not in right[key[1]] or not isinstance(one.get("found"), list):
+        if (
+            key not in place
+            or not isinstance(query, str)
+            or query not in right[key[1]]
+            or not isinstance(one.get("found"), list)
+        ):
             raise ValueError(
                 f"{path}:{number}: {key[0]!r}, {key[1]!r}, {query!r}: expected contrast or matching, a direction, a "
                 "query of the data and a list of what was found"
@@ -301,7 +325,7 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
                 f"{path} lacks {len(right[side]) - len(found)} of {len(right[side])} queries of {side} by {way}: "
                 "rank every query"
             )
-        rank = np.array(list(found.values()))
+        rank = np.array([found[query] for query in right[side]])
         result[way][side] = recalls(rank)
         result["intervals"].setdefault(way, {})[side] = recall_intervals(rank)
         other = len(right[SIDES[1 - SIDES.index(side)]])

@@ -95,7 +95,8 @@ def thumbnail(row: dict, prediction: dict, image: str, side: int) -> Image.Image
     for boxes, colour, out in ((row.get("boxes", []), RIGHT, 3), ([chosen] if chosen else [], WRONG, 0)):
         for x, y, w, h in boxes:
             left, top, right, bottom = x / width, y / height, (x + w) / width, (y + h) / height
-            corners = (left * side - out, top * side - out, right * side - 1 + out, bottom * side - 1 + out)
+            x0, y0 = left * side - out, top * side - out
+            corners = (x0, y0, max(right * side - 1 + out, x0), max(bottom * side - 1 + out, y0))
             pen.rectangle(corners, outline=colour, width=2)
     if prediction.get("point"):
         x, y = prediction["point"][0] * side / width, prediction["point"][1] * side / height

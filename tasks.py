@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 
 from data import ENTAILMENT_LABELS, Pictures, captions_of, pad, pictures_of, stable_id
 from mamo import Config, VisionLanguageModel, gather, global_mean, init_weights, world
+from metrics import right_label
 from tokenizer import Tokenizer
 
 CAPTIONS = 5  # captions of a picture that a step of retrieval looks at, as COCO has them; of more, some at random
@@ -228,6 +229,11 @@ class Entailment(Classifier):
 TASKS = {"retrieval": Retrieval, "grounding": Grounding, "vqa": VQA, "reasoning": Reasoning, "entailment": Entailment}
 
 
+def read_as(task: str) -> str:
+    """The schema of a task's training rows once they are read: those of retrieval and grounding become pairs."""
+    return "pairs" if issubclass(TASKS[task], Retrieval) else TASKS[task].schema
+
+
 def build_task(head: Head, shape: dict) -> Retrieval | Classifier:
     """A fresh model of a task from the fields of the Config that its encoders were pre-trained with."""
     none = {"w_itc": 0.0, "w_itm": 0.0, "w_mrm": 0.0, "w_mim": 0.0, "w_mlm": 0.0, "queue_size": 0}
@@ -251,17 +257,17 @@ def coverage(rows: list[dict], answers: list[str]) -> float:
     return 100 * sum(best) / len(best)
 
 
-def texts_of(row: dict) -> list[str]:
-    """The texts that a row of any task is read with."""
-    return captions_of(row) if "caption" in row else [row["question" if "question" in row else "text"]]
+def texts_of(row: dict, schema: str) -> list[str]:
+    """The texts that a row of a schema is read with, whatever other keys it has."""
+    return captions_of(row) if schema == "pairs" else [row["question" if schema == "vqa" else "text"]]
 
 
-def by_picture(rows: list[dict]) -> list[dict]:
-    """Rows of pairs or phrases -> one row for each picture, with all its texts as captions."""
+def by_picture(rows: list[dict], schema: str) -> list[dict]:
+    """Rows of pairs or phrases -> one row of pairs for each picture, with all its texts as captions."""
     merged: dict[str, dict] = {}
     for row in rows:
         one = merged.setdefault(row["image"], {key: row[key] for key in ("image", "twin") if key in row})
-        one["caption"] = list(dict.fromkeys([*one.get("caption", []), *texts_of(row)]))
+        one["caption"] = list(dict.fromkeys([*one.get("caption", []), *texts_of(row, schema)]))
     return list(merged.values())
 
 
@@ -314,6 +320,7 @@ class TaskRows(Dataset):
 
     def __init__(self, rows: list[dict], head: Head, tokenizer: Tokenizer, config: Config, augment: str, seed: int):
         self.rows, self.head, self.tokenizer, self.seed = rows, head, tokenizer, seed
+        self.schema = read_as(head.task)
         self.max_tokens, self.pictures = config.max_tokens, Pictures(config.image_size, augment)
         self.place = {answer: place for place, answer in enumerate(head.answers)}
 
@@ -324,7 +331,7 @@ class TaskRows(Dataset):
         epoch, number = key
         row = self.rows[number]
         rng = np.random.default_rng([self.seed, epoch, number])
-        texts = texts_of(row)
+        texts = texts_of(row, self.schema)
         if len(texts) > CAPTIONS:
             texts = [texts[place] for place in sorted(rng.choice(len(texts), CAPTIONS, replace=False))]
         return {
@@ -337,14 +344,13 @@ class TaskRows(Dataset):
 
     def target(self, row: dict) -> Tensor:
         """What the head should say: scores (a,) of vqa's answers, the place of a class, nothing for retrieval."""
-        if "answers" in row:
+        if self.head.task == "vqa":
             target = torch.zeros(len(self.place))
             for answer, score in row["answers"].items():
                 if answer in self.place:
                     target[self.place[answer]] = score
             return target
-        label = row.get("label", 0)
-        return torch.tensor(self.place[label] if isinstance(label, str) else int(label))
+        return torch.tensor(self.place[right_label(row)] if self.place else 0)
 
 
 @dataclass

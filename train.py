@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import runtime
-from data import Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
+from data import Collate, Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
 from eval import OBJECTIVES, build_model, retrieval
 from mamo import PRESETS, Block, Config, ema_for, world
 from tokenizer import Tokenizer
@@ -270,7 +270,8 @@ class Run:
         )
         self.order.first = self.step * config.accumulate
         length = shape.max_tokens if config.compile else 0  # one shape for all batches: compiled once
-        return training_batches(dataset, self.order, config.workers, self.device.type == "cuda", length)
+        collate = Collate(self.tokenizer.pad_id, length)
+        return training_batches(dataset, self.order, collate, config.workers, self.device.type == "cuda")
 
     def train(self, stop_at: int | None = None) -> None:
         """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
@@ -431,6 +432,9 @@ def resolve(given: dict, config_class: type[TrainConfig]) -> tuple[TrainConfig, 
     checkpoint = Path(options.get("out", config_class.out)) / "checkpoint.pt"
     if options.get("resume") and checkpoint.is_file():
         saved = runtime.load_checkpoint(checkpoint)
+        if ("task" in saved["train"]) != ("task" in run_fields):
+            command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
+            raise ValueError(f"{checkpoint} is a run of {command}: take it up with that, or give another --out")
         # The defaults come first, for options that are younger than the checkpoint.
         before = dataclasses.asdict(config_class()) | vars(Config()) | saved["train"] | saved["config"]
         changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]

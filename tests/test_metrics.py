@@ -142,7 +142,6 @@ def test_what_is_drawn_together():
     assert cluster_of({"image": "a", "group": None}) == cluster_of({"image": "a"})
 
 
-@pytest.mark.xfail(strict=True, reason="cluster_of takes the group 0 for none")
 def test_groups_may_be_counted_from_0():
     """0 is a group like any other."""
     assert cluster_of({"images": ["a"], "group": 0}) == cluster_of({"images": ["b"], "group": 0})
@@ -469,7 +468,6 @@ def test_the_ten_best_agree_with_the_ranks():
     assert best_first(same, torch.eye(4, dtype=torch.bool)[:3], 4)[:, -1].tolist() == [0, 1, 2], "a tie is lost"
 
 
-@pytest.mark.xfail(strict=True, reason="best_first puts a right answer whose score is not a number first, ranks last")
 def test_a_right_answer_whose_score_is_not_a_number_is_not_found():
     """Of a picture whose embedding is broken, the file must not say that it was found first."""
     scores, right = torch.tensor([[0.1, float("nan"), 0.5, 0.3]]), torch.tensor([[False, True, False, False]])
@@ -724,7 +722,6 @@ def test_a_line_that_is_no_prediction_is_one_sentence(world, tmp_path, command, 
     assert says in mistake(world, tmp_path, command, "vqa", spoil)
 
 
-@pytest.mark.xfail(strict=True, reason="an answer that is missing is read as the answer None")
 def test_a_line_without_an_answer_is_one_sentence(world, tmp_path, command):
     """It is a slip in the key, not a wrong answer."""
     assert "answer" in mistake(world, tmp_path, command, "vqa", without(2, "answer"))
@@ -743,7 +740,6 @@ def test_an_answer_that_is_no_label_is_one_sentence(world, tmp_path, command, ta
     assert says in mistake(world, tmp_path, command, task, spoil_line(3, {"answer": answer}))
 
 
-@pytest.mark.xfail(strict=True, reason="a KeyError, or what unpacking says, without file and line")
 @pytest.mark.parametrize("spoil", [without(2, "grid"), spoil_line(2, {"point": [1]}), spoil_line(2, {"box": [1, 2]})])
 def test_a_prediction_of_a_place_that_is_none_is_one_sentence(world, tmp_path, command, spoil):
     """The file may come from another program."""
@@ -786,7 +782,6 @@ def test_predictions_are_read_in_the_order_of_the_rows(tmp_path):
     assert lines_of(tmp_path / "new" / "said.jsonl")[2] == {"row": 2, "answer": "3", "text": "c"}
 
 
-@pytest.mark.xfail(strict=True, reason="splitlines ends a line at more signs than a line feed")
 def test_a_line_ends_where_json_lines_end(tmp_path):
     """Another program may write U+2028 and the like as they are: they are signs of a text."""
     rows = [{"image": "a.png", "question": "one\u2028two", "answers": {"1": 1.0}}]
@@ -884,7 +879,6 @@ def test_a_figure_of_examples_is_drawn_on_demand(world, tmp_path, command, task)
         assert second.read_bytes() == first.read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="retrieve returns before it draws where there is no checkpoint")
 def test_a_figure_of_ranked_lists_is_drawn_without_a_checkpoint_too(world, tmp_path, command):
     """Or refused: an option must not be passed over in silence."""
     said = predicted(world, tmp_path, command, "retrieval")
@@ -962,7 +956,6 @@ def test_more_pictures_than_a_task_reads_are_refused(world, tmp_path, command, t
     assert not (tmp_path / "heat.png").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="only explain counts the pictures")
 @pytest.mark.parametrize(("task", "pictures"), [("reasoning", 3), ("vqa", 2), ("pre-training", 2)])
 def test_score_refuses_more_pictures_than_a_task_reads_too(world, command, task, pictures):
     images = [world / "pictures" / f"{number:02d}.png" for number in range(pictures)]

@@ -151,9 +151,6 @@ def test_grounding_without_proposals_is_marked_by_its_point(pictures, pen, tmp_p
     assert count(missed, WRONG) == 0 and count(missed, RIGHT) > 3 * half
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="Pillow refuses a rectangle whose right edge is before its left"
-)
 def test_a_box_that_is_thinner_than_a_pixel_of_the_sheet_can_be_drawn(tmp_path):
     """A box 4 pixels wide in a photo of 640, right or predicted."""
     Image.new("RGB", (640, 480), "white").save(tmp_path / "photo.png")
