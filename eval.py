@@ -444,8 +444,7 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
             answers = model.description.answers
             extra = {"coverage": coverage(rows, answers)}
             if outside := sum(row["answers"].keys().isdisjoint(answers) for row in rows):
-                print(f"{outside} of {len(rows)} rows have none of the {len(answers)} answers that this checkpoint knows: "
-                      "they count as wrong")  # fmt: skip
+                print(f"{outside} of {len(rows)} rows have no answer in the checkpoint's list: they count as wrong")
         given = classify(model, tokenizer, rows, device)
         predictions = [{"row": number, "answer": answer} for number, answer in enumerate(given)]
     if task == "grounding":
