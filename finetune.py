@@ -72,6 +72,8 @@ class FineConfig(TrainConfig):
             raise ValueError(f"unknown task {self.task!r}: use one of {', '.join(TASKS)}")
         if self.freeze and issubclass(TASKS[self.task], TASKS["retrieval"]):
             raise ValueError(f"{self.task} has no head of its own to train while the encoders stay: leave out --freeze")
+        if self.compile and self.task not in ("vqa", "entailment"):
+            raise ValueError(f"batches of {self.task} have no one shape to compile a step for: leave out --compile")
         if self.lr <= 0 or self.lr_head <= 0:
             raise ValueError(
                 f"lr is {self.lr}, lr_head {self.lr_head}: give more than 0; --freeze keeps the encoders as they are"

@@ -7,13 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import SIZES, write_squares
+from helpers import SIZES, write_squares, write_task
 
 import compare
 import eval as evaluation
+import finetune
 import runtime
 import train
 from compare import Comparison, Job, Plan, flat, read_plan, steps_of, table
+
+COMMANDS = {"train.py": train.main, "finetune.py": finetune.main, "eval.py": evaluation.main}
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def runs(monkeypatch) -> list[list[str]]:
         started.append([Path(word).name if word.endswith(".py") else word for word in command[1:]])
         monkeypatch.setattr(sys, "argv", command[1:])
         try:
-            runtime.guarded({"train.py": train.main, "eval.py": evaluation.main}[command[1]])
+            runtime.guarded(COMMANDS[command[1]])
         except SystemExit as end:
             return SimpleNamespace(returncode=end.code or 0)
         return SimpleNamespace(returncode=0)
@@ -81,6 +84,37 @@ def test_a_plan_is_run_once_and_its_rows_are_kept(plan_file, runs, tmp_path, cap
     again = Comparison(read_plan(plan_file), tmp_path / "out", 1)
     again.run()
     assert not runs and "4 finished; about 0" in capsys.readouterr().out and again.rows == comparison.rows
+
+
+def test_a_plan_of_fine_tuning_starts_each_seed_from_its_own_checkpoint(plan_file, runs, tmp_path):
+    """{seed} is the run's seed; best.pt is evaluated, by each of the commands."""
+    Comparison(read_plan(plan_file), tmp_path / "pre", 1).run()
+    data = write_task(tmp_path / "vqa.jsonl", "vqa")
+    plan = {
+        "what": "a test",
+        "script": "finetune.py",
+        "train": f"vqa --data {data} --batch-size 4 --log-every 1 --eval-every 1 --device cpu",
+        "arms": {"tuned": f"--init {tmp_path}/pre/all-4-{{seed}}/checkpoint.pt"},
+        "evaluate": [f"vqa --data {data}", f"vqa --data {data} --predictions {tmp_path}/said-{{seed}}.jsonl"],
+        "seeds": [0, 1],
+        "steps": 2,
+        "reference": "tuned",
+        "columns": {"accuracy": [f"vqa {data}/accuracy/value"]},
+    }
+    path = tmp_path / "vqa.json"
+    path.write_text(json.dumps(plan))
+    runs.clear()
+    comparison = Comparison(read_plan(path), tmp_path / "out", 1)
+    comparison.run()
+    assert [command[0] for command in runs] == ["finetune.py", "eval.py", "eval.py"] * 2
+    for seed in (0, 1):
+        config = json.loads((tmp_path / "out" / f"tuned-2-{seed}" / "config.json").read_text())["train"]
+        assert config["init"].endswith(f"all-4-{seed}/checkpoint.pt") and config["seed"] == seed
+        assert (tmp_path / f"said-{seed}.jsonl").is_file()
+    assert all("best.pt" in word for command in runs for word in command if word.endswith(".pt") and "out" in word)
+    assert len(comparison.summary()["equal steps: tuned"]["accuracy"]["values"]) == 2
+    with pytest.raises(ValueError, match="the script is"):
+        Plan(**plan | {"script": "eval.py"})
 
 
 def test_the_summary_is_mean_and_standard_deviation_over_seeds(plan_file, runs, tmp_path):
@@ -183,13 +217,13 @@ def test_a_bad_plan_is_one_sentence(plan_file, change, says):
 
 
 def test_the_plans_of_the_repository_can_be_read():
-    """Their arms are options that train.py knows."""
+    """Their arms are options that train.py or finetune.py knows."""
     plans = sorted((Path(compare.__file__).parent / "plans").glob("*.json"))
     assert plans
     for path in plans:
         plan = read_plan(path)
         for options in plan.arms.values():
-            train.parse(shlex.split(f"{plan.train} {options} --out none --steps {plan.steps}"))
+            compare.SCRIPTS[plan.script][1](shlex.split(f"{plan.train} {options} --out none --steps {plan.steps}"))
 
 
 def test_the_command_writes_table_and_summary(plan_file, runs, tmp_path, monkeypatch, capsys):

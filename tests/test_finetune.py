@@ -518,6 +518,7 @@ REFUSED = [
     ("reasoning DATA", "found the keys"),
     ("retrieval DATA --freeze", "retrieval has no head of its own to train while the encoders stay"),
     ("grounding DATA --freeze", "grounding has no head of its own to train while the encoders stay"),
+    ("reasoning --data EMPTY --compile", "batches of reasoning have no one shape to compile a step for"),
     ("singing DATA", "invalid choice: 'singing'"),
     ("vqa DATA --lr-haed 1", "unknown option --lr-haed: did you mean --lr-head?"),
 ]
