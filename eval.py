@@ -215,22 +215,16 @@ def retrieval(
         raise ValueError(f"k is {k}: give the number of candidates that matching orders anew, 0 = contrast only")
     check_by(rows, by)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
-    right_texts, right_images = [set() for _ in images], [set() for _ in texts]
-    value_of_image, value_of_text = [""] * len(images), [""] * len(texts)
-    for row in rows:
-        for caption in captions_of(row):
-            i, t = images[row["image"]], texts[caption]
-            right_texts[i].add(t)
-            right_images[t].add(i)
-            value_of_image[i] = value_of_text[t] = str(row.get(by, ""))
+    right, value_of = right_places(rows, images, texts, by)
     k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
     result = {"images": len(images), "texts": len(texts), "k": k}
     result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
     sides = {
-        "image_to_text": (encoded.image_embed, encoded.text_embed, right_texts, value_of_image),
-        "text_to_image": (encoded.text_embed, encoded.image_embed, right_images, value_of_text),
+        "image_to_text": (encoded.image_embed, encoded.text_embed),
+        "text_to_image": (encoded.text_embed, encoded.image_embed),
     }
-    for direction, (queries, gallery, answers, values) in sides.items():
+    for direction, (queries, gallery) in sides.items():
+        answers, values = right[direction], value_of[direction]
         found, best = {"contrast": [], "matching": []}, {"contrast": [], "matching": []}
         mine = range(len(queries))[shard(len(queries))]
         for start in tqdm(mine[::block], desc=direction, leave=False, disable=len(queries) < 2000):
@@ -259,6 +253,19 @@ def retrieval(
                 those = rank[torch.tensor([v == value for v in values])].numpy()
                 result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
     return result
+
+
+def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[dict, dict]:
+    """By direction and place of the query: the places of its right answers, and the value of its row under `by`."""
+    right = {"image_to_text": [set() for _ in images], "text_to_image": [set() for _ in texts]}
+    value = {"image_to_text": [""] * len(images), "text_to_image": [""] * len(texts)}
+    for row in rows:
+        for caption in captions_of(row):
+            i, t = images[row["image"]], texts[caption]
+            right["image_to_text"][i].add(t)
+            right["text_to_image"][t].add(i)
+            value["image_to_text"][i] = value["text_to_image"][t] = str(row.get(by, ""))
+    return right, value
 
 
 def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]]) -> list[dict]:
@@ -495,8 +502,8 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
     return model, tokenizer
 
 
-def main() -> None:
-    """Command line: load a checkpoint, run one command, keep its result."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = runtime.Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
@@ -512,7 +519,12 @@ def main() -> None:
     parser.add_argument("--choose", nargs="+", help="JSONL files on which `grounding` chooses the layer, such as val")
     parser.add_argument("--out", type=Path, default=Path("heat.png"), help="picture that `explain` writes")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load a checkpoint, run one command, keep its result."""
+    options = parse()
     with runtime.processes(options.device) as device:
         model, tokenizer = load_for(options, device)
         if options.command in ("score", "explain"):
