@@ -91,7 +91,6 @@ HEAD = ("head.", "absent")  # how the names of a task's own parameters begin
 class FineTune(Run):
     """A run of train.py on a task: other rows, another model, and the best step on val is kept."""
 
-    script = "finetune.py"
     best, best_step, worse = -1.0, 0, 0  # on val: best figure, its step, evaluations since
 
     def read(self) -> tuple[list[dict], list[dict]]:
@@ -171,6 +170,11 @@ class FineTune(Run):
         super().take_up(state, path)
         self.best, self.best_step, self.worse = state["best"]
         self.settled = 0 < self.config.patience <= self.worse
+
+    @property
+    def script(self) -> str:
+        """The command that takes the run up again."""
+        return f"finetune.py {self.config.task}"
 
     def name(self) -> str:
         """What is trained, for the first line."""

@@ -570,3 +570,13 @@ def test_pictures_that_break_off_are_named_in_the_middle_of_training(start, tmp_
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     assert re.match(r"error: .*02\.png cannot be decoded", errors.rstrip().splitlines()[-1])
+
+
+def test_an_interrupt_saves_and_names_the_command_that_goes_on(start, data, tmp_path, capsys, monkeypatch):
+    """The task belongs to the command line of a resumed run too."""
+    run = tuned("vqa", start, data, tmp_path)
+    monkeypatch.setattr("runtime.any_process", lambda asked: True)
+    run.train()
+    said = capsys.readouterr().out
+    assert f"stopped at step 1 and saved; go on with: python finetune.py vqa --out {tmp_path} --resume" in said
+    assert resumed("vqa", tmp_path).step == 1
