@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(PYTHON) scenes.py --out data/scenes
 	$(PYTHON) train.py --data data/scenes/pairs_train.jsonl --out runs/demo --resume
 	$(PYTHON) eval.py world --checkpoint runs/demo/checkpoint.pt --data data/scenes
-	$(PYTHON) finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa --steps 1200 --out runs/demo-vqa --resume
+	$(PYTHON) finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa --steps 2000 --out runs/demo-vqa --resume
 	$(PYTHON) eval.py vqa --checkpoint runs/demo-vqa/best.pt --data data/scenes/vqa_test.jsonl --figure runs/demo-vqa/answers.png
 
 test: .venv/ready
