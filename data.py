@@ -217,12 +217,7 @@ def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
 
 def parse_row(line: str, schema: Schema) -> dict:
     """One line -> its row. Raises ValueError saying what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}): expected one object a line") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"found {type(row).__name__}: expected an object")
+    row = parse_object(line)
     if not schema.keys.keys() <= row.keys():
         wanted = "; ".join(f'"{key}": {what}' for key, what in schema.keys.items())
         raise ValueError(f"found the keys {sorted(row)}: expected {wanted}")
@@ -232,6 +227,17 @@ def parse_row(line: str, schema: Schema) -> dict:
         raise ValueError("image must be a path relative to this file")
     schema.check(row)
     return row
+
+
+def parse_object(line: str) -> dict:
+    """One line -> its JSON object. Raises ValueError if it holds none."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}): expected one object a line") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"found {type(value).__name__}: expected an object")
+    return value
 
 
 def check_image(path: str, check: str) -> str | None:

@@ -457,7 +457,7 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     if task == "grounding":
         result = judge_grounding(rows, predictions)
     else:
-        result = judge_answers(task, rows, [str(prediction.get("answer")) for prediction in predictions])
+        result = judge_answers(task, rows, [prediction["answer"] for prediction in predictions])
     if model is not None and options.predictions and world()[0] == 0:
         write_predictions(options.predictions, rows, predictions)
     if options.figure and world()[0] == 0:

@@ -105,7 +105,7 @@ class FineTune(Run):
         else:
             rows, val = split_by_group(rows, config.val_share, config.seed)
             print(f"no val file: {len(val)} of {len(rows) + len(val)} rows are kept apart to choose on")
-        if schema in ("pairs", "phrases"):
+        if read_as(config.task) == "pairs":
             rows, val = by_picture(rows, schema), by_picture(val, schema)
         return rows, val[:2000]
 

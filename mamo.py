@@ -553,6 +553,10 @@ class VisionLanguageModel(nn.Module):
         """Weight of each loss that forward gives in the total."""
         return self.config.weights
 
+    def chance(self, candidates: int) -> dict[str, float]:
+        """What each loss comes to for a model that knows nothing, for reading a log."""
+        return {"itc": math.log(candidates), "itm": math.log(3) - 2 / 3 * math.log(2)}
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Once per optimiser step: keep the temperature in ALBEF's bounds."""
@@ -828,8 +832,8 @@ class MAMO(VisionLanguageModel):
                 ours.lerp_(theirs, 1 - self.config.ema)
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """What each loss comes to for a model that knows nothing, for reading a log."""
-        levels = {"itc": math.log(candidates + self.config.queue_size), "itm": math.log(3) - 2 / 3 * math.log(2)}
+        """As above, with the queue among the candidates, and of the masked losses."""
+        levels = super().chance(candidates + self.config.queue_size)
         levels |= {"mrm": 2.0, "mim": math.sqrt(2 / math.pi), "mlm": math.log(self.config.vocab_size)}
         return {name: level for name, level in levels.items() if self.config.weights[name] > 0}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import runtime
-from data import ENTAILMENT_LABELS, captions_of, pictures_of, size_of
+from data import ENTAILMENT_LABELS, captions_of, parse_object, pictures_of, size_of
 
 RESAMPLES = 1000
 
@@ -94,12 +94,9 @@ def read_lines(path: Path) -> list[tuple[int, dict]]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg}): expected one object a line") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}:{number}: found {type(value).__name__}: expected an object")
-            lines.append((number, value))
+                lines.append((number, parse_object(line)))
+            except ValueError as fault:
+                raise ValueError(f"{path}:{number}: {fault}") from fault
     return lines
 
 
@@ -203,9 +200,14 @@ def iou(a: list[float], b: list[float]) -> float:
     return both / (a[2] * a[3] + b[2] * b[3] - both)
 
 
-def fits(box: list[float], boxes: list[list[float]]) -> bool:
-    """Whether a box overlaps any right one by at least half of their union."""
-    return any(iou(box, right) >= 0.5 for right in boxes)
+def fits(box: list[float] | None, boxes: list[list[float]]) -> bool:
+    """Whether a box, if there is one, overlaps any right one by at least half of their union."""
+    return box is not None and any(iou(box, right) >= 0.5 for right in boxes)
+
+
+def points_into(point: list[float] | None, boxes: list[list[float]]) -> bool:
+    """Whether a point, if there is one, lies in any right box."""
+    return point is not None and inside([tuple(point)], boxes)[0]
 
 
 def patch_centres(grid: tuple[int, int], width: int, height: int) -> list[tuple[float, float]]:
@@ -234,8 +236,8 @@ def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
         width, height = sizes[row["image"]]
         patches.append(inside(patch_centres(prediction["grid"], width, height), row["boxes"]))
         point, box = prediction.get("point"), prediction.get("box")
-        points.append(bool(point) and inside([tuple(point)], row["boxes"])[0])
-        boxes.append(bool(box) and fits(box, row["boxes"]))
+        points.append(points_into(point, row["boxes"]))
+        boxes.append(fits(box, row["boxes"]))
         if box:
             x = draw.uniform(0, max(width - box[2], 0), 100)
             y = draw.uniform(0, max(height - box[3], 0), 100)
@@ -249,7 +251,7 @@ def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
     }
     if all("proposals" in row for row in rows):
         chosen = [p.get("proposal") for p in predictions]
-        hits = [bool(box) and fits(box, row["boxes"]) for box, row in zip(chosen, rows, strict=True)]
+        hits = [fits(box, row["boxes"]) for box, row in zip(chosen, rows, strict=True)]
         lucky = [np.mean([fits(box, row["boxes"]) for box in row["proposals"]]) for row in rows]
         result["proposals"] = figure(hits, clusters, float(np.mean(lucky)))
     return result

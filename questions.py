@@ -82,9 +82,8 @@ def ask_colour(scene: Scene, things: list[Object], split: str, world: World, rng
     if not alone:
         return None
     thing = rng.choice(alone)
-    return choose(("what colour is the {}?", "what is the colour of the {}?"), world, rng).format(
-        thing.shape
-    ), thing.colour
+    frame = choose(("what colour is the {}?", "what is the colour of the {}?"), world, rng)
+    return frame.format(thing.shape), thing.colour
 
 
 def ask_shape(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
@@ -123,9 +122,7 @@ def ask_existence(scene: Scene, things: list[Object], split: str, world: World, 
     else:
         pool = world.novel if split == "novel" else world.ordinary
         absent = sorted(set(pool) - shown)
-        mixed = [
-            c for c in absent if c[0] in {t.colour for t in scene.objects} and c[1] in {t.shape for t in scene.objects}
-        ]
+        mixed = [c for c in absent if all(any(c[i] == seen[i] for seen in shown) for i in (0, 1))]
         (colour, shape), answer = rng.choice(mixed if mixed and rng.random() < 0.5 else absent), "no"
     frame = choose(("is there a {}?", "can one see a {}?"), world, rng)
     return frame.format(phrase(Description(colour, shape))), answer
@@ -352,8 +349,13 @@ def tasks_of(world: World) -> list[str]:
     return [task for task in QUESTIONS if task != "entailment" or world.level.covers]
 
 
+def count_of(task: str, size: int) -> int:
+    """How many times a task asks in a split of that size: once a picture, of reasoning once for two."""
+    return size // 2 if task == "reasoning" else size
+
+
 def questions_of(task: str, split: str, size: int, world: World) -> Iterator[Asked]:
-    """The questions of a split, from a generator of their own: so many pictures, of reasoning half as many groups."""
+    """The questions of a split, from a generator of their own."""
     rng = random.Random(f"{world.seed} {task} {split}")
-    for number in range(size // 2 if task == "reasoning" else size):
+    for number in range(count_of(task, size)):
         yield QUESTIONS[task](number, split, world, rng)

@@ -33,7 +33,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from questions import questions_of, tasks_of
+from questions import count_of, questions_of, tasks_of
 from shapes import (
     DRAW,
     LEVELS,
@@ -328,7 +328,7 @@ def write_world(world: World, sizes: dict[str, int], out: Path) -> None:
     folder = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         total = sum(size + count_size(split, size, world) for split, size in sizes.items())
-        total += sum(size // 2 if task == "reasoning" else size for size in sizes.values() for task in tasks_of(world))
+        total += sum(count_of(task, size) for size in sizes.values() for task in tasks_of(world))
         with tqdm(total=total, desc=f"drawing level {world.name}", unit=" samples") as bar:
             for split, size in sizes.items():
                 write_pairs(split, size, world, folder, bar)

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import runtime
 from data import load_image, pictures_of
-from metrics import fits, inside, right_answers, right_label, score_answers, text_of
+from metrics import fits, points_into, right_answers, right_label, score_answers, text_of
 
 RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # beside + and -, so that a sheet does not rest on colour alone
 
@@ -39,7 +39,9 @@ def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Pa
     if task == "grounding":
         good = [hit(row, prediction) for row, prediction in zip(rows, predictions, strict=True)]
     else:
-        good = [score > 0.5 for score in score_answers(task, rows, [str(p.get("answer")) for p in predictions])]
+        good = [
+            score > 0.5 for score in score_answers(task, rows, [prediction["answer"] for prediction in predictions])
+        ]
     side, gap, column = 128, 12, 600
     sheet = Image.new("RGB", (2 * column, each * (side + gap) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
@@ -60,8 +62,8 @@ def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Pa
 def hit(row: dict, prediction: dict) -> bool:
     """Whether the chosen proposal, or without proposals the point, is right."""
     if "proposals" in row:
-        return bool(prediction["proposal"]) and fits(prediction["proposal"], row["boxes"])
-    return bool(prediction["point"]) and inside([tuple(prediction["point"])], row["boxes"])[0]
+        return fits(prediction.get("proposal"), row["boxes"])
+    return points_into(prediction.get("point"), row["boxes"])
 
 
 def wrapped(text: str, width: int = 36) -> list[str]:

@@ -116,10 +116,6 @@ class Retrieval(VisionLanguageModel):
             to_images = log_of_right(t2i, lists(all_id, all_given, caption_id.flatten()).T)
             return -(to_texts.mean() + global_mean(to_images, given.flatten())) / 2
 
-    def chance(self, candidates: int) -> dict[str, float]:
-        """What each loss comes to for a model that knows nothing, with one caption a picture."""
-        return {"itc": math.log(candidates), "itm": math.log(3) - 2 / 3 * math.log(2)}
-
 
 class Grounding(Retrieval):
     """Weakly supervised grounding: retrieval's training on pictures and phrases.        (ALBEF, RefCOCO+)"""
@@ -293,7 +289,8 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
         elif name == "student.text.positions" and len(found) != len(value):
             found = torch.cat([found, value[len(found) :]])[: len(value)]  # the code goes on where the learned ones end
         elif name == "student.text.words.weight" and len(found) < len(value):
-            pieces = [Tokenizer(vocab).encode(word)[1:-1] for word in tokenizer.vocab[len(vocab) :]]
+            old = Tokenizer(vocab)
+            pieces = [old.encode(word)[1:-1] for word in tokenizer.vocab[len(vocab) :]]
             found = torch.cat([found, torch.stack([found[ids].mean(dim=0) for ids in pieces])])
         if found.shape != value.shape:
             raise ValueError(

@@ -57,6 +57,15 @@ def _stands_alone(c: str) -> bool:
 # ------------------------------------------------------------------------------------------------------- pieces and ids
 
 
+def count_words(texts: Iterable[str]) -> Counter:
+    """How often each word stands in some texts; a chunk that is repeated is split once."""
+    counts = Counter()
+    for chunk, count in Counter(chunk for text in texts for chunk in CHUNK.findall(text)).items():
+        for word in split_words(chunk):
+            counts[word] += count
+    return counts
+
+
 class Tokenizer:
     """Text to ids and back. A piece that starts with ## continues the word before it.
 
@@ -116,11 +125,7 @@ class Tokenizer:
                              its caption by heart, and new words need ## pieces that training has seen
         Raises:  ValueError if special tokens and characters alone exceed max_size
         """
-        chunks = Counter(chunk for caption in captions for chunk in CHUNK.findall(caption))
-        counts = Counter()
-        for chunk, count in chunks.items():
-            for word in split_words(chunk):
-                counts[word] += count
+        counts = count_words(captions)
         printable = split_words("".join(map(chr, range(33, 127))))
         chars = sorted({c for word in [*printable, *counts] for c in word})
         entries = [*SPECIAL_TOKENS, *chars, *("##" + c for c in chars if not _stands_alone(c))]
@@ -135,7 +140,7 @@ class Tokenizer:
 
         So that a small vocabulary, built from captions, learns the words of questions. No id changes.
         """
-        counts = Counter(word for text in texts for chunk in CHUNK.findall(text) for word in split_words(chunk))
+        counts = count_words(texts)
         new = [w for w, count in counts.items() if count >= min_count and w not in self._ids and len(w) <= MAX_WORD]
         new.sort(key=lambda word: (-counts[word], word))
         return Tokenizer(self.vocab + new[:most])
