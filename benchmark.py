@@ -18,7 +18,6 @@ variant's own on a GPU; on a CPU it is the peak of the process so far, so there 
 import argparse
 import functools
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -28,9 +27,10 @@ import torch
 from torch import Tensor
 
 import runtime
+from costs import flops_of_step
 from data import Collate, Pairs, TwinBatches, captions_of, read_rows, training_batches
-from eval import OBJECTIVES, build_model
-from mamo import MAMO, PRESETS, Config, at, hide_patches, hide_words, normalised, same_pairs
+from eval import OBJECTIVES
+from mamo import MAMO, PRESETS, Config, MAMOConfig, at, hide_patches, hide_words, normalised, same_pairs
 from tokenizer import Tokenizer
 from train import TrainConfig, compile_step, make_optimizer, recompute_blocks
 
@@ -55,48 +55,6 @@ def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
     }
 
 
-def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int]:
-    """Floating-point operations of a training step, by part: two per multiply-add of each matrix product that it makes.
-
-    A backward pass costs twice the forward pass, a gradient for each of the two factors; but pixels and the keys of a
-    queue need no gradient, and the teacher and the similarities that draw negatives have no backward pass at all. Work
-    element by element is not counted, nor is the second forward pass of gradient checkpointing.
-
-    Args:    length   tokens of the longest text in the batch
-    Returns: the student's "image encoder", "text encoder", "fusion", "heads" and "contrast", and the "teacher"
-    """
-    b, l, n, d, e = batch_size, length, config.patches, config.width, config.embed_dim  # noqa: E741
-    mrm, mim, mlm, itm, itc = (getattr(config, f"w_{name}") > 0 for name in ("mrm", "mim", "mlm", "itm", "itc"))
-    queue, fused = config.queue_size > 0, l + 1 + n
-    patches = hide_patches(torch.zeros(1, n), config.mask_image)[0].shape[1] if config.hides_patches else 0
-    words = math.ceil(config.mask_text * l) if config.hides_words else 0
-
-    def block(tokens: int, outputs: int) -> int:
-        """Multiply-adds of a Block: query, out and MLP at the outputs, key and value at all, two attention products."""
-        return (2 + 8) * outputs * d * d + 2 * tokens * d * d + 2 * outputs * tokens * d
-
-    # Multiply-adds of a forward pass, per row of the batch.
-    embedding, predictor = n * 3 * config.patch_size**2 * d, 8 * d * d
-    image_blocks, text_blocks = config.image_depth * block(1 + n, 1 + n), config.text_depth * block(l, l)
-    lower_blocks = (config.fusion_depth - 1) * block(fused, fused)
-    image_views = (config.sees_whole or config.hides_words) + config.hides_patches
-    text_views = (config.sees_whole or config.hides_patches) + config.hides_words
-    outputs = [patches] * config.hides_patches + [words] * config.hides_words + [1, 1, 1] * itm  # of each fused view
-    heads = mrm * (patches + words) * predictor + mim * patches * predictor + itm * 3 * 2 * d
-    heads += mlm * words * (d * d + d * config.vocab_size)
-    projections, candidates = 2 * d * e, 2 * (b + config.queue_size) * e
-    teacher = (mrm or mim or queue) * (embedding + image_blocks) + (mrm or queue) * text_blocks
-    teacher += mrm * (lower_blocks + block(fused, patches + words)) + queue * projections
-    return {
-        "image encoder": 2 * b * image_views * (2 * embedding + 3 * image_blocks),
-        "text encoder": 2 * b * text_views * 3 * text_blocks,
-        "fusion": 2 * b * 3 * sum(lower_blocks + block(fused, m) for m in outputs),
-        "heads": 2 * b * 3 * heads,
-        "contrast": 2 * b * itc * (3 * projections + (2 if queue else 3) * candidates + b * e),
-        "teacher": 2 * b * teacher,
-    }
-
-
 def separate_losses(model: MAMO, batch: dict[str, Tensor], share: str = "nothing") -> dict[str, Tensor]:
     """The five losses with every pass encoded separately; equal in value to model(batch).
 
@@ -105,7 +63,7 @@ def separate_losses(model: MAMO, batch: dict[str, Tensor], share: str = "nothing
     """
     config, images, ids, real = model.config, batch["images"], batch["input_ids"], batch["attention_mask"]
     patch_index, patch_mask = hide_patches(batch["patch_noise"], config.mask_image)
-    words = hide_words(ids, real, batch["token_noise"], batch["replace_noise"], config)
+    words = hide_words(ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
     kept = {}
 
     def fuse(name: str, images: Tensor, mask: Tensor | None, ids: Tensor, real: Tensor):
@@ -175,7 +133,7 @@ def ratios(seconds: dict[str, list[float]], of: str, to: str) -> dict[str, float
 
 def sharing(options: argparse.Namespace) -> dict:
     """Forward and backward pass of a preset against the same losses with every pass encoded separately."""
-    config = Config(**shape_of(options.preset, options))
+    config = MAMOConfig(**shape_of(options.preset, options), ema=0.995)
     model = MAMO(config)
     batch = random_batch(config, options.batch_size[0], options.length)
 
@@ -203,7 +161,7 @@ def loader(options: argparse.Namespace) -> dict:
     size = options.batch_size[0]
     rows = read_rows(options.data or [DATA], "pairs")[: 20 * size]
     tokenizer = Tokenizer.build(caption for row in rows for caption in captions_of(row))
-    config = Config(**PRESETS[options.preset], vocab_size=len(tokenizer), ema=0.98)
+    config = MAMOConfig(**PRESETS[options.preset], vocab_size=len(tokenizer), ema=0.98)
     model = MAMO(config)
     optimizer = make_optimizer(model, TrainConfig())
     dataset = Pairs(rows, tokenizer, config.image_size, config.patches, config.max_tokens)
@@ -229,7 +187,16 @@ def shape_of(preset: str, options: argparse.Namespace) -> dict:
     """Fields of mamo.Config: the preset's, and what the options say."""
     given = {"image_size": options.image_size} if options.image_size else {}
     words = {"vocab_size": options.vocab_size, "max_tokens": max(Config.max_tokens, options.length)}
-    return PRESETS[preset] | given | words | {"ema": 0.995}
+    return PRESETS[preset] | given | words
+
+
+def config_of(objective: str, preset: str, options: argparse.Namespace) -> Config:
+    """The Config of an objective at a preset's sizes, with a teacher as in a long run where it has one."""
+    model, changes = OBJECTIVES[objective]
+    config = model.config_class(**shape_of(preset, options) | changes)
+    if hasattr(config, "ema"):
+        config.ema = 0.995
+    return config
 
 
 class Repeated:
@@ -270,8 +237,8 @@ class Repeated:
 class TrainingStep:
     """A whole training step as train.py makes it, on one random batch: forward, backward, clip, AdamW, teacher."""
 
-    def __init__(self, objective: str, shape: dict, size: int, options: argparse.Namespace, device: torch.device):
-        self.model = build_model(objective, shape).to(device).train()
+    def __init__(self, objective: str, config: Config, size: int, options: argparse.Namespace, device: torch.device):
+        self.model = OBJECTIVES[objective][0](config).to(device).train()
         self.optimizer = make_optimizer(self.model, TrainConfig())
         batch = random_batch(self.model.config, size, options.length)
         self.batch = {name: value.to(device) for name, value in batch.items()}
@@ -330,10 +297,9 @@ def measure(preset: str, size: int, options: argparse.Namespace, device, data: l
     gc.collect()  # the models that were measured before go now, and not at some time later
     if options.compile:
         torch.compiler.reset()  # and so does their code: only a few kinds of one function can be compiled
-    shapes = {name: shape_of(preset, options) | OBJECTIVES[name][1] for name in options.objectives}
-    configs = {name: Config(**shape) for name, shape in shapes.items()}
+    configs = {name: config_of(name, preset, options) for name in options.objectives}
     actions = {
-        name: Repeated(device, TrainingStep, name, shape, size, options, device) for name, shape in shapes.items()
+        name: Repeated(device, TrainingStep, name, config, size, options, device) for name, config in configs.items()
     }
     if options.sharing and actions["mamo"].action:
         step = actions["mamo"].action

@@ -18,6 +18,7 @@ Explaining and grounding: explain.py. Results go to results.json beside the chec
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -32,7 +33,9 @@ from tqdm import tqdm
 import runtime
 from data import captions_of, load_image, pad, pictures_of, read_rows, to_tensor
 from explain import check_layer, choose_layer, draw_heat, ground, middle_layer
-from mamo import MAMO, Config, VisionLanguageModel, world
+from glscl import GLSCL
+from mamo import MAMO, VisionLanguageModel, world
+from maskvlm import MaskVLM
 from metrics import (
     chance_recalls,
     judge_answers,
@@ -47,18 +50,29 @@ from metrics import (
 from sheet import draw_examples, draw_ranked
 from tasks import Classifier, Head, build_task, coverage, read_as, slots, texts_of
 from tokenizer import Tokenizer
+from vlmae import VLMAE
 
 # ------------------------------------------------------------------------------------------------------------- models
 
-# name: (class, fields of Config that make it up)
-OBJECTIVES = {"mamo": (MAMO, {}), "control": (MAMO, {"w_mrm": 0.0, "w_mim": 0.0})}
+# name: (class, fields of its Config that make it up)
+OBJECTIVES = {
+    "mamo": (MAMO, {}),
+    "control": (MAMO, {"w_mrm": 0.0, "w_mim": 0.0}),
+    "maskvlm": (MaskVLM, {}),
+    "glscl": (GLSCL, {}),
+    "vlmae": (VLMAE, {}),
+}
 
 
 def build_model(objective: str, config: dict) -> VisionLanguageModel:
     """A fresh model of an objective from the fields of its Config."""
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective][0](Config(**config))
+    model = OBJECTIVES[objective][0]
+    strange = config.keys() - {field.name for field in dataclasses.fields(model.config_class)}
+    if strange:
+        raise ValueError(f"{', '.join(sorted(strange))} is no field of the objective {objective}: it is another one's")
+    return model(model.config_class(**config))
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageModel, Tokenizer, dict]:

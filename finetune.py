@@ -40,11 +40,12 @@ from tasks import (
     build_task,
     by_picture,
     coverage,
+    encoders_of,
     read_as,
     texts_of,
 )
 from tokenizer import Tokenizer
-from train import Run, TrainConfig, make_optimizer, resolve
+from train import FROM_TOKENIZER, Run, TrainConfig, make_optimizer, resolve
 
 
 @dataclass
@@ -126,7 +127,7 @@ class FineTune(Run):
         self.fresh = list(model.state_dict())
         if start:
             weights = {name: value for name, value in start["model"].items() if kept or not name.startswith(HEAD)}
-            self.fresh = adopt(model, weights, Config(**start["config"]), start["vocab"], tokenizer)
+            self.fresh = adopt(model, weights, encoders_of(start["config"]), start["vocab"], tokenizer)
         return tokenizer, self.frozen(model)
 
     def words(self, start: dict | None) -> Tokenizer:
@@ -272,10 +273,10 @@ def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
     )
     parser.add_argument("task", choices=TASKS)
     runtime.add_options(parser, FineConfig, skip=("task", "objective"))
-    runtime.add_options(parser, Config, skip=("vocab_size", "mask_id", "special_ids"))
+    runtime.add_options(parser, Config, skip=("vocab_size", *FROM_TOKENIZER))
     given = vars(parser.parse_args(arguments))
     given.setdefault("out", f"runs/{given['task']}")
-    return resolve(given, FineConfig)
+    return resolve(given, FineConfig, Config)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ One letter, one meaning, in shapes and einops patterns:
 import copy
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Config:
-    """Everything that decides the shape of the model and its objective; it travels inside the checkpoint."""
+    """What decides the shape of the model and the losses that every objective has; it travels inside the checkpoint."""
 
     image_size: tuple[int, int] = (32, 32)  # height and width of the picture in pixels
     patch_size: int = 8  # side of a square patch in pixels
@@ -52,15 +52,9 @@ class Config:
     fusion_depth: int = 2  # blocks of the fusion encoder
     embed_dim: int = 64  # width e of the joint embedding that ITC compares
     dropout: float = 0.0  # dropout on each residual branch
-    mask_image: float = 0.75  # share of the patches hidden in I'
-    mask_text: float = 0.25  # share of the words hidden in T'
     w_itc: float = 1.0  # weight of image-text contrast; a loss of weight 0 costs nothing
     w_itm: float = 1.0  # weight of image-text matching
-    w_mrm: float = 1.0  # weight of masked representation modelling
-    w_mim: float = 1.0  # weight of masked image modelling
     w_mlm: float = 1.0  # weight of masked language modelling
-    queue_size: int = 0  # past teacher embeddings kept as further ITC candidates; 0 = this batch only
-    ema: float = -1.0  # momentum of the teacher; -1 = from the length of the run, see ema_for
     vocab_size: int = 0  # set from the tokenizer
     mask_id: int = 4  # id of [MASK], set from the tokenizer
     special_ids: tuple[int, ...] = (0, 1, 2, 3, 4)  # ids that are never hidden, set from the tokenizer
@@ -86,18 +80,19 @@ class Config:
             raise ValueError(
                 f"width {self.width} must be a multiple of heads ({self.heads}) and of 4: change one of them"
             )
-        for name in ("mask_image", "mask_text"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a share between 0 and 1, both excluded")
         if self.patches < 2:
             raise ValueError(f"a picture of {self.image_size} is one patch of {self.patch_size}: use smaller patches")
+        for ratio in fields(self):  # the shares that an objective hides: mask_image, mask_text, ...
+            if ratio.name.startswith("mask_") and ratio.type is float and not 0 < getattr(self, ratio.name) < 1:
+                raise ValueError(
+                    f"{ratio.name} is {getattr(self, ratio.name)}: give a share between 0 and 1, both excluded"
+                )
         for name, weight in self.weights.items():
             if not weight >= 0:
                 raise ValueError(f"w_{name} is {weight}: a weight is 0 or more")
         if not any(self.weights.values()):
-            raise ValueError("every loss has weight 0: give at least one of w_itc, w_itm, w_mrm, w_mim, w_mlm a weight")
-        if self.queue_size < 0 or (self.queue_size and not self.w_itc):
-            raise ValueError(f"queue_size is {self.queue_size}: it must be 0 or more, and 0 without ITC (w_itc 0)")
+            names = ", ".join(f"w_{name}" for name in self.weights)
+            raise ValueError(f"every loss has weight 0: give at least one of {names} a weight")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,8 +106,8 @@ class Config:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each loss in the total. Eq. 6 of the paper gives all five the weight 1."""
-        return {name: getattr(self, f"w_{name}") for name in ("itc", "itm", "mrm", "mim", "mlm")}
+        """Weight of each loss in the total: the fields w_*."""
+        return {field.name[2:]: getattr(self, field.name) for field in fields(self) if field.name.startswith("w_")}
 
     @property
     def sees_whole(self) -> bool:
@@ -121,18 +116,56 @@ class Config:
 
     @property
     def hides_patches(self) -> bool:
-        """Whether any loss looks at (I', T)."""
-        return self.w_mrm > 0 or self.w_mim > 0
+        """Whether any loss looks at an image with patches behind a mask token."""
+        return False
 
     @property
     def hides_words(self) -> bool:
-        """Whether any loss looks at (I, T')."""
-        return self.w_mrm > 0 or self.w_mlm > 0
+        """Whether any loss looks at a text with hidden words."""
+        return self.w_mlm > 0
 
     @property
     def fuses(self) -> bool:
         """Whether any loss needs the fusion encoder."""
         return self.w_itm > 0 or self.hides_patches or self.hides_words
+
+
+@dataclass
+class MAMOConfig(Config):
+    """What MAMO adds. Eq. 6 of the paper gives all five losses the weight 1."""
+
+    mask_image: float = 0.75  # share of the patches hidden in I'
+    mask_text: float = 0.25  # share of the words hidden in T'
+    mask_both: bool = False  # hide both at once: one pass (I', T') in place of (I', T) and (I, T')
+    w_mrm: float = 1.0  # weight of masked representation modelling
+    w_mim: float = 1.0  # weight of masked image modelling
+    mim_target: str = "features"  # what MIM recovers: features of the teacher's image encoder, or pixels
+    queue_size: int = 0  # past teacher embeddings kept as further ITC candidates; 0 = this batch only
+    ema: float = -1.0  # momentum of the teacher; -1 = from the length of the run, see ema_for
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mim_target not in ("features", "pixels"):
+            raise ValueError(f"unknown mim_target {self.mim_target!r}: use features or pixels")
+        if self.mask_both and not (self.hides_patches and self.hides_words):
+            raise ValueError("mask_both hides patches and words at once: give w_mrm a weight, or both w_mim and w_mlm")
+        if self.queue_size < 0 or (self.queue_size and not self.w_itc):
+            raise ValueError(f"queue_size is {self.queue_size}: it must be 0 or more, and 0 without ITC (w_itc 0)")
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether any loss looks at I'."""
+        return self.w_mrm > 0 or self.w_mim > 0
+
+    @property
+    def hides_words(self) -> bool:
+        """Whether any loss looks at T'."""
+        return self.w_mrm > 0 or self.w_mlm > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss asks the teacher."""
+        return self.w_mrm > 0 or (self.w_mim > 0 and self.mim_target == "features") or self.queue_size > 0
 
 
 # `nano` is the demo on two processor cores; `tiny` suits drawings and a laptop; `small` is ViT-S/16 beside a text side
@@ -274,18 +307,29 @@ class ImageEncoder(nn.Module):
         differs: the paper does not say how a patch is hidden; here a learned token takes its place after the patch
         embedding and before the positions are added, so that the sequence keeps its length.
         """
+        return self.run_blocks(self.embed(images, patch_mask))
+
+    def embed(self, images: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """The sequence that enters the blocks: class token and patches, with their positions."""
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(
                 f"pictures of {tuple(images.shape[-2:])} pixels where (height, width) is {self.image_size}"
             )
-        p = self.patch_size
-        hidden = self.patch_embedding(rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=p, q=p))
+        hidden = self.patch_embedding(patchify(images, self.patch_size))
         if patch_mask is not None:
             hidden = torch.where(patch_mask[..., None], self.mask_token.to(hidden.dtype), hidden)
-        hidden = torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(images)), hidden], dim=1) + self.positions
+        return torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(images)), hidden], dim=1) + self.positions
+
+    def run_blocks(self, hidden: Tensor) -> Tensor:
+        """The blocks and the final norm, on a sequence (b, n, d) of any length."""
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """images (b, 3, height, width) -> (b, n, 3 * patch_size ** 2): the pixels of each patch, row by row."""
+    return rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
 
 
 class TextEncoder(nn.Module):
@@ -408,7 +452,7 @@ class HiddenWords(NamedTuple):
 
 
 def hide_words(
-    input_ids: Tensor, attention_mask: Tensor, token_noise: Tensor, replace_noise: Tensor, config: Config
+    input_ids: Tensor, attention_mask: Tensor, token_noise: Tensor, replace_noise: Tensor, ratio: float, config: Config
 ) -> HiddenWords:
     """Choose ceil(ratio * words) words of each row and replace them as BERT does.
 
@@ -419,14 +463,28 @@ def hide_words(
     Args:    input_ids, attention_mask (b, l)   attention_mask: True = real token
              token_noise (b, l)                 uniform noise; the least noisy words are chosen
              replace_noise (b, l)               uniform noise; decides [MASK], random or stay, and which random word
+             ratio                              share of the words to hide
     """
+    index, valid = choose_words(input_ids, attention_mask, token_noise, ratio, config)
+    return replace_words(input_ids, index, valid, replace_noise, config)
+
+
+def choose_words(
+    input_ids: Tensor, attention_mask: Tensor, token_noise: Tensor, ratio: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Where T' differs from T: index (b, m) and valid (b, m) of HiddenWords."""
     special = torch.tensor(config.special_ids, device=input_ids.device)
     ordinary = attention_mask & ~torch.isin(input_ids, special)
-    slots = math.ceil(config.mask_text * input_ids.shape[1])
+    slots = math.ceil(ratio * input_ids.shape[1])
     index = token_noise.masked_fill(~ordinary, 2.0).argsort(dim=1)[:, :slots]
-    chosen = (config.mask_text * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # 0.15 * 100 is 15, not 15.000001
-    valid = torch.arange(slots, device=input_ids.device) < chosen
+    chosen = (ratio * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # 0.15 * 100 is 15, not 15.000001
+    return index, torch.arange(slots, device=input_ids.device) < chosen
 
+
+def replace_words(
+    input_ids: Tensor, index: Tensor, valid: Tensor, replace_noise: Tensor, config: Config
+) -> HiddenWords:
+    """What stands in T' at index (b, m) where valid (b, m), by replace_noise (b, l)."""
     # One number decides both: below 0.8 [MASK], in [0.8, 0.9) a word drawn by where in that stretch it lies.
     draw = replace_noise.gather(1, index)
     words = config.vocab_size - len(config.special_ids)
@@ -483,11 +541,11 @@ def global_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
     return (values * valid).sum() / count.clamp(min=1e-6)
 
 
-# ------------------------------------------------------------------------------ what every objective shares: ITC, ITM
+# ------------------------------------------------------------------------- what every objective shares: ITC, ITM, MLM
 
 
 class VisionLanguageModel(nn.Module):
-    """Student encoders, temperature and matching head, with the two losses on whole pairs, and scoring."""
+    """Student encoders and heads, with the losses that every objective has, and scoring."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -501,6 +559,21 @@ class VisionLanguageModel(nn.Module):
         self.apply(init_weights)
         if self.itm_head is not None:
             nn.init.normal_(self.itm_head.weight, std=0.02)  # undecided at first
+        self.teacher: nn.Module | None = None  # an objective with a teacher makes one, see teacher_of
+
+    def make_mlm_head(self) -> None:
+        """The head of MLM, as BERT's; every objective makes it, after its own heads."""
+        d = self.config.width
+        if self.config.w_mlm > 0:
+            self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-6)).apply(init_weights)
+            self.mlm_bias = nn.Parameter(torch.zeros(self.config.vocab_size))  # the weight is the word table itself
+
+    def train(self, mode: bool = True):
+        """As nn.Module.train, but a teacher stays in evaluation mode: its targets are free of dropout."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     @property
     def temperature(self) -> Tensor:
@@ -514,6 +587,11 @@ class VisionLanguageModel(nn.Module):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (b, l), attention_mask (b, l), True = real token -> (b, l, d)"""
         return self.student.text(input_ids, attention_mask)
+
+    def encode_texts(self, texts: list[Tensor], attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """Several versions, input_ids (b, l), of the same texts in one call -> (b, l, d) of each"""
+        masks = torch.cat([attention_mask] * len(texts))
+        return self.encode_text(torch.cat(texts), masks).chunk(len(texts))
 
     def fuse(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Fused:
         """image (b, 1 + n, d), text (b, l, d), attention_mask (b, l), True = real token -> Fused"""
@@ -555,13 +633,41 @@ class VisionLanguageModel(nn.Module):
 
     def chance(self, candidates: int) -> dict[str, float]:
         """What each loss comes to for a model that knows nothing, for reading a log."""
-        return {"itc": math.log(candidates), "itm": math.log(3) - 2 / 3 * math.log(2)}
+        levels = {"itc": math.log(candidates), "itm": math.log(3) - 2 / 3 * math.log(2)}
+        levels["mlm"] = math.log(self.config.vocab_size)
+        return {name: level for name, level in levels.items() if self.weights.get(name, 0) > 0}
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Once per optimiser step: keep the temperature in ALBEF's bounds."""
         if self.log_temperature is not None:
             self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
+
+    def whole_pairs(
+        self, image: Tensor, text: Tensor, batch: dict[str, Tensor], keys: tuple | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, tuple], Tensor | None]:
+        """What ITC and ITM, as far as they have a weight, do with encoded images (b, 1 + n, d) and texts (b, l, d).
+
+        Returns: the losses so far, by name; the views that ITM wants fused; and valid, see matching_views
+        """
+        losses, views, similarity, valid = {}, {}, None, None
+        if self.config.w_itc > 0:
+            losses["itc"], similarity = self.contrast(image, text, batch, keys)
+        if self.config.w_itm > 0:
+            views, valid = self.matching_views(image, text, batch, similarity)
+        return losses, views, valid
+
+    def contrast(self, image: Tensor, text: Tensor, batch: dict[str, Tensor], keys: tuple | None = None) -> tuple:
+        """ITC of encoded images (b, 1 + n, d) and texts (b, l, d), each against the batch of all processes.
+
+        Args:    keys   other candidates in the batch's place: same, image_keys, text_keys, see loss_itc
+        Returns: the loss, and the cosines (b, b) of this process's pairs, without gradient, for draw_negatives
+        """
+        image_embed, text_embed = self.embed_image(image), self.embed_text(text)
+        keys = keys or (same_pairs(batch, True), gather(image_embed), gather(text_embed))
+        with torch.autocast(image.device.type, enabled=False):  # fp32: as in the contrast itself
+            similarity = (image_embed @ text_embed.T).detach()
+        return self.loss_itc(image_embed, text_embed, *keys), similarity
 
     def loss_itc(self, image: Tensor, text: Tensor, same: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
         """Image-text contrast: among all candidates, find one's own partner, both ways.  (as ALBEF)
@@ -595,6 +701,44 @@ class VisionLanguageModel(nn.Module):
         logits = similarity / self.temperature if self.config.w_itc > 0 else similarity
         return (logits + gumbel).masked_fill(same, float("-inf")).argmax(dim=1), ~same.all(dim=1)
 
+    def matching_views(
+        self, image: Tensor, text: Tensor, batch: dict[str, Tensor], similarity: Tensor | None
+    ) -> tuple[dict[str, tuple], Tensor]:
+        """The views of ITM for fuse_views: each pair, its text beside a hard negative image, and the reverse.
+
+        Args:    image (b, 1 + n, d), text (b, l, d)   encoded
+                 similarity (b, b)                     of images and texts; None without ITC: all negatives are alike
+        Returns: the views IT, IT- and I-T, each at its [CLS], and valid (2b,), False = no negative could be drawn
+        """
+        real, noise, same = batch["attention_mask"], batch["negative_noise"], same_pairs(batch)
+        similarity = torch.zeros_like(same, dtype=torch.float32) if similarity is None else similarity
+        captions, valid_text = self.draw_negatives(similarity, same, noise[0])
+        others, valid_image = self.draw_negatives(similarity.T, same, noise[1])
+        pair = torch.zeros_like(batch["input_ids"][:, :1])  # [CLS]
+        views = {
+            "IT": (image, text, real, pair),
+            "IT-": (image, text[captions], real[captions], pair),
+            "I-T": (image[others], text, real, pair),
+        }
+        return views, torch.cat([valid_text, valid_image])
+
+    def fuse_views(self, views: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Fuse views (image, text, attention_mask, index (b, m)) in one call -> by name (b, m, d) at the index.
+
+        The index counts in the fused sequence: [CLS] and the other tokens, then the class token and the patches.
+        """
+        if not views:
+            return {}
+        image, text, real, index = zip(*views.values(), strict=True)
+        hidden = self.student.fusion.lower_blocks(torch.cat(image), torch.cat(text), torch.cat(real))
+        rows = zip(*(part.chunk(len(views)) for part in hidden), index, strict=True)
+        return {name: self.student.fusion.last_block(*row) for name, row in zip(views, rows, strict=True)}
+
+    def matching(self, fused: dict[str, Tensor], valid: Tensor) -> Tensor:
+        """ITM of the fused views of matching_views, which stand first in each: a scalar."""
+        negative = torch.cat([fused["IT-"][:, 0], fused["I-T"][:, 0]])
+        return self.loss_itm(fused["IT"][:, 0], negative, valid)
+
     def loss_itm(self, positive: Tensor, negative: Tensor, valid: Tensor) -> Tensor:
         """Image-text matching: does the text belong to the image?  (as ALBEF)
 
@@ -607,6 +751,34 @@ class VisionLanguageModel(nn.Module):
         labels = torch.cat([valid.new_ones(len(positive)), valid.new_zeros(len(negative))]).long()
         counted = torch.cat([valid.new_ones(len(positive)), valid])
         return global_mean(F.cross_entropy(logits, labels, reduction="none"), counted)
+
+    def loss_mlm(self, at_words: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+        """Masked language modelling: the hidden words themselves.
+
+        Args:    at_words (b, m, d)   student's fused vectors at the chosen words
+                 labels (b, m)        the words that stood there
+                 valid (b, m)         True = a word was chosen for the slot
+        Returns: scalar, cross-entropy over the vocabulary; chance is ln(v)
+        """
+        # fp32: a softmax sums as many exponentials as there are words.
+        logits = F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
+        loss = F.cross_entropy(rearrange(logits, "b m v -> (b m) v"), labels.flatten(), reduction="none")
+        return global_mean(loss, valid.flatten())
+
+
+def same_pairs(batch: dict[str, Tensor], all_processes: bool = False) -> Tensor:
+    """Pairs that share an image or a caption are nobody's negatives -> bool (b, b), or (b, processes * b).
+
+    In the contrast a row's own partner stays in: among all processes the diagonal is False.
+    """
+    image_id, caption_id = batch["image_id"], batch["caption_id"]
+    if not all_processes:
+        return (image_id[:, None] == image_id) | (caption_id[:, None] == caption_id)
+    same = (image_id[:, None] == gather(image_id)) | (caption_id[:, None] == gather(caption_id))
+    rank, _ = world()
+    own = torch.arange(len(image_id), device=image_id.device)
+    same[own, own + rank * len(image_id)] = False
+    return same
 
 
 def init_weights(module: nn.Module) -> None:
@@ -624,29 +796,20 @@ def init_weights(module: nn.Module) -> None:
 class MAMO(VisionLanguageModel):
     """Masked multimodal modelling: MRM, MIM and MLM beside ITC and ITM, with a moving-average teacher."""
 
-    def __init__(self, config: Config):
+    config_class = MAMOConfig
+
+    def __init__(self, config: MAMOConfig):
         super().__init__(config)
         d = config.width
         if config.w_mrm > 0:
             # g of the MRM equation, on the student's side only, as BYOL's predictor: one for patches, one for words.
-            self.mrm_image_head, self.mrm_text_head = predictor(d), predictor(d)
-        if config.w_mim > 0:
-            self.mim_head = predictor(d)  # a deeper decoder does not help: Table 10
-        if config.w_mlm > 0:
-            self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-6)).apply(init_weights)
-            self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))  # the weight is the word table itself
-        needs_teacher = config.w_mrm > 0 or config.w_mim > 0 or config.queue_size > 0
-        if needs_teacher and not 0 <= config.ema <= 1:
-            raise ValueError(f"ema is {config.ema}: give the teacher a momentum in [0, 1], such as ema_for(steps)")
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval() if needs_teacher else None
+            self.mrm_image_head, self.mrm_text_head = predictor(d, d), predictor(d, d)
+        if config.w_mim > 0:  # a deeper decoder does not help: Table 10
+            self.mim_head = predictor(d, d if config.mim_target == "features" else 3 * config.patch_size**2)
+        self.make_mlm_head()
+        if config.needs_teacher:
+            self.teacher = teacher_of(self.student, config.ema)
         self.queue = Queue(config.queue_size, config.embed_dim) if config.queue_size > 0 else None
-
-    def train(self, mode: bool = True):
-        """As nn.Module.train, but the teacher stays in evaluation mode: its targets are free of dropout."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step of the method: every distinct input is encoded once.                     Source: MAMO Eq. 6
@@ -668,7 +831,6 @@ class MAMO(VisionLanguageModel):
         text, text_masked, words = self.encode_text_views(batch)
 
         # 2. What to recover: positions in the fused sequence [text; class token, patches].
-        pair = torch.zeros_like(input_ids[:, :1])  # [CLS]
         if config.hides_patches:
             patches = input_ids.shape[1] + 1 + patch_index
 
@@ -677,40 +839,36 @@ class MAMO(VisionLanguageModel):
         if config.w_mrm > 0:
             targets = self.teacher.fusion.last_block(*teacher["fused"], torch.cat([patches, words.index], dim=1))
 
-        # 4. Contrast of the whole image and the whole text.
-        losses = {}
-        same = same_pairs(batch)
-        similarity = torch.zeros_like(same, dtype=torch.float32)
-        if config.w_itc > 0:
-            image_embed, text_embed = self.embed_image(image), self.embed_text(text)
-            with torch.autocast(real.device.type, enabled=False):  # fp32: as in the contrast itself
-                similarity = (image_embed @ text_embed.T).detach()
-            losses["itc"] = self.contrast(image_embed, text_embed, batch, teacher)
+        # 4. Whole pairs: contrast, and the views for matching.
+        queued = None if self.queue is None else self.queued(batch, teacher)
+        losses, matching, valid = self.whole_pairs(image, text, batch, queued)
 
         # 5. The student's fusion, up to five views of the pair in one call.
         views = {}
-        if config.hides_patches:
-            views["I'T"] = image_masked, text, real, patches
-        if config.hides_words:
-            views["IT'"] = image, text_masked, real, words.index
-        if config.w_itm > 0:
-            captions, valid_text = self.draw_negatives(similarity, same, batch["negative_noise"][0])
-            others, valid_image = self.draw_negatives(similarity.T, same, batch["negative_noise"][1])
-            views["IT"] = image, text, real, pair
-            views["IT-"] = image, text[captions], real[captions], pair
-            views["I-T"] = image[others], text, real, pair
-        fused = self.fuse_views(views) if views else {}
+        if config.mask_both:
+            views["I'T'"] = image_masked, text_masked, real, torch.cat([patches, words.index], dim=1)
+        else:
+            if config.hides_patches:
+                views["I'T"] = image_masked, text, real, patches
+            if config.hides_words:
+                views["IT'"] = image, text_masked, real, words.index
+        fused = self.fuse_views(views | matching)
+        if config.mask_both:
+            fused["I'T"], fused["IT'"] = fused["I'T'"].split([patches.shape[1], words.index.shape[1]], dim=1)
 
         # 6. Matching, and the recovery of what was hidden.
         if config.w_itm > 0:
-            negative = torch.cat([fused["IT-"], fused["I-T"]]).squeeze(1)
-            losses["itm"] = self.loss_itm(fused["IT"].squeeze(1), negative, torch.cat([valid_text, valid_image]))
+            losses["itm"] = self.matching(fused, valid)
         if config.w_mrm > 0:
             patch_target, word_target = normalised(targets).split([patch_index.shape[1], words.index.shape[1]], dim=1)
             losses["mrm"] = self.loss_mrm(fused["I'T"], patch_target, fused["IT'"], word_target, words.valid)
             losses["target_cosine"] = spread(patch_target)
         if config.w_mim > 0:
-            losses["mim"] = self.loss_mim(fused["I'T"], normalised(at(teacher["image"], 1 + patch_index)))
+            if config.mim_target == "features":
+                target = normalised(at(teacher["image"], 1 + patch_index))
+            else:
+                target = at(patchify(batch["images"], config.patch_size), patch_index)
+            losses["mim"] = self.loss_mim(fused["I'T"], target)
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["IT'"], words.labels, words.valid)
         return losses
@@ -719,7 +877,7 @@ class MAMO(VisionLanguageModel):
         """I and I' (b, 1 + n, d) in one call, and the hidden patches (b, m); only what a loss asks for."""
         config, noise = self.config, batch["patch_noise"]
         masks, patch_index = [], None
-        if config.sees_whole or config.hides_words:
+        if config.sees_whole or (config.hides_words and not config.mask_both):
             masks.append(torch.zeros_like(noise, dtype=torch.bool))
         if config.hides_patches:
             patch_index, patch_mask = hide_patches(noise, config.mask_image)
@@ -732,12 +890,12 @@ class MAMO(VisionLanguageModel):
         """T and T' (b, l, d) in one call, and the hidden words; only what a loss asks for."""
         config, input_ids, real = self.config, batch["input_ids"], batch["attention_mask"]
         texts, words = [], None
-        if config.sees_whole or config.hides_patches:
+        if config.sees_whole or (config.hides_patches and not config.mask_both):
             texts.append(input_ids)
         if config.hides_words:
-            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config)
+            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
             texts.append(words.input_ids)
-        views = self.encode_text(torch.cat(texts), torch.cat([real] * len(texts))).chunk(len(texts))
+        views = self.encode_texts(texts, real)
         return views[0], views[-1], words
 
     @torch.no_grad()
@@ -752,32 +910,20 @@ class MAMO(VisionLanguageModel):
             seen["fused"] = self.teacher.fusion.lower_blocks(seen["image"], seen["text"], batch["attention_mask"])
         return seen
 
-    def contrast(self, image_embed: Tensor, text_embed: Tensor, batch: dict[str, Tensor], teacher: dict) -> Tensor:
-        """ITC against this batch of all processes or, with a queue, against the teacher's view of it and of past ones.
+    def queued(self, batch: dict[str, Tensor], teacher: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates of ITC with a queue: the teacher's view of this batch and of past ones, see loss_itc.
 
         differs: the paper's queue is not known to us; off by default, as in-batch candidates suit small runs.
         """
-        if self.queue is None:
-            return self.loss_itc(
-                image_embed, text_embed, same_pairs(batch, True), gather(image_embed), gather(text_embed)
-            )
         keys = [gather(self.teacher.embed_image(teacher["image"])), gather(self.teacher.embed_text(teacher["text"]))]
         ids = [gather(batch["image_id"]), gather(batch["caption_id"])]
         queue = self.queue
         left_out = (batch["image_id"][:, None] == queue.image_id) | (batch["caption_id"][:, None] == queue.caption_id)
         same = torch.cat([same_pairs(batch, True), left_out | ~queue.filled], dim=1)
-        image_keys, text_keys = torch.cat([keys[0], queue.image]), torch.cat([keys[1], queue.text])
-        loss = self.loss_itc(image_embed, text_embed, same, image_keys, text_keys)
+        candidates = torch.cat([keys[0], queue.image]), torch.cat([keys[1], queue.text])
         if self.training:
             queue.push(*keys, *ids)
-        return loss
-
-    def fuse_views(self, views: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Fuse views (image, text, attention_mask, index (b, m)) in one call -> by name (b, m, d) at the index."""
-        image, text, real, index = zip(*views.values(), strict=True)
-        hidden = self.student.fusion.lower_blocks(torch.cat(image), torch.cat(text), torch.cat(real))
-        rows = zip(*(part.chunk(len(views)) for part in hidden), index, strict=True)
-        return {name: self.student.fusion.last_block(*row) for name, row in zip(views, rows, strict=True)}
+        return same, *candidates
 
     def loss_mrm(
         self, at_patches: Tensor, patch_target: Tensor, at_words: Tensor, word_target: Tensor, valid: Tensor
@@ -802,45 +948,46 @@ class MAMO(VisionLanguageModel):
         L = mean over M_I of |h(f(I', T)) - sg v_teacher(I)|
 
         Args:    at_patches (b, m, d)   student's fused vectors at the hidden patches
-                 target (b, m, d)       teacher's image encoder there, layer-normalised, no gradient
-        Returns: scalar, mean over positions and features; about 0.8 if the student knows nothing
+                 target (b, m, d)       teacher's image encoder there, layer-normalised, no gradient; or raw pixels,
+                                        which are a weaker target: Table 9
+        Returns: scalar, mean over positions and features; about 0.8 if the student knows nothing of the features
         """
         return global_mean((self.mim_head(at_patches).float() - target).abs())
 
-    def loss_mlm(self, at_words: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Masked language modelling: the hidden words themselves.
-
-        Args:    at_words (b, m, d)   student's fused vectors at the chosen words
-                 labels (b, m)        the words that stood there
-                 valid (b, m)         True = a word was chosen for the slot
-        Returns: scalar, cross-entropy over the vocabulary; chance is ln(v)
-        """
-        # fp32: a softmax sums as many exponentials as there are words.
-        logits = F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
-        loss = F.cross_entropy(rearrange(logits, "b m v -> (b m) v"), labels.flatten(), reduction="none")
-        return global_mean(loss, valid.flatten())
-
     @torch.no_grad()
     def after_step(self) -> None:
-        """Once per optimiser step: as above, then move the teacher towards the student.
-
-        teacher <- ema * teacher + (1 - ema) * student        fp32: in bf16 a move of 0.5 % would be rounded away
-        """
+        """Once per optimiser step: as above, then move the teacher towards the student."""
         super().after_step()
         if self.teacher is not None:
-            for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                ours.lerp_(theirs, 1 - self.config.ema)
+            move_teacher(self.teacher, self.student, self.config.ema)
 
     def chance(self, candidates: int) -> dict[str, float]:
         """As above, with the queue among the candidates, and of the masked losses."""
         levels = super().chance(candidates + self.config.queue_size)
-        levels |= {"mrm": 2.0, "mim": math.sqrt(2 / math.pi), "mlm": math.log(self.config.vocab_size)}
-        return {name: level for name, level in levels.items() if self.config.weights[name] > 0}
+        if self.config.w_mrm > 0:
+            levels["mrm"] = 2.0
+        if self.config.w_mim > 0 and self.config.mim_target == "features":
+            levels["mim"] = math.sqrt(2 / math.pi)
+        return levels
 
 
-def predictor(width: int) -> nn.Sequential:
+def teacher_of(student: nn.Module, ema: float) -> nn.Module:
+    """A copy of the student, or of a part of it, that takes no gradient and is in evaluation mode."""
+    if not 0 <= ema <= 1:
+        raise ValueError(f"ema is {ema}: give the teacher a momentum in [0, 1], such as ema_for(steps)")
+    return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def move_teacher(teacher: nn.Module, student: nn.Module, ema: float) -> None:
+    """teacher <- ema * teacher + (1 - ema) * student        fp32: in bf16 a move of 0.5 % would be rounded away"""
+    for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        ours.lerp_(theirs, 1 - ema)
+
+
+def predictor(width: int, out: int) -> nn.Sequential:
     """Two-layer MLP. differs: the paper says "non-linear projector" and "MLP" and gives no sizes."""
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)).apply(init_weights)
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, out)).apply(init_weights)
 
 
 def normalised(target: Tensor) -> Tensor:
@@ -857,21 +1004,6 @@ def spread(target: Tensor) -> Tensor:
     unit = F.normalize(rearrange(target, "b m d -> (b m) d"), dim=-1)
     count = len(unit)
     return (unit.sum(dim=0).square().sum() - count) / (count * (count - 1))
-
-
-def same_pairs(batch: dict[str, Tensor], all_processes: bool = False) -> Tensor:
-    """Pairs that share an image or a caption are nobody's negatives -> bool (b, b), or (b, processes * b).
-
-    In the contrast a row's own partner stays in: among all processes the diagonal is False.
-    """
-    image_id, caption_id = batch["image_id"], batch["caption_id"]
-    if not all_processes:
-        return (image_id[:, None] == image_id) | (caption_id[:, None] == caption_id)
-    same = (image_id[:, None] == gather(image_id)) | (caption_id[:, None] == gather(caption_id))
-    rank, _ = world()
-    own = torch.arange(len(image_id), device=image_id.device)
-    same[own, own + rank * len(image_id)] = False
-    return same
 
 
 class Queue(nn.Module):

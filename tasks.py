@@ -233,8 +233,14 @@ def read_as(task: str) -> str:
 
 def build_task(head: Head, shape: dict) -> Retrieval | Classifier:
     """A fresh model of a task from the fields of the Config that its encoders were pre-trained with."""
-    none = {"w_itc": 0.0, "w_itm": 0.0, "w_mrm": 0.0, "w_mim": 0.0, "w_mlm": 0.0, "queue_size": 0}
-    return TASKS[head.task](Config(**(shape | none | dict.fromkeys(TASKS[head.task].losses, 1.0))), head)
+    none = {"w_itc": 0.0, "w_itm": 0.0, "w_mlm": 0.0}
+    config = encoders_of(shape | none | dict.fromkeys(TASKS[head.task].losses, 1.0))
+    return TASKS[head.task](config, head)
+
+
+def encoders_of(shape: dict) -> Config:
+    """Of the fields of an objective's Config those that every objective has: its encoders."""
+    return Config(**{field.name: shape[field.name] for field in dataclasses.fields(Config) if field.name in shape})
 
 
 def answers_of(task: str, rows: list[dict], most: int) -> list[str]:

@@ -89,6 +89,7 @@ class Tokenizer:
                 raise ValueError(f"entry {i} of the vocabulary is {token!r}: it must be one line that is not empty")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self._ids[t] for t in SPECIAL_TOKENS)
         self.special_ids = tuple(sorted(self._ids[t] for t in SPECIAL_TOKENS))
+        self.continuation_ids = tuple(id for token, id in self._ids.items() if token.startswith("##"))
         self._cache: dict[str, list[str]] = {}  # training reads the same captions again and again
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@
     python train.py --data my/pairs.jsonl --val my/val.jsonl --preset small --epochs 40 --augment photo --out runs/mine
     python train.py --w-mrm 0                                   an ablation: a loss of weight 0 costs nothing
     python train.py --objective control                         ITC + ITM + MLM, no teacher
+    python train.py --objective glscl --out runs/glscl          a sibling objective; --help then lists its options
     python train.py --out runs/mine --resume                    go on after Ctrl-C or a crash
     torchrun --nproc-per-node 8 train.py --preset base ...      the same run on eight GPUs
 
@@ -45,7 +46,7 @@ class TrainConfig:
     data: list[str] = field(default_factory=lambda: ["data/scenes/pairs_train.jsonl"])  # JSONL files to train on
     val: list[str] = field(default_factory=list)  # JSONL files to evaluate on; without: pairs_val.jsonl beside data
     out: str = "runs/demo"  # run folder
-    objective: str = "mamo"  # mamo, or control = ITC + ITM + MLM
+    objective: str = "mamo"  # mamo, control = ITC + ITM + MLM, or a sibling: maskvlm, glscl, vlmae
     preset: str = "nano"  # sizes: nano, tiny, small or base
     vocab: str = ""  # vocab.txt to use; without: built from the captions
     steps: int = 2750  # optimiser steps
@@ -96,6 +97,7 @@ class TrainConfig:
 # Options that may change when a run goes on, because they do not change what it computes, up to rounding.
 FREE_ON_RESUME = {"out", "workers", "device", "precision", "compile", "grad_checkpointing", "check", "resume"}
 FREE_ON_RESUME |= {"log_every", "eval_every", "save_every"}
+FROM_TOKENIZER = ("mask_id", "special_ids", "continuation_ids")  # fields of a Config that are no options, as vocab_size
 
 
 def parts_for(batch_size: int, processes: int) -> int:
@@ -154,7 +156,8 @@ class Run:
     script = "train.py"  # the command that takes a run up again
 
     def __init__(self, config: TrainConfig, sizes: dict, device: torch.device | None = None):
-        """config: the run's options; sizes: fields of mamo.Config that override the preset's; device: this process's"""
+        """config: the run's options; sizes: fields of the model's Config that override the preset's; device: this
+        process's"""
         self.config, self.out, self.device = config, Path(config.out), device or runtime.pick_device(config.device)
         self.rank, self.world = world()
         path = self.out / "checkpoint.pt"
@@ -229,18 +232,21 @@ class Run:
         return Tokenizer.build(self.texts()).vocab
 
     def new_shape(self, tokenizer: Tokenizer, sizes: dict) -> dict:
-        """Fields of mamo.Config: the preset's, the objective's, the user's, and what follows from the tokenizer and the
-        length of the run."""
+        """Fields of the model's Config: the preset's, the objective's, the user's, and what follows from the tokenizer
+        and the length of the run."""
         config = self.config
         shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | sizes
-        if shape.get("ema", -1) < 0:
+        shape["vocab_size"] = len(tokenizer)
+        has = {field.name for field in dataclasses.fields(OBJECTIVES[config.objective][0].config_class)}
+        shape |= {name: getattr(tokenizer, name) for name in FROM_TOKENIZER if name in has}
+        if "ema" in has and shape.get("ema", -1) < 0:
             shape["ema"] = ema_for(config.steps)
-        words = {"vocab_size": len(tokenizer), "mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
-        return shape | words
+        return shape
 
     def name(self) -> str:
         """What is trained, for the first line."""
-        return f"{self.config.objective} {self.config.preset}, teacher {self.model.config.ema:.4f}"
+        teacher = "no teacher" if self.model.teacher is None else f"teacher {self.model.config.ema:.4f}"
+        return f"{self.config.objective} {self.config.preset}, {teacher}"
 
     def texts(self) -> Iterator[str]:
         """All texts of the training rows."""
@@ -418,13 +424,28 @@ def plain(value):
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     """Command line -> the run's options and the model's sizes that override the preset's."""
+    config_class = OBJECTIVES[objective_of(arguments)][0].config_class
     parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runtime.add_options(parser, TrainConfig)
-    runtime.add_options(parser, Config, skip=("vocab_size", "mask_id", "special_ids"))
-    return resolve(vars(parser.parse_args(arguments)), TrainConfig)
+    runtime.add_options(parser, config_class, skip=("vocab_size", *FROM_TOKENIZER))
+    return resolve(vars(parser.parse_args(arguments)), TrainConfig, config_class)
 
 
-def resolve(given: dict, config_class: type[TrainConfig]) -> tuple[TrainConfig, dict]:
+def objective_of(arguments: list[str] | None) -> str:
+    """The objective that a command line names, or that of the run which it takes up: it decides what options there
+    are."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--objective", default="")
+    first.add_argument("--out", default=TrainConfig.out)
+    first.add_argument("--resume", action="store_true")
+    given, _ = first.parse_known_args(arguments)
+    checkpoint = Path(given.out) / "checkpoint.pt"
+    if given.resume and checkpoint.is_file():
+        return runtime.load_checkpoint(checkpoint)["objective"]
+    return given.objective if given.objective in OBJECTIVES else TrainConfig.objective
+
+
+def resolve(given: dict, config_class: type[TrainConfig], model_class: type[Config]) -> tuple[TrainConfig, dict]:
     """What was given on the command line -> options and sizes; a resumed run takes its options from its checkpoint."""
     run_fields = {f.name for f in dataclasses.fields(config_class)}
     options = {name: value for name, value in given.items() if name in run_fields}
@@ -436,7 +457,7 @@ def resolve(given: dict, config_class: type[TrainConfig]) -> tuple[TrainConfig, 
             command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
             raise ValueError(f"{checkpoint} is a run of {command}: take it up with that, or give another --out")
         # The defaults come first, for options that are younger than the checkpoint.
-        before = dataclasses.asdict(config_class()) | vars(Config()) | saved["train"] | saved["config"]
+        before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
         changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]
         if changed:
             was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)

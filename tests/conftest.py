@@ -1,5 +1,6 @@
 """What the tests share: a very small model, batches of random but valid pairs, and eval.py as a command."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor
 
 import eval as evaluation
 import runtime
-from mamo import MAMO, Config
+from eval import OBJECTIVES
+from mamo import MAMO, MAMOConfig, VisionLanguageModel
 
 # The models of the tests are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -20,12 +22,23 @@ ORDINARY = [i for i in range(VOCAB) if i not in (PAD, CLS, SEP, UNK, MASK)]
 LOSSES = ("itc", "itm", "mrm", "mim", "mlm")
 
 
-def tiny_config(**changes) -> Config:
-    """A model of 4 rows and 6 columns of patches: higher than wide or wider than high is not the same."""
-    sizes = {"image_size": (16, 24), "patch_size": 4, "max_tokens": 16, "width": 16, "heads": 2, "embed_dim": 8}
-    depths = {"image_depth": 2, "text_depth": 2, "fusion_depth": 2}
-    words = {"vocab_size": VOCAB, "mask_id": MASK, "special_ids": (PAD, CLS, SEP, UNK, MASK)}
-    return Config(**(sizes | depths | words | {"ema": 0.9} | changes))
+# 4 rows and 6 columns of patches: higher than wide or wider than high is not the same.
+TINY = {"image_size": (16, 24), "patch_size": 4, "max_tokens": 16, "width": 16, "heads": 2, "embed_dim": 8}
+TINY |= {"image_depth": 2, "text_depth": 2, "fusion_depth": 2}
+TINY |= {"vocab_size": VOCAB, "mask_id": MASK, "special_ids": (PAD, CLS, SEP, UNK, MASK)}
+
+
+def tiny_config(**changes) -> MAMOConfig:
+    """A very small MAMO."""
+    return MAMOConfig(**(TINY | {"ema": 0.9} | changes))
+
+
+def tiny_objective(name: str, seed: int = 0, noise: float = 0.15, **changes) -> VisionLanguageModel:
+    """A very small model of any objective, in training mode, moved by noise as tiny_model."""
+    model, fixed = OBJECTIVES[name]
+    teacher = {"ema": 0.9} if any(field.name == "ema" for field in dataclasses.fields(model.config_class)) else {}
+    torch.manual_seed(seed)
+    return moved(model(model.config_class(**(TINY | fixed | teacher | changes))).train(), noise)
 
 
 def only(*losses: str) -> dict[str, float]:
@@ -33,7 +46,7 @@ def only(*losses: str) -> dict[str, float]:
     return {f"w_{name}": float(name in losses) for name in LOSSES}
 
 
-def tiny_model(config: Config | None = None, seed: int = 0, noise: float = 0.15) -> MAMO:
+def tiny_model(config: MAMOConfig | None = None, seed: int = 0, noise: float = 0.15) -> MAMO:
     """A model in training mode, every parameter of student and teacher moved by random noise.
 
     A fresh model has many zeros and a teacher equal to its student: swapped type embeddings, a forgotten bias or the
@@ -51,7 +64,7 @@ def moved(model: torch.nn.Module, noise: float = 0.15):
     return model
 
 
-def tiny_batch(config: Config, b: int = 5, l: int = 11, seed: int = 0) -> dict[str, Tensor]:  # noqa: E741
+def tiny_batch(config: MAMOConfig, b: int = 5, l: int = 11, seed: int = 0) -> dict[str, Tensor]:  # noqa: E741
     """b random pairs of l tokens, with all noise; the first caption fills the row, the second has a single word.
 
     Every third caption has an [UNK] among its words. Images and captions are all different.

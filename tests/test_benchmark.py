@@ -1,17 +1,19 @@
 """The benchmark compares like with like, and its formula counts what a step does."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
-from conftest import only, tiny_config
+from conftest import only, tiny_objective
 from helpers import write_squares
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import runtime
-from benchmark import backward, flops_of_step, random_batch, ratios, row_of, separate_losses
-from mamo import MAMO, Config, record_attention
+from benchmark import backward, random_batch, ratios, row_of, separate_losses
+from costs import flops_of_step
+from mamo import MAMO, MAMOConfig, record_attention
 
 SIZES = {"image_size": (16, 16), "patch_size": 8, "width": 16, "heads": 2, "embed_dim": 8}
 DEPTHS = {"image_depth": 1, "text_depth": 1, "fusion_depth": 1}
@@ -27,33 +29,45 @@ def run(monkeypatch, *arguments: str) -> None:
     runtime.guarded(benchmark.main)
 
 
+MAMOS = [
+    only("itc", "itm", "mrm", "mim", "mlm"),
+    only("itc"),
+    only("itc", "itm"),
+    only("itc", "itm", "mlm"),
+    only("itc", "itm", "mrm", "mlm"),
+    only("mim", "mlm"),
+    only("mrm"),
+    only("itc", "mim") | {"queue_size": 7},
+    only("itc", "itm", "mlm") | {"queue_size": 7, "image_depth": 1, "fusion_depth": 3, "mask_image": 0.6},
+    {"mask_both": True},
+    {"mask_both": True, "w_itc": 0.0, "w_itm": 0.0},
+    {"mim_target": "pixels", "w_mrm": 0.0},
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("objective", "changes"),
     [
-        only("itc", "itm", "mrm", "mim", "mlm"),
-        only("itc"),
-        only("itc", "itm"),
-        only("itc", "itm", "mlm"),
-        only("itc", "itm", "mrm", "mlm"),
-        only("mim", "mlm"),
-        only("mrm"),
-        only("itc", "mim") | {"queue_size": 7},
-        only("itc", "itm", "mlm") | {"queue_size": 7, "image_depth": 1, "fusion_depth": 3, "mask_image": 0.6},
+        *product(["mamo"], MAMOS),
+        ("control", {}),
+        *product(["maskvlm"], [{}, {"w_mim": 0.0}, {"w_mlm": 0.0}, {"w_itm": 0.0, "mask_unit": 1, "decoder_depth": 1}]),
+        *product(["glscl"], [{}, {"w_mltc": 0.0}, {"w_mgsc": 0.0}, {"w_mlm": 0.0}, {"w_mltc": 0.0, "w_mgsc": 0.0}]),
+        *product(["vlmae"], [{}, {"w_rmim": 0.0}, {"w_ifr": 0.0}, {"w_itm": 0.0}, {"w_mlm": 0.0, "w_itc": 0.0}]),
     ],
-    ids=lambda changes: " ".join(name for name, value in changes.items() if value),
+    ids=lambda part: part if isinstance(part, str) else " ".join(f"{name}={value}" for name, value in part.items()),
 )
-def test_the_formula_counts_the_operations_that_torch_counts(changes):
+def test_the_formula_counts_the_operations_that_torch_counts(objective, changes):
     """On the explicit attention path, because torch's counter sees nothing in the fused one of a CPU."""
-    config = tiny_config(**changes)
-    model, batch = MAMO(config), random_batch(config, 5, 11)
+    model = tiny_objective(objective, **changes)
+    batch = random_batch(model.config, 5, 11)
     with record_attention(model), FlopCounterMode(display=False) as counter:
-        backward(model(batch), config)
-    assert sum(flops_of_step(config, 5, 11).values()) == counter.get_total_flops()
+        backward(model(batch), model.config)
+    assert sum(flops_of_step(model.config, 5, 11).values()) == counter.get_total_flops()
 
 
 def test_separate_passes_give_the_same_losses_and_gradients():
     torch.manual_seed(0)
-    config = Config(image_size=(16, 16), patch_size=4, width=16, heads=2, embed_dim=8, vocab_size=60, ema=0.9)
+    config = MAMOConfig(image_size=(16, 16), patch_size=4, width=16, heads=2, embed_dim=8, vocab_size=60, ema=0.9)
     model, batch = MAMO(config), random_batch(config, 6, 9)
     found = []
     for losses in (model(batch), separate_losses(model, batch, "passes"), separate_losses(model, batch)):

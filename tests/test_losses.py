@@ -451,7 +451,7 @@ def test_the_words_of_least_noise_are_hidden_in_the_right_number(ratio: float):
     config = tiny_config(mask_text=ratio)
     batch = tiny_batch(config, b=60, l=14, seed=3)
     ids, real = batch["input_ids"], batch["attention_mask"]
-    words = hide_words(ids, real, batch["token_noise"], batch["replace_noise"], config)
+    words = hide_words(ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
     assert words.index.shape == words.labels.shape == words.valid.shape == (60, math.ceil(ratio * 14))
     for i, chosen in enumerate(chosen_of(words)):
         row, length = ids[i].tolist(), int(real[i].sum())
@@ -468,7 +468,9 @@ def test_a_text_without_words_hides_nothing():
     batch = tiny_batch(config, b=3, l=8)
     batch["input_ids"][1] = torch.tensor([2, UNK, UNK, 3, PAD, PAD, PAD, PAD])
     batch["attention_mask"] = batch["input_ids"] != PAD
-    words = hide_words(*(batch[k] for k in ("input_ids", "attention_mask", "token_noise", "replace_noise")), config)
+    words = hide_words(
+        *(batch[k] for k in ("input_ids", "attention_mask", "token_noise", "replace_noise")), config.mask_text, config
+    )
     assert not words.valid[1].any() and words.valid[0].any()
     assert torch.equal(words.input_ids[1], batch["input_ids"][1])
     losses = tiny_model(config)(batch)
@@ -479,10 +481,10 @@ def test_word_masks_depend_on_the_order_of_the_noise_only():
     config = tiny_config()
     batch = tiny_batch(config, b=20, l=14)
     given = batch["input_ids"], batch["attention_mask"]
-    words = hide_words(*given, batch["token_noise"], batch["replace_noise"], config)
-    moved = hide_words(*given, batch["token_noise"] ** 3 * 0.5, batch["replace_noise"], config)
+    words = hide_words(*given, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
+    moved = hide_words(*given, batch["token_noise"] ** 3 * 0.5, batch["replace_noise"], config.mask_text, config)
     assert chosen_of(words) == chosen_of(moved) and torch.equal(words.input_ids, moved.input_ids)
-    other = hide_words(*given, 1 - batch["token_noise"], batch["replace_noise"], config)
+    other = hide_words(*given, 1 - batch["token_noise"], batch["replace_noise"], config.mask_text, config)
     assert chosen_of(words) != chosen_of(other)
 
 
@@ -491,7 +493,9 @@ def test_padding_hides_no_other_words(extra: int):
     config = tiny_config()
     batch = tiny_batch(config, b=30, l=13)
     names = ("input_ids", "attention_mask", "token_noise", "replace_noise")
-    short, long = (hide_words(*(x[k] for k in names), config) for x in (batch, lengthen(batch, extra)))
+    short, long = (
+        hide_words(*(x[k] for k in names), config.mask_text, config) for x in (batch, lengthen(batch, extra))
+    )
     assert chosen_of(short) == chosen_of(long)
     assert torch.equal(long.input_ids[:, :13], short.input_ids) and (long.input_ids[:, 13:] == PAD).all()
 
@@ -502,7 +506,7 @@ def many_hidden(config, count: int = 2000):
     ordinary = torch.tensor([i for i in range(config.vocab_size) if i not in config.special_ids])
     ids = ordinary[torch.randint(len(ordinary), (count, 40), generator=draw)]
     noise = torch.rand(2, count, 40, generator=draw)
-    words = hide_words(ids, torch.ones_like(ids, dtype=torch.bool), noise[0], noise[1], config)
+    words = hide_words(ids, torch.ones_like(ids, dtype=torch.bool), noise[0], noise[1], config.mask_text, config)
     assert words.valid.all()
     return words.labels.flatten(), words.input_ids.gather(1, words.index).flatten()
 
@@ -531,7 +535,9 @@ def test_every_word_of_a_large_vocabulary_can_be_drawn():
     config = tiny_config(vocab_size=v, special_ids=(0, 1, 2, 3, v - 1), mask_id=3, mask_text=0.9999999)
     stretch = torch.linspace(0.8, 0.9, 2 * v + 1)[:-1].reshape(1, -1)
     ids = torch.full_like(stretch, 9, dtype=torch.long)
-    words = hide_words(ids, torch.ones_like(ids, dtype=torch.bool), torch.rand_like(stretch), stretch, config)
+    words = hide_words(
+        ids, torch.ones_like(ids, dtype=torch.bool), torch.rand_like(stretch), stretch, config.mask_text, config
+    )
     drawn = words.input_ids[words.input_ids != 9].bincount(minlength=v)
     assert drawn[4] > 0 and drawn[-2] > 0 and drawn[-1] == 0 and not drawn[:4].any()
     assert (drawn[4:-1] > 0).float().mean() > 0.9 and drawn.max() < 10

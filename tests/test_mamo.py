@@ -24,7 +24,19 @@ from conftest import (
 )
 from torch import Tensor, nn
 
-from mamo import MAMO, PRESETS, Attention, Block, Config, Queue, at, ema_for, hide_patches, hide_words, record_attention
+from mamo import (
+    MAMO,
+    PRESETS,
+    Attention,
+    Block,
+    MAMOConfig,
+    Queue,
+    at,
+    ema_for,
+    hide_patches,
+    hide_words,
+    record_attention,
+)
 
 SUBSETS = [names for size in range(1, 6) for names in itertools.combinations(LOSSES, size)]
 HEADS = ("mrm_image_head", "mrm_text_head", "mim_head", "mlm_head")
@@ -66,12 +78,12 @@ def watch(model: MAMO, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             handle.remove()
 
 
-def hidden_words(config: Config, batch: dict[str, Tensor]):
+def hidden_words(config: MAMOConfig, batch: dict[str, Tensor]):
     names = ("input_ids", "attention_mask", "token_noise", "replace_noise")
-    return hide_words(*(batch[name] for name in names), config)
+    return hide_words(*(batch[name] for name in names), config.mask_text, config)
 
 
-def with_pixels(config: Config, batch: dict[str, Tensor], patch_mask: Tensor, seed: int = 0) -> dict[str, Tensor]:
+def with_pixels(config: MAMOConfig, batch: dict[str, Tensor], patch_mask: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """The batch with new random pixels in the patches where patch_mask (b, n) is True; written with plain loops."""
     images, p, columns = batch["images"].clone(), config.patch_size, config.grid[1]
     draw = torch.Generator().manual_seed(seed)
@@ -719,9 +731,9 @@ def test_the_order_of_words_and_of_patches_matters():
 
 def test_presets_are_valid():
     for name, sizes in PRESETS.items():
-        config = Config(vocab_size=30522, **sizes)
+        config = MAMOConfig(vocab_size=30522, **sizes)
         assert config.patches == config.grid[0] * config.grid[1] > 1, name
-    base = Config(**PRESETS["base"])
+    base = MAMOConfig(**PRESETS["base"])
     assert (base.width, base.heads, base.image_depth, base.text_depth, base.fusion_depth) == (768, 12, 12, 6, 6)
     assert base.weights == dict.fromkeys(LOSSES, 1.0) and (base.mask_image, base.mask_text) == (0.75, 0.25)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune import FineConfig
-from mamo import Config
+from mamo import MAMOConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ def options_of(script: str) -> set[str]:
     declared = set(re.findall(r'"(--[a-z0-9-]+)"', (ROOT / script).read_text(encoding="utf-8")))
     own = {"train.py": TrainConfig, "finetune.py": FineConfig}
     if script in own:
-        fields = [field.name for config in (own[script], Config) for field in dataclasses.fields(config)]
+        fields = [field.name for config in (own[script], MAMOConfig) for field in dataclasses.fields(config)]
         declared |= {"--" + name.replace("_", "-") for name in fields}
     return declared
 

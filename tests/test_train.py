@@ -31,7 +31,7 @@ import runtime
 import train
 from data import TwinBatches, read_rows
 from eval import load_model
-from mamo import MAMO, Config
+from mamo import MAMO, MAMOConfig
 from train import TrainConfig, learning_rate, parse
 
 LOSSES = ["itc", "itm", "mrm", "mim", "mlm"]
@@ -464,7 +464,7 @@ def test_a_run_folder_holds_config_log_and_checkpoint(data, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.csv", "checkpoint.pt"}
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["train"].keys() == {field.name for field in dataclasses.fields(TrainConfig)}
-    assert config["model"].keys() == {field.name for field in dataclasses.fields(Config)}
+    assert config["model"].keys() == {field.name for field in dataclasses.fields(MAMOConfig)}
     assert config["train"]["lr"] == 0.003 and config["model"]["image_size"] == [16, 24]
     with open(tmp_path / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -602,7 +602,7 @@ def test_help_lists_every_option_with_its_words_and_default(capsys):
     assert end.value.code == 0
     listed = re.sub(r"\s", "", capsys.readouterr().out)
     count = 0
-    for config in (TrainConfig, Config):
+    for config in (TrainConfig, MAMOConfig):
         comments = runtime.field_comments(config)
         for field in dataclasses.fields(config):
             name = f"--{field.name.replace('_', '-')}"

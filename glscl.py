@@ -1,0 +1,156 @@
+"""GLSCL: global and local semantic completion learning, a sibling of MAMO on the same encoders.
+
+The paper: Tu et al., arXiv 2306.07096; before it SCL, CVPR 2023, arXiv 2211.13437, which is GLSCL with --w-mltc 0. Its
+answer to "recover what?" is: the meaning, as another pass of the same network sees it, and told from all others.
+
+    MGSC   global: the image's class token from (I', T), where I' lacks 80 % of its patches, shall be that from (I, T'),
+           and the text's [CLS] from (I, T'), where T' lacks 40 % of its words, shall be that from (I', T)
+    MLTC   local: so shall the tokens at hidden patches, from (I'', T), and those at hidden words, from (I, T')
+    MLM    15 % of the words, whole ones. ITC, ITM as everywhere.
+
+Each pass has whole what the other one lacks, so the two are each other's target, detached, and no teacher is needed.
+What differs from MAMO's MRM: the target is this network itself in place of its moving average, on a pair with the other
+half hidden in place of a whole pair, and the distance is contrast: being near to the target is worth nothing where all
+targets are near to it. With less than about 64 pairs in a batch there is little to tell the target from.
+
+How this differs from the paper and its release, so that a comparison isolates the objective:
+    - one stream of fusion in place of co-attention; a shared, fresh text and image encoder in place of RoBERTa and CLIP
+    - [CLS] and class token of the one stream are compared, and ITM reads [CLS] alone
+    - ITM takes hard negatives as ALBEF, where the release draws images at random
+    - T' hides ceil(0.4 * words), where the release draws with repetition and hides about a third
+    - I' and I'', T' and the text of MLM come from one noise each, so the smaller choice lies within the larger
+    - patches are contrasted among all processes, in the release within each
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mamo import Config, VisionLanguageModel, hide_patches, hide_words
+from masking import drop_patches, encode_visible, hide_whole_words, nce
+
+
+@dataclass
+class GLSCLConfig(Config):
+    """What GLSCL adds; ratios, weights and temperature are those of the release."""
+
+    mask_drop: float = 0.8  # share of the patches dropped from I', for MGSC
+    mask_image: float = 0.3  # share of the patches behind a mask token in I'', for MLTC
+    mask_completion: float = 0.4  # share of the words hidden in T', for MGSC and MLTC
+    mask_text: float = 0.15  # share of the words hidden for MLM
+    completion_temperature: float = 0.03  # of MGSC and MLTC, fixed
+    w_mgsc: float = 1.0  # weight of masked global semantic completion
+    w_mltc: float = 0.2  # weight of masked local token completion; 0 makes it SCL
+    continuation_ids: tuple[int, ...] = ()  # ids of pieces that go on with a word (##), set from the tokenizer
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.continuation_ids = tuple(self.continuation_ids)
+        if not self.completion_temperature > 0:
+            raise ValueError(f"completion_temperature is {self.completion_temperature}: give more than 0")
+
+    @property
+    def completes(self) -> bool:
+        """Whether any loss compares (I', T) with (I, T')."""
+        return self.w_mgsc > 0 or self.w_mltc > 0
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether any loss looks at I''."""
+        return self.w_mltc > 0
+
+    @property
+    def fuses(self) -> bool:
+        """Whether any loss needs the fusion encoder."""
+        return super().fuses or self.completes
+
+
+class GLSCL(VisionLanguageModel):
+    """Completion of what is hidden, as a whole and token by token, by contrast with the pass that sees it."""
+
+    config_class = GLSCLConfig
+
+    def __init__(self, config: GLSCLConfig):
+        super().__init__(config)
+        self.make_mlm_head()
+        continues = torch.zeros(config.vocab_size, dtype=torch.bool)
+        continues[list(config.continuation_ids)] = True
+        self.register_buffer("continues", continues, persistent=False)  # it is in the config
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step; batch as for MAMO -> the unweighted scalar losses by name."""
+        config, images, input_ids, real = self.config, batch["images"], batch["input_ids"], batch["attention_mask"]
+        noise = batch["token_noise"], batch["replace_noise"]
+
+        # 1. What is hidden where, and the unimodal encoders: I and I'' in one call, all texts in another, I' by itself.
+        texts = [input_ids]
+        if config.completes:  # replace_noise 0 = every chosen word becomes [MASK]
+            missing = hide_words(input_ids, real, noise[0], 0 * noise[1], config.mask_completion, config)
+            texts.append(missing.input_ids)
+        if config.w_mlm > 0:
+            continues = self.continues[input_ids]
+            words = hide_whole_words(input_ids, real, *noise, config.mask_text, config, continues)
+            texts.append(words.input_ids)
+        text, *text_masked = self.encode_texts(texts, real)
+        if config.w_mltc > 0:
+            patch_index, hidden = hide_patches(batch["patch_noise"], config.mask_image)
+            masks = torch.cat([torch.zeros_like(hidden), hidden])
+            image, image_masked = self.encode_image(torch.cat([images, images]), masks).chunk(2)
+        else:
+            image = self.encode_image(images)
+
+        # 2. Whole pairs: contrast, and the views for matching.
+        losses, views, valid = self.whole_pairs(image, text, batch)
+
+        # 3. The masked views. (I', T) is shorter than the others, so it is fused by itself.
+        if config.completes:
+            length = input_ids.shape[1]
+            both = torch.tensor([0, length], device=images.device).expand(len(images), -1)  # [CLS] and class token
+            visible = encode_visible(
+                self.student.image, images, drop_patches(batch["patch_noise"], config.mask_drop)[1]
+            )
+            wanted = [both, missing.index]
+            a = self.fuse_views({"I'T": (visible, text, real, torch.cat(wanted, dim=1))})["I'T"]
+            if config.w_mltc > 0:
+                views["I''T"] = image_masked, text, real, length + 1 + patch_index
+                wanted.append(length + 1 + patch_index)
+            views["IT'"] = image, text_masked[0], real, torch.cat(wanted, dim=1)
+        if config.w_mlm > 0:
+            views["MLM"] = image, text_masked[-1], real, words.index
+        fused = self.fuse_views(views)
+
+        # 4. Matching, completion, words.
+        if config.w_itm > 0:
+            losses["itm"] = self.matching(fused, valid)
+        if config.completes:
+            b = fused["IT'"]
+            end = 2 + missing.index.shape[1]  # of the hidden words, behind which the hidden patches stand
+        if config.w_mgsc > 0:
+            losses["mgsc"] = self.loss_mgsc(a[:, 1], b[:, 1], b[:, 0], a[:, 0])
+        if config.w_mltc > 0:
+            losses["mltc"] = self.loss_mltc(fused["I''T"], b[:, end:], b[:, 2:end], a[:, 2:], missing.valid)
+        if config.w_mlm > 0:
+            losses["mlm"] = self.loss_mlm(fused["MLM"], words.labels, words.valid)
+        return losses
+
+    def loss_mgsc(self, image: Tensor, image_target: Tensor, text: Tensor, text_target: Tensor) -> Tensor:
+        """Masked global semantic completion: all (b, d); targets take no gradient. Chance is 4 ln(candidates)."""
+        tau = self.config.completion_temperature
+        return nce(image, image_target, tau) + nce(text, text_target, tau)
+
+    def loss_mltc(
+        self, patches: Tensor, patch_target: Tensor, words: Tensor, word_target: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Masked local token completion: a token among all hidden tokens of the batch, those of its own image included.
+
+        Args:    patches, patch_target (b, m, d)   (I'', T) and (I, T') at the hidden patches
+                 words, word_target (b, m', d)     (I, T') and (I', T) at the hidden words; valid (b, m')
+        """
+        tau = self.config.completion_temperature
+        return nce(patches, patch_target, tau) + nce(words, word_target, tau, valid)
+
+    def chance(self, candidates: int) -> dict[str, float]:
+        """As above; the level of MLTC depends on the batch."""
+        return super().chance(candidates) | ({"mgsc": 4 * math.log(candidates)} if self.config.w_mgsc > 0 else {})

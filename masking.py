@@ -1,0 +1,166 @@
+"""What the sibling objectives share and MAMO does without: other ways to hide, and other things to recover.
+
+    hide      blank     the pixels of chosen patches, before the image encoder sees them             MaskVLM
+              drop      patches never enter the image encoder, which makes its sequence shorter      GLSCL, VLMAE
+              words     whole words, so that no piece of a word gives the others away                GLSCL
+    recover   pixels    by a decoder that is thrown away after pre-training                          MaskVLM, VLMAE
+              vectors   by contrast: which of all candidates is the one that stood here?             GLSCL
+
+The letters in shapes are those of mamo.py; and k patches that are kept, r rows that are compared.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from mamo import (
+    Config,
+    FusionEncoder,
+    HiddenWords,
+    ImageEncoder,
+    at,
+    choose_words,
+    gather,
+    global_mean,
+    hide_patches,
+    replace_words,
+    world,
+)
+
+# --------------------------------------------------------------------------------------------------------------- hide
+
+
+def hide_units(patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: int) -> tuple[Tensor, Tensor]:
+    """As hide_patches, but squares of unit x unit patches are hidden as a whole.
+
+    Args:    patch_noise (b, n)   uniform noise; a unit takes that of its first patch
+             ratio                share of the units to hide
+             grid                 rows and columns of patches, both multiples of unit
+    Returns: patch_index (b, m)   the hidden patches, row by row
+             patch_mask  (b, n)   the same as a mask, True = hidden
+    """
+    sides = {"y": grid[0] // unit, "u": unit, "v": unit}
+    unit_noise = rearrange(patch_noise, "b (y u x v) -> b (y x) (u v)", **sides)[..., 0]
+    unit_index, unit_mask = hide_patches(unit_noise, ratio)
+    patch_mask = repeat(unit_mask, "b (y x) -> b (y u x v)", **sides)
+    hidden_first = patch_mask.byte().argsort(dim=1, descending=True, stable=True)
+    return hidden_first[:, : unit_index.shape[1] * unit**2], patch_mask
+
+
+def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
+    """images (b, 3, height, width) with the pixels of hidden patches, patch_mask (b, n), set to 0, the mean colour."""
+    rows = images.shape[2] // patch_size
+    pixels = repeat(patch_mask, "b (y x) -> b 1 (y p) (x q)", y=rows, p=patch_size, q=patch_size)
+    return images.masked_fill(pixels, 0.0)
+
+
+def drop_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k)."""
+    dropped, _ = hide_patches(patch_noise, ratio)
+    return dropped, patch_noise.argsort(dim=1)[:, dropped.shape[1] :]
+
+
+def encode_visible(encoder: ImageEncoder, images: Tensor, kept: Tensor) -> Tensor:
+    """Encode the patches kept (b, k) alone, each with the position that it has in the whole image -> (b, 1 + k, d)."""
+    return encoder.run_blocks(at(encoder.embed(images), with_class_token(kept)))
+
+
+def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
+    """The whole sequence again: visible (b, 1 + k, d) where they stood, the mask token (d) elsewhere -> (b, 1 + n, d).
+
+    positions (1 + n, d) are added everywhere, because a mask token must know where it stands.
+    """
+    whole = repeat(mask_token, "d -> b n d", b=len(visible), n=len(positions)).to(visible.dtype)
+    index = repeat(with_class_token(kept), "b k -> b k d", d=visible.shape[-1])
+    return whole.scatter(1, index, visible) + positions
+
+
+def with_class_token(kept: Tensor) -> Tensor:
+    """Places of patches among patches, (b, k) -> places in the sequence that begins with the class token, (b, 1 + k)"""
+    return F.pad(1 + kept, (1, 0))
+
+
+def hide_whole_words(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_noise: Tensor,
+    replace_noise: Tensor,
+    ratio: float,
+    config: Config,
+    continues: Tensor,
+) -> HiddenWords:
+    """As hide_words, but the pieces of a word are hidden together. continues (b, l): True = goes on with a word (##).
+
+    The ratio counts pieces: words are taken, least noise first, while they fit. A word that no longer fits stays; where
+    it is the first, as many of its pieces are hidden as may be.
+    """
+    place = torch.arange(input_ids.shape[1], device=input_ids.device)
+    word = torch.where(continues, 0, place).cummax(dim=1).values  # (b, l) where the token's word begins
+    index, valid = choose_words(input_ids, attention_mask, token_noise.gather(1, word), ratio, config)
+    chosen = torch.zeros_like(input_ids).scatter(1, index, valid.long())
+    pieces, taken = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    pieces, taken = pieces.scatter_add(1, word, torch.ones_like(word)), taken.scatter_add(1, word, chosen)
+    whole = (pieces == taken).gather(1, word).gather(1, index) & valid
+    valid = torch.where(whole.any(dim=1, keepdim=True), whole, valid)
+    return replace_words(input_ids, index, valid, replace_noise, config)
+
+
+# ------------------------------------------------------------------------------------------------------------ recover
+
+
+class PixelDecoder(nn.Module):
+    """The pixels of hidden patches, from an image and a text: a few more fusion blocks, and a linear map."""
+
+    def __init__(self, config: Config, depth: int):
+        super().__init__()
+        self.stream = FusionEncoder(dataclasses.replace(config, fusion_depth=depth))
+        self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
+
+    def forward(self, image: Tensor, text: Tensor, attention_mask: Tensor, patch_index: Tensor) -> Tensor:
+        """image (b, 1 + n, d), text (b, l, d), attention_mask (b, l) -> pixels (b, m, 3 * patch_size ** 2) at the
+        hidden patches, patch_index (b, m)"""
+        hidden, real = self.stream.lower_blocks(image, text, attention_mask)
+        return self.pixels(self.stream.last_block(hidden, real, text.shape[1] + 1 + patch_index))
+
+
+def nce(prediction: Tensor, target: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """Contrast of vectors with their own targets, among those of all processes, both ways.     (GLSCL; InfoNCE)
+
+    L = - mean log softmax_j(cos(p_i, t_j) / temperature)[i] - mean log softmax_j(cos(p_j, t_i) / temperature)[i]
+
+    Args:    prediction, target (b, d) or (b, m, d)   no gradient reaches the target
+             valid (b, m)                             True = there is something to recover; others are no candidates
+    Returns: scalar, the sum of both directions; chance is 2 ln(candidates)
+    """
+    if valid is None:
+        valid = torch.ones(prediction.shape[:-1], dtype=torch.bool, device=prediction.device)
+    valid = valid.flatten()
+    # fp32: cosines that differ by 0.01 are 0.3 apart after division by the temperature.
+    with torch.autocast(prediction.device.type, enabled=False):
+        ours = F.normalize(prediction.float().reshape(len(valid), -1), dim=-1)
+        theirs = F.normalize(target.detach().float().reshape(len(valid), -1), dim=-1)
+        own, (all_ours, all_theirs, candidate) = among_all(ours, theirs, valid)
+        loss = torch.zeros_like(ours[:, 0])
+        for queries, keys in ((ours, all_theirs), (theirs, all_ours)):
+            logits = (queries @ keys.T / temperature).masked_fill(~candidate, -1e4)  # finite: no row is without one
+            loss = loss + F.cross_entropy(logits, own, reduction="none")
+        return global_mean(loss, valid)
+
+
+def among_all(ours: Tensor, theirs: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Gather rows (r, d), (r, d), (r,) over processes that may have different numbers r of them.
+
+    Returns: own (r,), the place of this process's rows among all, and the three gathered; what fills up is not valid
+    """
+    rank, processes = world()
+    if processes == 1:
+        return torch.arange(len(valid), device=valid.device), [ours, theirs, valid]
+    most = torch.tensor(len(valid), device=valid.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    fill = (0, int(most) - len(valid))
+    gathered = [gather(F.pad(rows, (0, 0, *fill))) for rows in (ours, theirs)]
+    candidate = gather(F.pad(valid.float(), fill)) > 0
+    return torch.arange(len(valid), device=valid.device) + rank * int(most), [*gathered, candidate]

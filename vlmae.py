@@ -1,0 +1,144 @@
+"""VLMAE (our proposal): a masked autoencoder for vision and language, a sibling of MAMO on the same encoders.
+
+Read this first. The paper is He et al., "VLMAE", arXiv 2208.09374. Only its abstract was available to us, and no code
+was found. From the abstract: masked autoencoding of the image joins vision-language pre-training, so that the model
+looks at all patches and not only at those that a caption mentions; pre-training becomes cheaper. Every formula, ratio,
+depth and weight below is our own, in that spirit: what it measures says nothing about the paper. Tables call it
+"vlmae (our proposal)".
+
+Its answer to "recover what?" is: what an autoencoder recovers, with the text and without it.
+
+    RMIM   the pixels of dropped patches, normalised patch by patch as in MAE, from the visible ones and the text
+    IFR    the teacher's image features of dropped patches, from the visible ones alone, without text
+    MLM    15 % of the words, from the other words and the visible patches
+    ITC, ITM as everywhere, but on (I_vis, T): in pre-training the student never sees a whole image.
+
+What differs from MAMO: half of the patches never enter the student, whatever the loss, which is what makes it cheap;
+the image encoder by itself recovers what lies behind; the teacher is a copy of the image encoder only.
+
+Our choices: 50 % dropped at random; the keys of ITC are the student's; the decoder of RMIM is two more fusion blocks
+over the fused tokens of (I_vis, T), with a mask token and positions put back; the predictor of IFR is one block over
+the image and a linear map; IFR in smooth L1 with layer-normalised targets; all weights 1. Evaluation shows whole
+images, which are sequences about twice as long as those of pre-training.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamo import (
+    Block,
+    Config,
+    VisionLanguageModel,
+    at,
+    global_mean,
+    hide_words,
+    init_weights,
+    move_teacher,
+    normalised,
+    patchify,
+    teacher_of,
+)
+from masking import PixelDecoder, drop_patches, encode_visible, put_back
+
+
+@dataclass
+class VLMAEConfig(Config):
+    """What our proposal adds."""
+
+    mask_image: float = 0.5  # share of the patches that are dropped
+    mask_text: float = 0.15  # share of the words hidden for MLM
+    decoder_depth: int = 2  # blocks of the decoder of pixels
+    w_rmim: float = 1.0  # weight of regional masked image modelling
+    w_ifr: float = 1.0  # weight of image feature reconstruction
+    ema: float = -1.0  # momentum of the teacher; -1 = from the length of the run, see ema_for
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoder_depth < 1:
+            raise ValueError(f"decoder_depth is {self.decoder_depth}: it must be at least 1")
+
+    @property
+    def fuses(self) -> bool:
+        """Whether any loss needs the fusion encoder."""
+        return super().fuses or self.w_rmim > 0
+
+
+class VLMAE(VisionLanguageModel):
+    """Pixels with the text, features without it, words: all from the visible half of the image."""
+
+    config_class = VLMAEConfig
+
+    def __init__(self, config: VLMAEConfig):
+        super().__init__(config)
+        d = config.width
+        if config.w_rmim > 0:
+            self.pixel_token = nn.Parameter(torch.zeros(d))
+            self.decoder = PixelDecoder(config, config.decoder_depth).apply(init_weights)
+        if config.w_ifr > 0:
+            self.feature_token = nn.Parameter(torch.zeros(d))
+            self.feature_block = Block(config, norm_first=False).apply(init_weights)
+            self.feature_head = nn.Linear(d, d).apply(init_weights)
+            self.teacher = teacher_of(self.student.image, config.ema)
+        self.make_mlm_head()
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step; batch as for MAMO -> the unweighted scalar losses by name."""
+        config, images, input_ids, real = self.config, batch["images"], batch["input_ids"], batch["attention_mask"]
+
+        # 1. The visible patches, T and T'.
+        dropped, kept = drop_patches(batch["patch_noise"], config.mask_image)
+        visible = encode_visible(self.student.image, images, kept)
+        texts = [input_ids]
+        if config.w_mlm > 0:
+            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
+            texts.append(words.input_ids)
+        text, *text_masked = self.encode_texts(texts, real)
+
+        # 2. Pairs: contrast, and the views for matching. RMIM needs all of (I_vis, T), of which matching reads [CLS].
+        losses, views, valid = self.whole_pairs(visible, text, batch)
+        if config.w_rmim > 0:
+            everywhere = torch.arange(text.shape[1] + visible.shape[1], device=images.device)
+            views["IT"] = visible, text, real, everywhere.expand(len(images), -1)
+        if config.w_mlm > 0:
+            views["IT'"] = visible, text_masked[0], real, words.index
+        fused = self.fuse_views(views)
+
+        # 3. Matching, and the recovery of what was dropped or hidden.
+        positions = self.student.image.positions
+        if config.w_itm > 0:
+            losses["itm"] = self.matching(fused, valid)
+        if config.w_rmim > 0:
+            fused_text, fused_image = fused["IT"].split([text.shape[1], visible.shape[1]], dim=1)
+            whole = put_back(fused_image, kept, self.pixel_token, positions)
+            predicted = self.decoder(whole, fused_text, real, dropped)
+            losses["rmim"] = self.loss_rmim(predicted, at(patchify(images, config.patch_size), dropped))
+        if config.w_ifr > 0:
+            with torch.no_grad():
+                target = at(self.teacher(images), 1 + dropped)
+            whole = put_back(visible, kept, self.feature_token, positions)
+            losses["ifr"] = self.loss_ifr(self.feature_head(self.feature_block(whole, index=1 + dropped)), target)
+        if config.w_mlm > 0:
+            losses["mlm"] = self.loss_mlm(fused["IT'"], words.labels, words.valid)
+        return losses
+
+    def loss_rmim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
+        """Regional masked image modelling: predicted, pixels (b, m, 3 * patch_size ** 2) -> scalar, the mean square.
+
+        Each patch is normalised by its own mean and variance, as in MAE; a model that knows nothing is at 1, or below
+        where patches are of one colour, which normalise to 0.
+        """
+        return global_mean((predicted.float() - normalised(pixels)).square())
+
+    def loss_ifr(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Image feature reconstruction: predicted, target (b, m, d) -> scalar, smooth L1; knowing nothing is 0.42."""
+        return global_mean(F.smooth_l1_loss(predicted.float(), normalised(target), reduction="none"))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Once per optimiser step: as above, then move the teacher towards the student's image encoder."""
+        super().after_step()
+        if self.teacher is not None:
+            move_teacher(self.teacher, self.student.image, self.config.ema)
