@@ -324,7 +324,8 @@ def measure(preset: str, size: int, options: argparse.Namespace, device, data: l
         rows[-1] |= row_of(size, flops_of_step(config, size, options.length), seconds[name], rates)
         key = "peak_memory_mb" if device.type == "cuda" else "peak_memory_so_far_mb"
         rows[-1][key] = actions[name].peak_memory_mb
-    pairs = [("mamo", other) for other in ("control", "separate passes", "separate losses")]
+    pairs = [(name, "control") for name in options.objectives if name != "control"]
+    pairs += [("mamo", other) for other in ("separate passes", "separate losses")]
     pairs += [(load, name) for load in ("loading", "loading and decoding") for name in options.objectives]
     return rows, {
         f"{preset}, batch {size}: {of} / {to}": ratios(seconds, of, to)
@@ -341,8 +342,21 @@ def row_of(size: int, flops: dict[str, int], seconds: list[float], rates: list[f
         "ms_per_step": 1000 * median,
         "pairs_per_s": size / median,
         "gflop": {"step": total / 1e9} | {part: value / 1e9 for part, value in flops.items()},
+        "gflop_per_pair": total / 1e9 / size,
         "product_gflop_per_s": statistics.median(rates) / 1e9,
         "utilisation": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
+    }
+
+
+def by_formula(rows: list[dict]) -> dict[str, float]:
+    """What the formula says of the ratios of steps to those of the control, by the names of the measured ones."""
+    operations = {
+        (row["preset"], row["batch_size"], row["objective"]): row["gflop"]["step"] for row in rows if "gflop" in row
+    }
+    return {
+        f"{preset}, batch {size}: {objective} / control": value / operations[preset, size, "control"]
+        for (preset, size, objective), value in operations.items()
+        if objective != "control" and (preset, size, "control") in operations
     }
 
 
@@ -376,7 +390,7 @@ def step(options: argparse.Namespace) -> dict:
             rows, found = rows + some, found | between
     print(table(rows))
     about = {"device": str(device), "precision": options.precision, "threads": torch.get_num_threads()}
-    return about | {"rounds": options.rounds, "rows": rows, "ratios": found}
+    return about | {"rounds": options.rounds, "rows": rows, "ratios": found, "by_formula": by_formula(rows)}
 
 
 def parse() -> argparse.Namespace:
@@ -424,9 +438,9 @@ def main() -> None:
     report = runtime.how_made("benchmark.py")
     report |= {"step": step, "sharing": sharing, "loader": loader}[options.command](options)
     for name, ratio in report["ratios"].items():
-        print(
-            f"{name}: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}, {ratio['rounds']} rounds)"
-        )
+        formula = report.get("by_formula", {}).get(name)
+        told = f"{ratio['rounds']} rounds" + (f", by formula {formula:.3f}" if formula else "")
+        print(f"{name}: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}, {told})")
     if options.out:
         runtime.write_json(options.out, report)
 

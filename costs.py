@@ -96,10 +96,11 @@ def mamo(config: MAMOConfig, costs: Costs) -> Passes:
 def maskvlm(config: MaskVLMConfig, costs: Costs) -> Passes:
     """(I', T) with a decoder, and (I, T')."""
     mim, mlm = config.w_mim > 0, config.w_mlm > 0
-    whole, words = 1 + costs.n, costs.slots(config.mask_text) * mlm
+    whole, words, pairs = 1 + costs.n, costs.slots(config.mask_text) * mlm, config.sees_whole
     patches = costs.hidden(config.mask_image, costs.n // config.mask_unit**2) * config.mask_unit**2
     fused = [(whole, whole)] * mim + [(whole, words)] * mlm + costs.matching(whole)
-    return Passes([whole] * (1 + mim), 1 + mlm, fused, words, mim * costs.decoder(patches))
+    images, texts = (pairs or mlm) + mim, (pairs or mim) + mlm
+    return Passes([whole] * images, texts, fused, words, mim * costs.decoder(patches))
 
 
 def glscl(config: GLSCLConfig, costs: Costs) -> Passes:
@@ -107,15 +108,16 @@ def glscl(config: GLSCLConfig, costs: Costs) -> Passes:
     completes, mgsc, mltc, mlm = config.completes, config.w_mgsc > 0, config.w_mltc > 0, config.w_mlm > 0
     whole, kept = 1 + costs.n, 1 + costs.n - costs.hidden(config.mask_drop, costs.n)
     patches = costs.hidden(config.mask_image, costs.n) * mltc
-    missing, words = costs.slots(config.mask_completion), costs.slots(config.mask_text) * mlm
+    missing, words = costs.slots(config.mask_completion) * mltc, costs.slots(config.mask_text) * mlm
     images, fused = [whole] * (1 + mltc) + [kept] * mgsc, [(kept, 2 + missing)] * mgsc
     fused += [(whole, 2 + missing + patches)] * completes
     fused += [(whole, patches)] * mltc + [(whole, words)] * mlm + costs.matching(whole)
     # Each contrast is two products, of which either has one factor that takes a gradient: four in all.
-    contrast = 4 * costs.b * costs.d * (2 * mgsc + mltc * (patches**2 + missing**2))
+    contrast = 4 * costs.b * costs.d * (2 * mgsc + patches**2 + missing**2)
     # Without MGSC, (I', T) only gives targets.
     target = (mltc and not mgsc) * (costs.embedding + costs.image(kept) + costs.fusion(kept, 2 + missing))
-    return Passes(images, 1 + completes + mlm, fused, words, contrast=contrast, teacher=target)
+    texts = (config.sees_whole or completes) + completes + mlm
+    return Passes(images, texts, fused, words, contrast=contrast, teacher=target)
 
 
 def vlmae(config: VLMAEConfig, costs: Costs) -> Passes:
@@ -128,7 +130,8 @@ def vlmae(config: VLMAEConfig, costs: Costs) -> Passes:
     fused = [(visible, words)] * mlm + pairs
     heads = rmim * costs.decoder(dropped) + ifr * (costs.block(1 + costs.n, dropped) + dropped * d * d)
     teacher = ifr * (costs.embedding + costs.image(1 + costs.n))
-    return Passes([visible], 1 + mlm, fused, words, heads, teacher=teacher)
+    texts = (config.sees_whole or rmim) + mlm
+    return Passes([visible], texts, fused, words, heads, teacher=teacher)
 
 
 PASSES = {MAMOConfig: mamo, MaskVLMConfig: maskvlm, GLSCLConfig: glscl, VLMAEConfig: vlmae}

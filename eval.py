@@ -64,11 +64,16 @@ OBJECTIVES = {
 }
 
 
-def build_model(objective: str, config: dict) -> VisionLanguageModel:
-    """A fresh model of an objective from the fields of its Config."""
+def model_of(objective: str) -> type[VisionLanguageModel]:
+    """The class of an objective. Raises ValueError for an unknown one."""
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
-    model = OBJECTIVES[objective][0]
+    return OBJECTIVES[objective][0]
+
+
+def build_model(objective: str, config: dict) -> VisionLanguageModel:
+    """A fresh model of an objective from the fields of its Config."""
+    model = model_of(objective)
     strange = config.keys() - {field.name for field in dataclasses.fields(model.config_class)}
     if strange:
         raise ValueError(f"{', '.join(sorted(strange))} is no field of the objective {objective}: it is another one's")

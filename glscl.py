@@ -18,7 +18,7 @@ How this differs from the paper and its release, so that a comparison isolates t
     - [CLS] and class token of the one stream are compared, and ITM reads [CLS] alone
     - ITM takes hard negatives as ALBEF, where the release draws images at random
     - T' hides ceil(0.4 * words), where the release draws with repetition and hides about a third
-    - I' and I'', T' and the text of MLM come from one noise each, so the smaller choice lies within the larger
+    - I' and I'' are chosen by one noise, so what I'' hides lies within what I' lacks; so are T' and the text of MLM
     - patches are contrasted among all processes, in the release within each
 """
 
@@ -85,15 +85,17 @@ class GLSCL(VisionLanguageModel):
         noise = batch["token_noise"], batch["replace_noise"]
 
         # 1. What is hidden where, and the unimodal encoders: I and I'' in one call, all texts in another, I' by itself.
-        texts = [input_ids]
+        texts = {}
+        if config.sees_whole or config.completes:
+            texts["T"] = input_ids
         if config.completes:  # replace_noise 0 = every chosen word becomes [MASK]
             missing = hide_words(input_ids, real, noise[0], 0 * noise[1], config.mask_completion, config)
-            texts.append(missing.input_ids)
+            texts["T'"] = missing.input_ids
         if config.w_mlm > 0:
             continues = self.continues[input_ids]
             words = hide_whole_words(input_ids, real, *noise, config.mask_text, config, continues)
-            texts.append(words.input_ids)
-        text, *text_masked = self.encode_texts(texts, real)
+            texts["MLM"] = words.input_ids
+        text = self.encode_texts(texts, real)
         if config.w_mltc > 0:
             patch_index, hidden = hide_patches(batch["patch_noise"], config.mask_image)
             masks = torch.cat([torch.zeros_like(hidden), hidden])
@@ -102,35 +104,34 @@ class GLSCL(VisionLanguageModel):
             image = self.encode_image(images)
 
         # 2. Whole pairs: contrast, and the views for matching.
-        losses, views, valid = self.whole_pairs(image, text, batch)
+        losses, views, valid = self.whole_pairs(image, text.get("T"), batch)
 
         # 3. The masked views. (I', T) is shorter than the others, so it is fused by itself.
         if config.completes:
             length = input_ids.shape[1]
-            both = torch.tensor([0, length], device=images.device).expand(len(images), -1)  # [CLS] and class token
-            visible = encode_visible(
-                self.student.image, images, drop_patches(batch["patch_noise"], config.mask_drop)[1]
-            )
-            wanted = [both, missing.index]
-            a = self.fuse_views({"I'T": (visible, text, real, torch.cat(wanted, dim=1))})["I'T"]
+            wanted = [torch.tensor([0, length], device=images.device).expand(len(images), -1)]  # [CLS] and class token
             if config.w_mltc > 0:
-                views["I''T"] = image_masked, text, real, length + 1 + patch_index
+                wanted.append(missing.index)
+            kept = drop_patches(batch["patch_noise"], config.mask_drop)[1]
+            visible = encode_visible(self.student.image, images, kept)
+            a = self.fuse_views({"I'T": (visible, text["T"], real, torch.cat(wanted, dim=1))})["I'T"]
+            if config.w_mltc > 0:
+                views["I''T"] = image_masked, text["T"], real, length + 1 + patch_index
                 wanted.append(length + 1 + patch_index)
-            views["IT'"] = image, text_masked[0], real, torch.cat(wanted, dim=1)
+            views["IT'"] = image, text["T'"], real, torch.cat(wanted, dim=1)
         if config.w_mlm > 0:
-            views["MLM"] = image, text_masked[-1], real, words.index
+            views["MLM"] = image, text["MLM"], real, words.index
         fused = self.fuse_views(views)
 
         # 4. Matching, completion, words.
         if config.w_itm > 0:
             losses["itm"] = self.matching(fused, valid)
-        if config.completes:
-            b = fused["IT'"]
-            end = 2 + missing.index.shape[1]  # of the hidden words, behind which the hidden patches stand
         if config.w_mgsc > 0:
+            b = fused["IT'"]
             losses["mgsc"] = self.loss_mgsc(a[:, 1], b[:, 1], b[:, 0], a[:, 0])
         if config.w_mltc > 0:
-            losses["mltc"] = self.loss_mltc(fused["I''T"], b[:, end:], b[:, 2:end], a[:, 2:], missing.valid)
+            _, at_words, at_patches = fused["IT'"].split([part.shape[1] for part in wanted], dim=1)
+            losses["mltc"] = self.loss_mltc(fused["I''T"], at_patches, at_words, a[:, 2:], missing.valid)
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["MLM"], words.labels, words.valid)
         return losses

@@ -476,7 +476,7 @@ def choose_words(
     special = torch.tensor(config.special_ids, device=input_ids.device)
     ordinary = attention_mask & ~torch.isin(input_ids, special)
     slots = math.ceil(ratio * input_ids.shape[1])
-    index = token_noise.masked_fill(~ordinary, 2.0).argsort(dim=1)[:, :slots]
+    index = token_noise.masked_fill(~ordinary, 2.0).argsort(dim=1, stable=True)[:, :slots]
     chosen = (ratio * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # 0.15 * 100 is 15, not 15.000001
     return index, torch.arange(slots, device=input_ids.device) < chosen
 
@@ -588,10 +588,11 @@ class VisionLanguageModel(nn.Module):
         """input_ids (b, l), attention_mask (b, l), True = real token -> (b, l, d)"""
         return self.student.text(input_ids, attention_mask)
 
-    def encode_texts(self, texts: list[Tensor], attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Several versions, input_ids (b, l), of the same texts in one call -> (b, l, d) of each"""
+    def encode_texts(self, texts: dict[str, Tensor], attention_mask: Tensor) -> dict[str, Tensor]:
+        """Views of the same texts, each input_ids (b, l), in one call -> by name (b, l, d)"""
         masks = torch.cat([attention_mask] * len(texts))
-        return self.encode_text(torch.cat(texts), masks).chunk(len(texts))
+        views = self.encode_text(torch.cat(list(texts.values())), masks).chunk(len(texts))
+        return dict(zip(texts, views, strict=True))
 
     def fuse(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Fused:
         """image (b, 1 + n, d), text (b, l, d), attention_mask (b, l), True = real token -> Fused"""
@@ -649,7 +650,12 @@ class VisionLanguageModel(nn.Module):
         """What ITC and ITM, as far as they have a weight, do with encoded images (b, 1 + n, d) and texts (b, l, d).
 
         Returns: the losses so far, by name; the views that ITM wants fused; and valid, see matching_views
+        Raises:  ValueError for a batch of one, which has no negatives
         """
+        if self.config.sees_whole and len(image) < 2:
+            raise ValueError(
+                "the batch holds one pair, and contrast and matching need others: use a batch of 2 or more"
+            )
         losses, views, similarity, valid = {}, {}, None, None
         if self.config.w_itc > 0:
             losses["itc"], similarity = self.contrast(image, text, batch, keys)
@@ -817,14 +823,9 @@ class MAMO(VisionLanguageModel):
         Args:    batch   images (b, 3, height, width); input_ids, attention_mask (b, l); image_id, caption_id (b,);
                          patch_noise (b, n); token_noise, replace_noise (b, l); negative_noise (2, b, b)
         Returns: the unweighted scalar losses by name, and "target_cosine", a watch on the teacher (see spread)
-        Raises:  ValueError for a batch of one, which has no negatives
         """
         config = self.config
         input_ids, real = batch["input_ids"], batch["attention_mask"]
-        if len(input_ids) < 2 and config.sees_whole:
-            raise ValueError(
-                "the batch holds one pair, and contrast and matching need others: use a batch of 2 or more"
-            )
 
         # 1. Joint masking, and the student's unimodal encoders.
         image, image_masked, patch_index = self.encode_image_views(batch)
@@ -886,17 +887,17 @@ class MAMO(VisionLanguageModel):
         views = self.encode_image(images, torch.cat(masks) if config.hides_patches else None).chunk(len(masks))
         return views[0], views[-1], patch_index
 
-    def encode_text_views(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, HiddenWords | None]:
+    def encode_text_views(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, HiddenWords | None]:
         """T and T' (b, l, d) in one call, and the hidden words; only what a loss asks for."""
         config, input_ids, real = self.config, batch["input_ids"], batch["attention_mask"]
-        texts, words = [], None
+        texts, words = {}, None
         if config.sees_whole or (config.hides_patches and not config.mask_both):
-            texts.append(input_ids)
+            texts["T"] = input_ids
         if config.hides_words:
             words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
-            texts.append(words.input_ids)
+            texts["T'"] = words.input_ids
         views = self.encode_texts(texts, real)
-        return views[0], views[-1], words
+        return views.get("T"), views.get("T'"), words
 
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor]) -> dict:

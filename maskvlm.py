@@ -41,6 +41,8 @@ class MaskVLMConfig(Config):
         super().__post_init__()
         if self.mask_unit < 1 or self.grid[0] % self.mask_unit or self.grid[1] % self.mask_unit:
             raise ValueError(f"mask_unit is {self.mask_unit}: the grid of patches {self.grid} is no multiple of it")
+        if self.patches == self.mask_unit**2:
+            raise ValueError(f"mask_unit is {self.mask_unit}: a grid of {self.grid} is one unit; use a smaller one")
         if self.decoder_depth < 1:
             raise ValueError(f"decoder_depth is {self.decoder_depth}: it must be at least 1")
 
@@ -63,34 +65,38 @@ class MaskVLM(VisionLanguageModel):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step; batch as for MAMO -> the unweighted scalar losses by name."""
-        config, images, input_ids, real = self.config, batch["images"], batch["input_ids"], batch["attention_mask"]
+        config, pixels, input_ids, real = self.config, batch["images"], batch["input_ids"], batch["attention_mask"]
 
         # 1. Masking, one modality at a time, and the unimodal encoders: I and I' in one call, T and T' in another.
-        image_views, text_views = [images], [input_ids]
+        images, texts = {}, {}
+        if config.sees_whole or config.w_mlm > 0:
+            images["I"] = pixels
+        if config.sees_whole or config.w_mim > 0:
+            texts["T"] = input_ids
         if config.w_mim > 0:
             patch_index, patch_mask = hide_units(batch["patch_noise"], config.mask_image, config.grid, config.mask_unit)
-            image_views.append(blank(images, patch_mask, config.patch_size))
+            images["I'"] = blank(pixels, patch_mask, config.patch_size)
         if config.w_mlm > 0:
             words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
-            text_views.append(words.input_ids)
-        image, *image_masked = self.encode_image(torch.cat(image_views)).chunk(len(image_views))
-        text, *text_masked = self.encode_texts(text_views, real)
+            texts["T'"] = words.input_ids
+        encoded = self.encode_image(torch.cat(list(images.values()))).chunk(len(images))
+        image, text = dict(zip(images, encoded, strict=True)), self.encode_texts(texts, real)
 
         # 2. Whole pairs: contrast, and the views for matching. Then the masked views, fused with them in one call.
-        losses, views, valid = self.whole_pairs(image, text, batch)
+        losses, views, valid = self.whole_pairs(image.get("I"), text.get("T"), batch)
         if config.w_mim > 0:
-            everywhere = torch.arange(image.shape[1], device=image.device) + text.shape[1]  # class token and patches
-            views["I'T"] = image_masked[0], text, real, everywhere.expand(len(image), -1)
+            everywhere = torch.arange(1 + config.patches, device=pixels.device) + input_ids.shape[1]
+            views["I'T"] = image["I'"], text["T"], real, everywhere.expand(len(pixels), -1)
         if config.w_mlm > 0:
-            views["IT'"] = image, text_masked[0], real, words.index
+            views["IT'"] = image["I"], text["T'"], real, words.index
         fused = self.fuse_views(views)
 
         # 3. Matching, pixels, words.
         if config.w_itm > 0:
             losses["itm"] = self.matching(fused, valid)
         if config.w_mim > 0:
-            predicted = self.decoder(fused["I'T"], text, real, patch_index)
-            losses["mim"] = self.loss_mim(predicted, at(patchify(images, config.patch_size), patch_index))
+            predicted = self.decoder(fused["I'T"], text["T"], real, patch_index)
+            losses["mim"] = self.loss_mim(predicted, at(patchify(pixels, config.patch_size), patch_index))
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["IT'"], words.labels, words.valid)
         return losses

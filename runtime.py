@@ -32,6 +32,9 @@ from tqdm import tqdm
 class Parser(argparse.ArgumentParser):
     """argparse whose error for an unknown option names the nearest one, and whose errors are one sentence."""
 
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> typing.NoReturn:
         """One sentence in place of the whole usage."""
         fail(message)
@@ -213,6 +216,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: of the GPU where there is one, else of the process. nan where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where getrusage gives a process at least the peak of the one that started it
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 2**10
     try:
         import resource  # not on Windows
     except ImportError:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import runtime
 from data import Collate, Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
-from eval import OBJECTIVES, build_model, retrieval
+from eval import OBJECTIVES, build_model, model_of, retrieval
 from mamo import PRESETS, Block, Config, ema_for, world
 from tokenizer import Tokenizer
 
@@ -237,7 +237,7 @@ class Run:
         config = self.config
         shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | sizes
         shape["vocab_size"] = len(tokenizer)
-        has = {field.name for field in dataclasses.fields(OBJECTIVES[config.objective][0].config_class)}
+        has = {field.name for field in dataclasses.fields(model_of(config.objective).config_class)}
         shape |= {name: getattr(tokenizer, name) for name in FROM_TOKENIZER if name in has}
         if "ema" in has and shape.get("ema", -1) < 0:
             shape["ema"] = ema_for(config.steps)
@@ -424,7 +424,7 @@ def plain(value):
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     """Command line -> the run's options and the model's sizes that override the preset's."""
-    config_class = OBJECTIVES[objective_of(arguments)][0].config_class
+    config_class = model_of(objective_of(arguments)).config_class
     parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runtime.add_options(parser, TrainConfig)
     runtime.add_options(parser, config_class, skip=("vocab_size", *FROM_TOKENIZER))
@@ -434,15 +434,15 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
 def objective_of(arguments: list[str] | None) -> str:
     """The objective that a command line names, or that of the run which it takes up: it decides what options there
     are."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--objective", default="")
+    first = runtime.Parser(add_help=False)
+    first.add_argument("--objective", default=TrainConfig.objective)
     first.add_argument("--out", default=TrainConfig.out)
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
     checkpoint = Path(given.out) / "checkpoint.pt"
     if given.resume and checkpoint.is_file():
         return runtime.load_checkpoint(checkpoint)["objective"]
-    return given.objective if given.objective in OBJECTIVES else TrainConfig.objective
+    return given.objective
 
 
 def resolve(given: dict, config_class: type[TrainConfig], model_class: type[Config]) -> tuple[TrainConfig, dict]:

@@ -59,6 +59,8 @@ class VLMAEConfig(Config):
         super().__post_init__()
         if self.decoder_depth < 1:
             raise ValueError(f"decoder_depth is {self.decoder_depth}: it must be at least 1")
+        if [name for name, weight in self.weights.items() if weight] == ["ifr"]:
+            raise ValueError("w_ifr alone trains no text encoder: give another loss a weight too")
 
     @property
     def fuses(self) -> bool:
@@ -91,19 +93,21 @@ class VLMAE(VisionLanguageModel):
         # 1. The visible patches, T and T'.
         dropped, kept = drop_patches(batch["patch_noise"], config.mask_image)
         visible = encode_visible(self.student.image, images, kept)
-        texts = [input_ids]
+        texts = {}
+        if config.sees_whole or config.w_rmim > 0:
+            texts["T"] = input_ids
         if config.w_mlm > 0:
             words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
-            texts.append(words.input_ids)
-        text, *text_masked = self.encode_texts(texts, real)
+            texts["T'"] = words.input_ids
+        text = self.encode_texts(texts, real)
 
         # 2. Pairs: contrast, and the views for matching. RMIM needs all of (I_vis, T), of which matching reads [CLS].
-        losses, views, valid = self.whole_pairs(visible, text, batch)
+        losses, views, valid = self.whole_pairs(visible, text.get("T"), batch)
         if config.w_rmim > 0:
-            everywhere = torch.arange(text.shape[1] + visible.shape[1], device=images.device)
-            views["IT"] = visible, text, real, everywhere.expand(len(images), -1)
+            everywhere = torch.arange(input_ids.shape[1] + visible.shape[1], device=images.device)
+            views["IT"] = visible, text["T"], real, everywhere.expand(len(images), -1)
         if config.w_mlm > 0:
-            views["IT'"] = visible, text_masked[0], real, words.index
+            views["IT'"] = visible, text["T'"], real, words.index
         fused = self.fuse_views(views)
 
         # 3. Matching, and the recovery of what was dropped or hidden.
@@ -111,7 +115,7 @@ class VLMAE(VisionLanguageModel):
         if config.w_itm > 0:
             losses["itm"] = self.matching(fused, valid)
         if config.w_rmim > 0:
-            fused_text, fused_image = fused["IT"].split([text.shape[1], visible.shape[1]], dim=1)
+            fused_text, fused_image = fused["IT"].split([input_ids.shape[1], visible.shape[1]], dim=1)
             whole = put_back(fused_image, kept, self.pixel_token, positions)
             predicted = self.decoder(whole, fused_text, real, dropped)
             losses["rmim"] = self.loss_rmim(predicted, at(patchify(images, config.patch_size), dropped))

@@ -121,6 +121,9 @@ def test_step_reports_every_variant_as_table_and_as_json(monkeypatch, capsys, tm
         "loading and decoding / control",
     }
     assert all(f"{name}: {ratio['median']:.3f}" in printed for name, ratio in report["ratios"].items())
+    formula = mamo["gflop"]["step"] / control["gflop"]["step"]
+    assert report["by_formula"] == {"nano, batch 4: mamo / control": pytest.approx(formula)}
+    assert f"by formula {formula:.3f}" in printed and mamo["gflop_per_pair"] == mamo["gflop"]["step"] / 4
 
 
 def test_a_variant_without_room_ends_itself_and_not_the_run(monkeypatch, capsys, tmp_path):
@@ -164,7 +167,7 @@ def test_the_other_commands_report_their_ratios(command, monkeypatch, tmp_path):
         ("--precision int8", "unknown precision"),
         ("--sharing --objectives control", "ask for mamo"),
         ("--data nowhere.jsonl", "nowhere.jsonl"),
-        ("--round 3 --lenght 9", "did you mean --length"),
+        ("--rounds 3 --lenght 9", "did you mean --length"),
     ],
 )
 def test_a_mistake_ends_with_one_sentence(arguments, words, monkeypatch, capsys):

@@ -487,6 +487,15 @@ def test_a_log_row_is_the_mean_since_the_last(data, tmp_path):
             assert float(row[name]) == pytest.approx(sum(float(r[name]) for r in part) / len(part), rel=1e-4), name
 
 
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    """A comparison starts its runs from a process that has held all of them."""
+    held = bytearray(os.urandom(1)) * 2**30  # 1 GB
+    program = "import torch, runtime; print(runtime.peak_memory_mb(torch.device('cpu')))"
+    root = Path(runtime.__file__).parent
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert len(held) == 2**30 and 50 < float(ended.stdout) < 1000
+
+
 def test_validation_is_logged_and_changes_nothing_in_training(data, tmp_path):
     """--val is evaluated every so many steps and at the end; the weights are those of a run without it."""
     val = write_squares(tmp_path / "other" / "val.jsonl", 12)
