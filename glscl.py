@@ -106,7 +106,7 @@ class GLSCL(VisionLanguageModel):
         # 2. Whole pairs: contrast, and the views for matching.
         losses, views, valid = self.whole_pairs(image, text.get("T"), batch)
 
-        # 3. The masked views. (I', T) is shorter than the others, so it is fused by itself.
+        # 3. The masked views: a = (I', T), shorter than the others and so fused by itself, and b = (I, T') among them.
         if config.completes:
             length = input_ids.shape[1]
             wanted = [torch.tensor([0, length], device=images.device).expand(len(images), -1)]  # [CLS] and class token

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from eval import model_of
 from finetune import FineConfig
-from mamo import MAMOConfig
+from mamo import Config
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -21,12 +22,13 @@ IN_RECIPES = re.findall(r"^\$(python \w+\.py [^\n]*)$", RECIPES.replace("\\\n", 
 COMMANDS = [line for line in CALLS if "`" not in line] + IN_CELLS + IN_RECIPES
 
 
-def options_of(script: str) -> set[str]:
+def options_of(script: str, objective: str) -> set[str]:
     """Options that a script knows: those it declares itself and, of the loops, the fields of their dataclasses."""
     declared = set(re.findall(r'"(--[a-z0-9-]+)"', (ROOT / script).read_text(encoding="utf-8")))
     own = {"train.py": TrainConfig, "finetune.py": FineConfig}
     if script in own:
-        fields = [field.name for config in (own[script], MAMOConfig) for field in dataclasses.fields(config)]
+        shape = model_of(objective).config_class if script == "train.py" else Config
+        fields = [field.name for config in (own[script], shape) for field in dataclasses.fields(config)]
         declared |= {"--" + name.replace("_", "-") for name in fields}
     return declared
 
@@ -38,7 +40,8 @@ def test_every_command_names_a_script_and_options_that_exist(command):
     assert (ROOT / script).is_file(), f"{script} does not exist"
     given = {word for word in words[words.index(script) :] if word.startswith("--")}
     given -= {"--help"}
-    assert given <= options_of(script), f"{script} does not know {given - options_of(script)}"
+    objective = words[words.index("--objective") + 1] if "--objective" in words else "mamo"
+    assert given <= options_of(script, objective), f"{script} does not know {given - options_of(script, objective)}"
 
 
 def test_there_are_commands_to_check():
