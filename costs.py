@@ -10,8 +10,10 @@ Each objective below is the list of its passes: the table of docs/objectives.md,
 import math
 from dataclasses import dataclass
 
+import torch
+
 from glscl import GLSCLConfig
-from mamo import Config, MAMOConfig
+from mamo import Config, MAMOConfig, hide_patches
 from maskvlm import MaskVLMConfig
 from vlmae import VLMAEConfig
 
@@ -69,7 +71,7 @@ class Costs:
 
     def hidden(self, ratio: float, of: int) -> int:
         """How many of so many patches, or units, are hidden."""
-        return min(max(round(ratio * of), 1), of - 1)
+        return hide_patches(torch.zeros(1, of), ratio)[0].shape[1]
 
     def slots(self, ratio: float) -> int:
         """Slots of hidden words."""

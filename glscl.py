@@ -11,7 +11,8 @@ answer to "recover what?" is: the meaning, as another pass of the same network s
 Each pass has whole what the other one lacks, so the two are each other's target, detached, and no teacher is needed.
 What differs from MAMO's MRM: the target is this network itself in place of its moving average, on a pair with the other
 half hidden in place of a whole pair, and the distance is contrast: being near to the target is worth nothing where all
-targets are near to it. With less than about 64 pairs in a batch there is little to tell the target from.
+targets are near to it. In a small batch there is little to tell the target from. MLTC compares all hidden tokens
+of a batch: with 77 hidden patches a picture, as in `base`, 64 pairs on each of 8 processes make matrices of 0.8 GB.
 
 How this differs from the paper and its release, so that a comparison isolates the objective:
     - one stream of fusion in place of co-attention; a shared, fresh text and image encoder in place of RoBERTa and CLIP
@@ -62,9 +63,9 @@ class GLSCLConfig(Config):
         return self.w_mltc > 0
 
     @property
-    def fuses(self) -> bool:
-        """Whether any loss needs the fusion encoder."""
-        return super().fuses or self.completes
+    def hides_words(self) -> bool:
+        """Whether any loss looks at a text with hidden words."""
+        return self.completes or self.w_mlm > 0
 
 
 class GLSCL(VisionLanguageModel):

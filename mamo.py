@@ -2,8 +2,8 @@
 
 The paper: Zhao et al., "MAMO", SIGIR 2023, arXiv 2210.04183. The base it builds on: ALBEF, arXiv 2107.07651.
 
-The idea. Take an image-text pair (I, T). Hide 75 % of the patches (I') or 25 % of the words (T'), never both, and
-recover what is hidden from the other modality:
+The idea. Take an image-text pair (I, T). Hide 75 % of the patches (I') or 25 % of the words (T'), by default
+never both, and recover what is hidden from the other modality:
 
     implicitly   MRM   the fused vectors that a moving-average teacher sees on the whole pair (I, T)
     explicitly   MIM   the teacher's visual features of the hidden patches
@@ -12,7 +12,7 @@ recover what is hidden from the other modality:
                  ITM   matching: does this text belong to this image?
 
 How to read it. Top to bottom: the sizes, the three encoders, the joint masking, what any vision-language objective
-needs (ITC, ITM), and last the MAMO objective itself, whose `forward` is the paper's pipeline in the paper's order.
+needs (ITC, ITM, MLM), and last the MAMO objective itself, whose `forward` is the paper's pipeline in the paper's order.
 The file imports nothing of ours and draws no random number: all noise arrives in the batch (see data.py), so that a
 loss is a plain function of parameters and batch.
 
@@ -73,7 +73,7 @@ class Config:
                 low = side // self.patch_size * self.patch_size
                 near = " or ".join(str(s) for s in (low, low + self.patch_size) if s)
                 raise ValueError(f"image_size {side} is not a multiple of patch_size {self.patch_size}: use {near}")
-        for name in ("heads", "image_depth", "text_depth", "fusion_depth", "embed_dim"):
+        for name in ("heads", "embed_dim", *(field.name for field in fields(self) if field.name.endswith("_depth"))):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.width % self.heads or self.width % 4:

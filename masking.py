@@ -2,7 +2,7 @@
 
     hide      blank     the pixels of chosen patches, before the image encoder sees them             MaskVLM
               drop      patches never enter the image encoder, which makes its sequence shorter      GLSCL, VLMAE
-              words     whole words, so that no piece of a word gives the others away                GLSCL
+              words     chosen as a whole, all pieces of a word or none                              GLSCL
     recover   pixels    by a decoder that is thrown away after pre-training                          MaskVLM, VLMAE
               vectors   by contrast: which of all candidates is the one that stood here?             GLSCL
 
@@ -51,7 +51,7 @@ def hide_units(patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: i
 
 
 def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
-    """images (b, 3, height, width) with the pixels of hidden patches, patch_mask (b, n), set to 0, the mean colour."""
+    """images (b, 3, height, width) with the pixels of hidden patches, patch_mask (b, n), set to 0, mid grey."""
     rows = images.shape[2] // patch_size
     pixels = repeat(patch_mask, "b (y x) -> b 1 (y p) (x q)", y=rows, p=patch_size, q=patch_size)
     return images.masked_fill(pixels, 0.0)
@@ -92,10 +92,10 @@ def hide_whole_words(
     config: Config,
     continues: Tensor,
 ) -> HiddenWords:
-    """As hide_words, but the pieces of a word are hidden together. continues (b, l): True = goes on with a word (##).
+    """As hide_words, but the pieces of a word are chosen together. continues (b, l): True = goes on with a word (##).
 
     The ratio counts pieces: words are taken, least noise first, while they fit. A word that no longer fits stays; where
-    it is the first, as many of its pieces are hidden as may be.
+    it is the first, as many of its pieces are hidden as may be. What stands in its place is drawn piece by piece.
     """
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
     word = torch.where(continues, 0, place).cummax(dim=1).values  # (b, l) where the token's word begins

@@ -14,7 +14,8 @@ How this differs from the paper, so that a comparison isolates the objective:
     - one stream of fusion over [text; image] in place of two streams of cross-attention; the decoder is more of it
     - ITM reads the fused [CLS], not the product of two class tokens, and reads whole pairs (the paper's is not known)
     - the text encoder is ours and not RoBERTa, all weights are fresh, and one learning rate serves all of them
-    - 80/10/10 for hidden words and 0 as the colour of blanked pixels are our choices
+    - that patches are blanked before the encoder is how a re-implementation reads the paper; 80/10/10 for hidden words
+      and 0, mid grey, for blanked pixels are our choices
     - `nano` has 4 x 4 patches, so a unit of 2 x 2 is a quarter of the picture and 60 % of four units are two
 """
 
@@ -43,8 +44,6 @@ class MaskVLMConfig(Config):
             raise ValueError(f"mask_unit is {self.mask_unit}: the grid of patches {self.grid} is no multiple of it")
         if self.patches == self.mask_unit**2:
             raise ValueError(f"mask_unit is {self.mask_unit}: a grid of {self.grid} is one unit; use a smaller one")
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth is {self.decoder_depth}: it must be at least 1")
 
     @property
     def fuses(self) -> bool:

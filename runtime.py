@@ -216,10 +216,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: of the GPU where there is one, else of the process. nan where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where getrusage gives a process at least the peak of the one that started it
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 2**10
+    status = Path("/proc/self/status")  # of Linux, whose getrusage gives a process the peak of the one that started it
+    for line in status.read_text().splitlines() if status.is_file() else []:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2**10
     try:
         import resource  # not on Windows
     except ImportError:

@@ -233,13 +233,13 @@ def read_as(task: str) -> str:
 
 def build_task(head: Head, shape: dict) -> Retrieval | Classifier:
     """A fresh model of a task from the fields of the Config that its encoders were pre-trained with."""
-    none = {"w_itc": 0.0, "w_itm": 0.0, "w_mlm": 0.0}
-    config = encoders_of(shape | none | dict.fromkeys(TASKS[head.task].losses, 1.0))
-    return TASKS[head.task](config, head)
+    return TASKS[head.task](encoders_of(shape, TASKS[head.task].losses), head)
 
 
-def encoders_of(shape: dict) -> Config:
-    """Of the fields of an objective's Config those that every objective has: its encoders."""
+def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
+    """Of the fields of an objective's Config those that every objective has, its encoders; losses: which have weight 1
+    and not 0, whatever the objective gave them."""
+    shape = shape | {"w_itc": 0.0, "w_itm": 0.0, "w_mlm": 0.0} | dict.fromkeys(losses, 1.0)
     return Config(**{field.name: shape[field.name] for field in dataclasses.fields(Config) if field.name in shape})
 
 

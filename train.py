@@ -41,7 +41,7 @@ from tokenizer import Tokenizer
 
 @dataclass
 class TrainConfig:
-    """Everything about a run that is not the model's shape; with mamo.Config it makes up the command line."""
+    """All of a run that is not the model's shape; with the objective's Config it makes up the command line."""
 
     data: list[str] = field(default_factory=lambda: ["data/scenes/pairs_train.jsonl"])  # JSONL files to train on
     val: list[str] = field(default_factory=list)  # JSONL files to evaluate on; without: pairs_val.jsonl beside data
@@ -136,9 +136,9 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale=lambda nam
 
 
 def recompute_blocks(model: torch.nn.Module) -> None:
-    """Gradient checkpointing: each of the student's blocks keeps its input only and runs again in the backward pass."""
-    for block in model.student.modules():
-        if isinstance(block, Block):
+    """Gradient checkpointing: each block but the teacher's keeps its input only and runs again in the backward pass."""
+    for name, block in model.named_modules():
+        if isinstance(block, Block) and not name.startswith("teacher."):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 

@@ -2,9 +2,9 @@
 
 Read this first. The paper is He et al., "VLMAE", arXiv 2208.09374. Only its abstract was available to us, and no code
 was found. From the abstract: masked autoencoding of the image joins vision-language pre-training, so that the model
-looks at all patches and not only at those that a caption mentions; pre-training becomes cheaper. Every formula, ratio,
-depth and weight below is our own, in that spirit: what it measures says nothing about the paper. Tables call it
-"vlmae (our proposal)".
+attends to almost all critical patches and not only to those that a caption mentions; pre-training becomes cheaper. The
+names RMIM and IFR are recalled and confirmed by nothing that we found. Every formula, ratio, depth and weight below is
+our own, in that spirit: what it measures says nothing about the paper. Tables call it "vlmae (our proposal)".
 
 Its answer to "recover what?" is: what an autoencoder recovers, with the text and without it.
 
@@ -57,8 +57,6 @@ class VLMAEConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth is {self.decoder_depth}: it must be at least 1")
         if [name for name, weight in self.weights.items() if weight] == ["ifr"]:
             raise ValueError("w_ifr alone trains no text encoder: give another loss a weight too")
 

@@ -435,6 +435,26 @@ def test_fine_tuning_starts_from_the_encoders_of_any_objective(
     assert code == 0 and "chance" in said, errors
 
 
+@pytest.mark.parametrize(
+    "alone",
+    [
+        "--w-itc 0 --w-itm 0 --w-mlm 0 --ema 0.9",
+        "--objective maskvlm --w-itc 0 --w-itm 0 --w-mlm 0",
+        "--objective glscl --w-itc 0 --w-itm 0 --w-mlm 0",
+        "--objective vlmae --w-itc 0 --w-itm 0 --w-mlm 0 --ema 0.9",
+    ],
+)
+def test_fine_tuning_starts_from_a_run_of_its_own_losses_only(data, task_data, tmp_path, alone):
+    """Without the losses that all objectives share, the encoders are there all the same."""
+    run = new_run(data, tmp_path / "own", "--patch-size", "4", *alone.split())
+    run.train(stop_at=1)
+    start = torch.load(tmp_path / "own" / "checkpoint.pt", weights_only=True)["model"]
+    tune = tuned("vqa", tmp_path / "own" / "checkpoint.pt", task_data, tmp_path / "tune")
+    assert all(name.startswith("head.") for name in tune.fresh), tune.fresh
+    blocks = [name for name in weights(tune) if "blocks" in name]
+    assert blocks and all(torch.equal(weights(tune)[name], start[name]) for name in blocks)
+
+
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])
 def test_a_fine_tuned_checkpoint_with_all_fields_of_mamo_still_loads(trained, task_data, tmp_path, task):
     """As those from before the siblings: what is not the encoders' is passed over, when it is taken up again too."""
