@@ -111,6 +111,11 @@ def naive_words(ids: list[int], noise: Tensor, replace: Tensor, ratio: float) ->
     """Chosen places of one text, and the text with them replaced: 80 % [MASK], 10 % a random word, 10 % kept."""
     words = [k for k, word in enumerate(ids) if word in ORDINARY]
     chosen = sorted(words, key=lambda k: noise[k].item())[: math.ceil(ratio * len(words))]
+    return chosen, naive_replaced(ids, chosen, replace)
+
+
+def naive_replaced(ids: list[int], chosen: list[int], replace: Tensor) -> list[int]:
+    """The text with 80 % of the chosen places replaced by [MASK], 10 % by a random word, 10 % kept."""
     shown = list(ids)
     for k in chosen:
         draw = replace[k].item()
@@ -118,7 +123,7 @@ def naive_words(ids: list[int], noise: Tensor, replace: Tensor, ratio: float) ->
             shown[k] = MASK
         elif draw < 0.9:
             shown[k] = ORDINARY[int((draw - 0.8) * 10 * len(ORDINARY))]
-    return chosen, shown
+    return shown
 
 
 def naive_negative(similarities: list[Tensor], tau: Tensor, allowed: list[int], noise: Tensor) -> int | None:

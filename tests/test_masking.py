@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 from conftest import CLS, MASK, ORDINARY, PAD, SEP, UNK, lengthen, moved, tiny_batch, tiny_config, tiny_objective
-from test_losses import assert_same_loss, chosen_of, naive_cross_entropy, naive_patches, naive_unit, random_vectors
+from test_losses import (
+    assert_same_loss,
+    chosen_of,
+    naive_cross_entropy,
+    naive_patches,
+    naive_replaced,
+    naive_unit,
+    random_vectors,
+)
 from torch import Tensor, nn
 
 from mamo import hide_patches, hide_words
@@ -57,14 +65,7 @@ def naive_whole_words(
         chosen += word
     if words and not chosen:
         chosen = words[0][:budget]
-    shown = list(ids)
-    for k in chosen:
-        draw = replace[k].item()
-        if draw < 0.8:
-            shown[k] = MASK
-        elif draw < 0.9:
-            shown[k] = ORDINARY[int((draw - 0.8) * 10 * len(ORDINARY))]
-    return chosen, shown
+    return chosen, naive_replaced(ids, chosen, replace)
 
 
 def naive_nce(pairs: list[tuple[Tensor, Tensor]], tau: float) -> Tensor:
