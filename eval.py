@@ -6,6 +6,7 @@
     python eval.py vqa       --checkpoint runs/vqa/best.pt --data data/scenes/vqa_test.jsonl --predictions said.jsonl
     python eval.py vqa       --data data/scenes/vqa_test.jsonl --predictions said.jsonl         score a file of answers
     python eval.py reasoning --checkpoint runs/reasoning/best.pt --data data/scenes/reasoning_test.jsonl --figure a.png
+    python eval.py search    --checkpoint runs/mine/checkpoint.pt --data my/pairs_train.jsonl --text "a dog"
     python eval.py score     --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle"
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
     python eval.py world     --checkpoint runs/demo/checkpoint.pt --data data/scenes       all of the built-in world
@@ -47,7 +48,7 @@ from metrics import (
     recalls,
     write_predictions,
 )
-from sheet import draw_examples, draw_ranked
+from sheet import draw_examples, draw_found, draw_ranked
 from tasks import Classifier, Head, build_task, coverage, read_as, slots, texts_of
 from tokenizer import Tokenizer
 from vlmae import VLMAE
@@ -228,8 +229,7 @@ def retrieval(
              "intervals": {way: recalls}} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image":
              ...} in percent, of intervals [low, high] over resampled queries
     """
-    if model.config.w_itc <= 0:
-        raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
+    check_ranks(model)
     if k < 0:
         raise ValueError(f"k is {k}: give the number of candidates that matching orders anew, 0 = contrast only")
     check_by(rows, by)
@@ -272,6 +272,12 @@ def retrieval(
                 those = rank[torch.tensor([v == value for v in values])].numpy()
                 result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
     return result
+
+
+def check_ranks(model: VisionLanguageModel) -> None:
+    """Raise ValueError for a model that cannot rank."""
+    if model.config.w_itc <= 0:
+        raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
 
 
 def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[dict, dict]:
@@ -319,6 +325,27 @@ def rerank(model, encoded: Encoded, scores: Tensor, start: int, direction: str, 
     logits = match_pairs(model, encoded, pair[0].flatten(), pair[1].flatten(), device).view_as(best)
     behind = scores.double() - 1e4  # below any logit; double, because in single close cosines would become ties
     return behind.scatter(1, best, logits.double())
+
+
+def search(model, tokenizer: Tokenizer, images: list[str], text: str, device, k: int = 128) -> list[dict]:
+    """The pictures (paths) that fit a text, best first: by contrast, the k best of them ordered anew by matching.
+
+    Returns: per picture {"image", "contrast": cosine, "matching": probability, None behind the k best}
+    """
+    check_ranks(model)
+    encoded = encode(model, tokenizer, list(dict.fromkeys(images)), [text], device)
+    cosine = encoded.text_embed @ encoded.image_embed.T
+    k = min(k, len(encoded.images)) if model.config.w_itm > 0 else 0
+    scores = rerank(model, encoded, cosine, 0, "text_to_image", k, device) if k else cosine
+    matched = set(cosine[0].topk(k).indices.tolist())
+    return [
+        {
+            "image": encoded.images[place],
+            "contrast": cosine[0, place].item(),
+            "matching": scores[0, place].sigmoid().item() if place in matched else None,
+        }
+        for place in scores[0].argsort(descending=True, stable=True).tolist()
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- foils
@@ -494,7 +521,7 @@ def layer_for(model, tokenizer: Tokenizer, options: argparse.Namespace, device) 
 
 
 ANSWERING = ("vqa", "reasoning", "entailment")
-COMMANDS = ("retrieval", "foils", "grounding", *ANSWERING, "score", "explain", "world")
+COMMANDS = ("retrieval", "foils", "grounding", *ANSWERING, "search", "score", "explain", "world")
 
 
 def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel | None, Tokenizer | None]:
@@ -513,7 +540,7 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
             f"{options.checkpoint} is a checkpoint of {task} and has no head for {options.command}: give one that "
             f"finetune.py {options.command} made"
         )
-    if options.command in ("retrieval", "foils", "world") and task in ANSWERING:
+    if options.command in ("retrieval", "foils", "search", "world") and task in ANSWERING:
         raise ValueError(
             f"{options.checkpoint} is a checkpoint of {task}, which neither contrasts nor matches: give one of "
             "train.py, or of finetune.py retrieval or grounding"
@@ -534,7 +561,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only")
     parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
     parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
-    parser.add_argument("--text", help="text for `score` and `explain`")
+    parser.add_argument("--text", help="text for `search`, `score` and `explain`")
     parser.add_argument("--phrase", help="part of the text that `explain` looks for; without: the whole text")
     parser.add_argument("--layer", type=int, help="fusion block for explain and grounding, from 0, or -1 = the last")
     parser.add_argument("--choose", nargs="+", help="JSONL files on which `grounding` chooses the layer, such as val")
@@ -563,6 +590,9 @@ def main() -> None:
             return
         if not options.data:
             raise ValueError(f"{options.command} needs --data: give JSONL files, or for `world` the world's folder")
+        if options.command == "search":
+            print_found(model, tokenizer, options, device)
+            return
         if options.command == "world":
             evaluate_world(model, tokenizer, options, device)
             return
@@ -594,6 +624,23 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
     if options.figure and world()[0] == 0:
         draw_ranked(rows, lists, options.figure)
     return result
+
+
+def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device, best: int = 10) -> None:
+    """The pictures of `pairs` rows that fit --text best, with their captions; --figure draws them."""
+    if not options.text:
+        raise ValueError('search needs a text: --text "a red circle"')
+    captions: dict[str, str] = {}  # of each picture the first
+    for row in read_rows(options.data, "pairs"):
+        captions.setdefault(row["image"], captions_of(row)[0])
+    found = search(model, tokenizer, list(captions), options.text, device, options.k)[:best]
+    print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")
+    for one in found:
+        matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
+        print(f"{matching:>9}{one['contrast']:10.3f}   {one['image']}: {captions[one['image']]}")
+    if options.figure and world()[0] == 0:
+        draw_found(options.text, [one["image"] for one in found], options.figure)
+        print(f"the pictures are in {options.figure}")
 
 
 def explain(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:

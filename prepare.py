@@ -1,5 +1,6 @@
-"""From official annotation files to the JSONL rows of data.py: one command per data set, nothing is downloaded.
+"""From official annotation files, or a folder of pictures, to the JSONL rows of data.py; nothing is downloaded.
 
+    python prepare.py folder --images my/pictures --out my            captions: captions.txt, or texts beside, or names
     python prepare.py coco --annotations dataset_coco.json --images coco --out data/coco
     python prepare.py flickr30k --annotations dataset_flickr30k.json --images flickr30k-images --out data/flickr30k
     python prepare.py flickr8k --annotations captions.txt --images Images --out data/flickr8k
@@ -325,6 +326,47 @@ def flickr8k_captions(path: Path) -> Iterator[tuple[str, str]]:
                 forms = "the header image,caption and such lines, or picture#number<Tab>caption"
                 raise ValueError(f"found {reprlib.repr(line)}: expected {forms}")
         yield image, caption
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAMERA = {"img", "image", "dsc", "dscf", "dscn", "pxl", "mvimg", "photo", "picture", "pic", "screenshot", "untitled"}
+
+
+def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
+    """One row a picture that lies below --images. Where its captions stand, the first that is there:
+
+    captions.txt (or .csv) in the folder, in a form of flickr8k; dog.txt beside dog.jpg, one caption a line; the
+    picture's name, as in a_red-circle_03.png. The name decides what goes to val: the same split on every machine.
+    """
+    if not 0 <= args.val_share < 1:
+        raise ValueError(f"--val-share is {args.val_share}: give a share from 0 to below 1")
+    listed: dict[str, list[str]] = {}
+    for path in (args.images / "captions.txt", args.images / "captions.csv"):
+        for image, caption in flickr8k_captions(path) if path.is_file() else ():
+            listed.setdefault(image, []).append(caption)
+    pictures = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in PICTURES)
+    names = [path.relative_to(args.images).as_posix() for path in pictures]
+    for image in listed.keys() - set(names):
+        yield "train", {"image": image, "caption": listed[image]}  # convert says that it is missing
+    for path, name in zip(pictures, names, strict=True):
+        beside = path.with_suffix(".txt")
+        if listed:
+            captions = told(listed.get(name, []), left_out)
+        elif beside.is_file():
+            captions = [line.strip() for _, line in lines(beside)]
+        else:
+            captions = caption_of_name(path.stem)
+        if captions:
+            share = zlib.crc32(name.encode()) / 2**32
+            yield "val" if share < args.val_share else "train", {"image": name, "caption": captions}
+        else:
+            left_out["pictures without a caption: write captions.txt with lines image,caption under that header"] += 1
+
+
+def caption_of_name(name: str) -> list[str]:
+    """a_red-circle_03 -> ["a red circle"]; a name that a camera gave is no caption -> []"""
+    words = [word for word in re.split(r"[\W_]+", name) if not any(letter.isdigit() for letter in word)]
+    return [] if not any(words) or {word.lower() for word in words} <= CAMERA else [" ".join(filter(None, words))]
 
 
 def captions_from_the_web(args: argparse.Namespace, left_out: Counter) -> Rows:
@@ -723,11 +765,13 @@ OPTIONS = {
         "help": "how many of the six pictures (%(default)s)",
     },
     "--task": {"choices": TASKS, "required": True, "help": "what the list is for"},
+    "--val-share": {"type": float, "default": 0.0, "help": "share of the pictures to keep apart as val (%(default)s)"},
     "--strip": {"default": "", "help": "beginning of the paths in the file, which --images stands for"},
 }
 ONE = ("--annotations",)
 # command: (generator of rows, task, help, options); the task of ALBEF's lists is an option
 COMMANDS = {
+    "folder": (folder, "pairs", "pictures of your own, captions beside them or in their names", ("--val-share",)),
     "coco": (karpathy, "pairs", "COCO captions: Karpathy's dataset_coco.json", ONE),
     "flickr30k": (karpathy, "pairs", "Karpathy's dataset_flickr30k.json, or dataset_flickr8k.json", ONE),
     "flickr8k": (flickr8k, "pairs", "captions.txt or Flickr8k.token.txt", (*ONE, "--splits")),

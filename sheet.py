@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import runtime
 from data import load_image, pictures_of
@@ -27,6 +27,20 @@ def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int =
             good = caption in right[image]
             text = f"{'+' if good else '-'} {caption}"
             pen.text((side + 28, top + 6 + place * line), text, fill=RIGHT if good else WRONG, font=font)
+    runtime.write_beside(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+def draw_found(text: str, images: list[str], path: Path, side: int = 160, columns: int = 5) -> None:
+    """The pictures that were found for a text, best first, row by row."""
+    gap, lines = 12, -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, lines * (side + gap + 22) + 44), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    pen.text((gap, gap), text, fill="black", font=font)
+    for place, image in enumerate(images):
+        left, top = gap + place % columns * (side + gap), 44 + place // columns * (side + gap + 22)
+        picture = ImageOps.contain(load_image(image), (side, side))
+        sheet.paste(picture, (left, top))
+        pen.text((left, top + side + 2), str(place + 1), fill="black", font=font)
     runtime.write_beside(path, lambda temporary: sheet.save(temporary, format="PNG"))
 
 

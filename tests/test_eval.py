@@ -78,6 +78,52 @@ def model_and_words(checkpoint):
     return load_model(checkpoint, CPU)[:2]
 
 
+# ------------------------------------------------------------------------------------------------------------- search
+
+
+def scores_one_by_one(model, tokenizer, images: list[str], text: str) -> list[tuple[float, float]]:
+    """Cosine and probability of matching of each picture with a text."""
+    pairs = []
+    for image in images:
+        pixels = to_tensor(load_image(image), model.config.image_size)[None]
+        one = model.score(pixels, *pad([tokenizer.encode(text, model.config.max_tokens)], tokenizer.pad_id))
+        pairs.append((one["itc"].item(), one["itm"].item()))
+    return pairs
+
+
+@pytest.mark.parametrize("k", [0, 5, 128])
+def test_a_search_orders_pictures_by_matching_among_the_best_by_contrast(model_and_words, gallery, k):
+    model, tokenizer = model_and_words
+    images = sorted({row["image"] for row in read_rows([gallery], "pairs")})
+    text = "a green square at the top left"
+    scores = dict(zip(images, scores_one_by_one(model, tokenizer, images, text), strict=True))
+    by_contrast = sorted(images, key=lambda image: -scores[image][0])
+    first = sorted(by_contrast[:k], key=lambda image: -scores[image][1])
+    found = evaluation.search(model, tokenizer, images, text, CPU, k)
+    assert [one["image"] for one in found] == first + by_contrast[k:]
+    assert first != by_contrast[:k] or k == 0, "matching changes the order, or nothing is tested"
+    for place, one in enumerate(found):
+        assert one["contrast"] == pytest.approx(scores[one["image"]][0], abs=2e-3)  # features in half precision
+        if place < k:
+            assert one["matching"] == pytest.approx(scores[one["image"]][1], abs=2e-3)
+        else:
+            assert one["matching"] is None
+
+
+def test_the_command_search_prints_and_draws_what_it_finds(command, checkpoint, gallery, tmp_path):
+    asked = ("search", "--checkpoint", checkpoint, "--data", gallery, "--figure", tmp_path / "found.png")
+    status, said, _ = command(*asked, "--text", "a red square")
+    assert status == 0
+    found = re.findall(r"^ +([\d.]+) +(-?[\d.]+)   (\S+): (.+)$", said, re.M)
+    assert len(found) == 10 and [row[0] for row in found] == sorted((row[0] for row in found), reverse=True)
+    captions = {row["image"]: captions_of(row)[0] for row in reversed(read_rows([gallery], "pairs"))}
+    assert set(captions.values()) >= {row[3] for row in found}
+    with Image.open(tmp_path / "found.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+    status, _, error = command(*asked)
+    assert status == 2 and error == 'error: search needs a text: --text "a red circle"\n'
+
+
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 

@@ -230,6 +230,65 @@ def test_flickr8k_without_lists_splits_six_to_one_to_one_by_name(tmp_path):
     assert {row["image"] for row in rows(out / "pairs_val.jsonl", "pairs")} == split["val"], "the order decides"
 
 
+# ---------------------------------------------------------------------------------------------- a folder of one's own
+
+
+def test_captions_of_a_folder_come_from_the_list_in_it(tmp_path, capsys):
+    """In both forms, with several captions of a picture that do not stand together, and pictures in sub-folders."""
+    names = ("1.jpg", "2.JPG", "more/3.png")
+    picture(tmp_path / "pictures", *names, "4.jpg", "notes.pdf")
+    for name, content in {
+        "captions.txt": "1.jpg#0\tA dog\n2.JPG#0\tA cat, or two\n1.jpg#1\tA pet\nmore/3.png#0\tA hen\n",
+        "captions.csv": 'image,caption\n1.jpg,A dog\n2.JPG,"A cat, or two"\n1.jpg,A pet\nmore/3.png,A hen\n',
+    }.items():
+        write(tmp_path / "pictures" / name, content)
+        out = run(tmp_path, "folder", "--force")
+        (tmp_path / "pictures" / name).unlink()
+        captions = (["A dog", "A pet"], ["A cat, or two"], ["A hen"])
+        expected = [{"image": name, "caption": text} for name, text in zip(names, captions, strict=True)]
+        assert rows(out / "pairs_train.jsonl", "pairs") == expected
+        assert "left out: 1 pictures without a caption" in capsys.readouterr().out
+
+
+def test_captions_of_a_folder_come_from_texts_beside_the_pictures_or_from_their_names(tmp_path, capsys):
+    picture(tmp_path / "pictures", "a_red-circle_03.png", "IMG_2034.jpg", "two  dogs (1).webp", "DSC-7.png", "b.gif")
+    write(tmp_path / "pictures" / "b.txt", "Something else\n\n  Another caption \n")
+    out = run(tmp_path, "folder")
+    assert rows(out / "pairs_train.jsonl", "pairs") == [
+        {"image": "a_red-circle_03.png", "caption": ["a red circle"]},
+        {"image": "b.gif", "caption": ["Something else", "Another caption"]},
+        {"image": "two  dogs (1).webp", "caption": ["two dogs"]},
+    ]
+    assert "left out: 2 pictures without a caption: write captions.txt" in capsys.readouterr().out
+
+
+def test_a_picture_of_a_folder_keeps_its_split_whatever_lies_beside_it(tmp_path):
+    names = [f"dog number {'i' * number} x.png" for number in range(60)]
+    picture(tmp_path / "pictures", *names, size=(2, 2))
+    out = run(tmp_path, "folder", "--val-share", 0.3)
+    kept = {row["image"] for row in rows(out / "pairs_val.jsonl", "pairs")}
+    assert 8 < len(kept) < 30 and kept.isdisjoint(row["image"] for row in rows(out / "pairs_train.jsonl", "pairs"))
+    for name in names[::2]:
+        (tmp_path / "pictures" / name).unlink()
+    out = run(tmp_path, "folder", "--val-share", 0.3, "--force")
+    assert {row["image"] for row in rows(out / "pairs_val.jsonl", "pairs")} == kept & set(names[1::2])
+
+
+@pytest.mark.parametrize(
+    ("listed", "arguments", "wanted"),
+    [
+        ("1.jpg#0\tA dog\n9.jpg#0\tA cat\n", (), "1 of 2 rows show a picture that is not in"),
+        ("1.jpg\tA dog\n", (), "captions.txt:1: found '1.jpg\\tA dog\\n': expected the header image,caption"),
+        ("1.jpg#0\tA dog\n", ("--val-share", 1.0), "--val-share is 1.0: give a share from 0 to below 1"),
+        ("2.jpg#0\t \n", (), "nothing was left to write"),
+    ],
+)
+def test_a_folder_whose_list_does_not_fit_is_refused(tmp_path, listed, arguments, wanted):
+    picture(tmp_path / "pictures", "1.jpg", "2.jpg")
+    write(tmp_path / "pictures" / "captions.txt", listed)
+    assert wanted in refused(tmp_path, "folder", *arguments)
+
+
 @pytest.mark.parametrize("header", ["", "caption\turl\n"])
 def test_conceptual_captions_by_the_number_of_the_row(tmp_path, capsys, header):
     names = [f"{number // 10_000:05d}/{number:09d}.jpg" for number in (0, 1, 2, 10_000)]

@@ -7,7 +7,7 @@ import pytest
 from helpers import square
 from PIL import Image, ImageDraw
 
-from sheet import RIGHT, WRONG, draw_examples, draw_ranked
+from sheet import RIGHT, WRONG, draw_examples, draw_found, draw_ranked
 
 SIDE, GAP, COLUMN = 128, 12, 600
 
@@ -185,3 +185,16 @@ def test_ranked_captions_are_those_of_matching_where_there_is_matching(pictures,
         top = GAP + place * (SIDE + GAP)
         small = Image.open(pictures[number]).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
         assert (sheet[top : top + SIDE, GAP : GAP + SIDE] == np.asarray(small)).all()
+
+
+def test_found_pictures_stand_in_their_order_in_their_own_proportions(pictures, pen, tmp_path):
+    """Seven pictures, twice as wide as high would be 160 x 80; these are 48 x 32, so 160 x 107, five in a row."""
+    draw_found("a red square", pictures[:7], tmp_path / "a.png")
+    assert [words for *_, words, _ in pen] == ["a red square", *map(str, range(1, 8))]
+    sheet = pixels(tmp_path / "a.png")
+    for place, image in enumerate(pictures[:7]):
+        left, top = 12 + place % 5 * 172, 44 + place // 5 * 194
+        drawn = sheet[top : top + 107, left : left + 160]
+        wanted = np.asarray(Image.open(image).convert("RGB").resize((160, 107))).astype(int)
+        assert np.abs(drawn - wanted).mean() < 2
+        assert (sheet[top + 108 : top + 160, left : left + 160] == 255).all(), "below it there is nothing"
