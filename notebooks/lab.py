@@ -1,0 +1,154 @@
+"""What the notebooks share: where the repository is, a checkpoint to look into, and exercises that check themselves.
+
+A notebook begins with `import lab`, which makes the modules of the repository importable, and `demo = lab.start()`.
+"""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a notebook's own folder is notebooks/, the modules lie one above
+
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import to_rgb  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import runtime  # noqa: E402
+from data import Collate, Pairs, TwinBatches, read_rows  # noqa: E402
+from diagrams import HIDDEN  # noqa: E402
+from eval import load_model  # noqa: E402
+from mamo import VisionLanguageModel  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+from train import parts_for  # noqa: E402
+
+WORLD = Path("data/scenes")  # paths are relative to the repository, as on the command line
+BRIEF_STEPS = 400  # about a minute on two cores: enough to see where things go, not how good they get
+
+
+@dataclass
+class Demo:
+    """A pre-trained model to look into, and the built-in world that it was trained on."""
+
+    checkpoint: Path
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    state: dict  # the whole content of the checkpoint
+    world: Path
+    brief: bool  # trained by the notebooks for a minute, because `make demo` was not run
+
+
+def run(*command: str) -> str:
+    """A command line of the repository, such as run("eval.py", "foils", ...) -> what it printed.
+
+    Raises:  RuntimeError with the command's own sentence
+    """
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{command} failed")
+    return done.stdout
+
+
+def start() -> Demo:
+    """Go to the repository -> the demo's checkpoint; where there is none, one that is trained briefly now and kept."""
+    os.chdir(ROOT)
+    style()
+    if not (WORLD / "world.json").is_file():
+        print("drawing the built-in world, once: half a minute")
+        run("scenes.py", "--out", WORLD)
+    checkpoint = Path("runs/demo/checkpoint.pt")
+    brief = not checkpoint.is_file()
+    if brief:
+        checkpoint = Path("runs/brief/checkpoint.pt")
+        if not checkpoint.is_file():
+            print(f"no {Path('runs/demo')}: training for {BRIEF_STEPS} steps, once; `make demo` makes a better one")
+            run("train.py", "--out", checkpoint.parent, "--steps", str(BRIEF_STEPS), "--eval-every", str(BRIEF_STEPS))
+    model, tokenizer, state = load_model(checkpoint, torch.device("cpu"))
+    print(f"{checkpoint}: {state['objective']}, step {state['step']}")
+    return Demo(checkpoint, model, tokenizer, state, WORLD, brief)
+
+
+def batch_of(demo: Demo, size: int = 64, number: int = 0) -> dict[str, Tensor]:
+    """A training batch as train.py makes it, counted from 0: twins together, the masks' noise with each sample, and
+    noise for the draws of matching. With size 64 it is one that the checkpoint was trained on."""
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar is nothing to keep in a notebook
+        rows = read_rows([demo.world / "pairs_train.jsonl"], "pairs")
+    config, seed = demo.model.config, demo.state["train"]["seed"]
+    pairs = Pairs(rows, demo.tokenizer, config.image_size, config.patches, config.max_tokens, seed=seed)
+    order = TwinBatches(rows, size, seed, first=number, parts=parts_for(size, 1))
+    batch = Collate(demo.tokenizer.pad_id)([pairs[key] for key in next(iter(order))])
+    runtime.seed_everything(seed, number, 0, 0)
+    return batch | {"negative_noise": torch.rand(2, size, size)}
+
+
+def show(axes: Axes, image: Tensor, title: str = "") -> None:
+    """A picture (3, height, width), values in [-1, 1], every pixel a square."""
+    axes.imshow((image.permute(1, 2, 0) + 1) / 2, interpolation="nearest")
+    axes.set_title(title)
+    axes.axis("off")
+
+
+def show_veiled(axes: Axes, image: Tensor, light: Tensor, title: str = "") -> None:
+    """A picture under a veil that lets light (n,) through at each patch: 1 = all is seen, 0 = hidden."""
+    height, width = image.shape[1:]
+    rows = round((len(light) * height / width) ** 0.5)
+    seen = F.interpolate(light.detach().float().reshape(1, 1, rows, -1), size=(height, width))[0]
+    veil = 2 * torch.tensor(to_rgb(HIDDEN))[:, None, None] - 1
+    show(axes, seen * image + (1 - seen) * veil, title)
+
+
+def show_heat(axes: Axes, image: Tensor, heat: Tensor, title: str = "") -> None:
+    """A map (n,), 0 or more, over a picture: the brighter a patch, the more; the brightest is the map's largest."""
+    show_veiled(axes, image, 0.1 + 0.9 * heat / heat.max().clamp(min=1e-12), title)
+
+
+def words_of(demo: Demo, ids: Tensor) -> list[str]:
+    """Ids (l,) -> the pieces of the vocabulary, without padding."""
+    return [demo.tokenizer.vocab[i] for i in ids.tolist() if i != demo.tokenizer.pad_id]
+
+
+def style() -> None:
+    """One look for all figures."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 90,
+            "savefig.bbox": "tight",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "font.size": 10,
+        }
+    )
+
+
+def check(number: int, answer: object, test: Callable) -> None:
+    """Say how an exercise stands: not solved yet, right, or what is wrong.
+
+    Args:    answer   a value, ... while there is none, or a function, with the body ... while there is none
+             test     the answer -> True, False, or a sentence that helps
+    """
+    if answer is ... or is_stub(answer):
+        print(f"exercise {number}: not solved yet")
+        return
+    try:
+        verdict = test(answer)
+    except Exception as error:  # whatever a reader's code raises
+        verdict = f"it stops with {type(error).__name__}: {error}"
+    hint = verdict if isinstance(verdict, str) else "that is not it"
+    print(f"exercise {number}: right" if verdict is True else f"exercise {number}: not yet, {hint}")
+
+
+def is_stub(answer: object) -> bool:
+    """Whether a function still has the body ..."""
+
+    def stub(): ...
+
+    return isinstance(answer, types.FunctionType) and answer.__code__.co_code == stub.__code__.co_code
