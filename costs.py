@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from eval import OBJECTIVES
 from glscl import GLSCLConfig
-from mamo import Config, MAMOConfig, hide_patches
+from mamo import PRESETS, Config, MAMOConfig, hide_patches
 from maskvlm import MaskVLMConfig
 from vlmae import VLMAEConfig
 
@@ -160,3 +161,24 @@ def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int
         "contrast": 2 * b * contrast,
         "teacher": 2 * b * passes.teacher,
     }
+
+
+def table() -> str:
+    """The rows of the table in docs/objectives.md: relative to control, and shares in base."""
+    def counted(name: str, preset: str, length: int, words: int) -> dict[str, int]:
+        model, changes = OBJECTIVES[name]
+        return flops_of_step(model.config_class(**PRESETS[preset], **changes, vocab_size=words), 64, length)
+
+    rows = []
+    for name in OBJECTIVES:
+        cells = [f"`{name}`"]
+        for given in (("nano", 14, 125), ("base", 30, 30522)):
+            parts = counted(name, *given)
+            cells.append(f"{sum(parts.values()) / sum(counted('control', *given).values()):.2f}")
+        cells += [f"{100 * value / sum(parts.values()):.0f} %" for part, value in parts.items() if part != "contrast"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -49,7 +49,7 @@ from metrics import (
     write_predictions,
 )
 from sheet import draw_examples, draw_found, draw_ranked
-from tasks import Classifier, Head, build_task, coverage, read_as, slots, texts_of
+from tasks import TASKS, Classifier, Head, build_task, coverage, read_as, slots, texts_of
 from tokenizer import Tokenizer
 from vlmae import VLMAE
 
@@ -520,7 +520,7 @@ def layer_for(model, tokenizer: Tokenizer, options: argparse.Namespace, device) 
     return middle_layer(model)
 
 
-ANSWERING = ("vqa", "reasoning", "entailment")
+ANSWERING = tuple(name for name, task in TASKS.items() if issubclass(task, Classifier))
 COMMANDS = ("retrieval", "foils", "grounding", *ANSWERING, "search", "score", "explain", "world")
 
 

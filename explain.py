@@ -56,13 +56,12 @@ def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -
     raise ValueError(f"the phrase {phrase!r} is not in the text {text!r} within its first {max_tokens} tokens")
 
 
-def heat_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, real: Tensor, rows: Tensor) -> Tensor:
-    """Grad-CAM of the matching logit on every fusion block.              Source: ALBEF's weakly supervised grounding
+def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, real: Tensor) -> list[Tensor]:
+    """Grad-CAM of the matching logit for every token by itself.           Source: ALBEF's weakly supervised grounding
 
     Args:    images (b, 3, height, width)
              input_ids (b, l); real (b, l), True = real token
-             rows (b, l)   True = a token whose looks count, see phrase_rows
-    Returns: (fusion blocks, b, n), values of 0 or more
+    Returns: per fusion block (b, l, n), values of 0 or more; of the last block (b, 1, n), [CLS] alone
     Raises:  ValueError for a model without a matching head
     """
     if model.config.w_itm <= 0:  # tasks.py's models have it too
@@ -73,11 +72,21 @@ def heat_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, rea
         logit = model.match(image, text, real)
         attention = [maps[0] for maps in recorded]  # (b, h, queries, l + 1 + n); one query, [CLS], in the last block
         gradient = torch.autograd.grad(logit.sum(), attention)  # a row's logit depends on its own maps only
-    length, layers = input_ids.shape[1], []
-    for one, slope in zip(attention, gradient, strict=True):
-        weighted = (one * slope.relu()).mean(dim=1)[:, :length, length + 1 :]  # (b, text rows, n), class token left out
-        layers.append((weighted * rows[:, : weighted.shape[1], None]).sum(dim=1))
-    return torch.stack(layers).detach()
+    length = input_ids.shape[1]
+    return [  # rows of text and columns of patches, the class token left out
+        (one * slope.relu()).mean(dim=1)[:, :length, length + 1 :].detach()
+        for one, slope in zip(attention, gradient, strict=True)
+    ]
+
+
+def heat_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, real: Tensor, rows: Tensor) -> Tensor:
+    """The maps of some tokens added up, on every fusion block; images, input_ids, real and errors as token_maps.
+
+    Args:    rows (b, l)   True = a token whose looks count, see phrase_rows
+    Returns: (fusion blocks, b, n), values of 0 or more
+    """
+    layers = token_maps(model, images, input_ids, real)
+    return torch.stack([(maps * rows[:, : maps.shape[1], None]).sum(dim=1) for maps in layers])
 
 
 @dataclass

@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data import read_rows, training_batches
+from data import SCHEMAS, read_rows, training_batches
 from eval import classify, retrieval
 from mamo import Config
-from metrics import cluster_of, score_answers
+from metrics import cluster_of, right_label, score_answers
 from tasks import (
     CAPTIONS,
     TASKS,
@@ -73,7 +73,7 @@ class FineConfig(TrainConfig):
             raise ValueError(f"unknown task {self.task!r}: use one of {', '.join(TASKS)}")
         if self.freeze and issubclass(TASKS[self.task], TASKS["retrieval"]):
             raise ValueError(f"{self.task} has no head of its own to train while the encoders stay: leave out --freeze")
-        if self.compile and self.task not in ("vqa", "entailment"):
+        if self.compile and (issubclass(TASKS[self.task], TASKS["retrieval"]) or TASKS[self.task].pictures > 1):
             raise ValueError(f"batches of {self.task} have no one shape to compile a step for: leave out --compile")
         if self.lr <= 0 or self.lr_head <= 0:
             raise ValueError(
@@ -123,12 +123,23 @@ class FineTune(Run):
         before = start["head"] if start and "head" in start and not config.new_head else {}
         kept = before.get("task") == config.task
         answers = before["answers"] if kept else answers_of(config.task, self.rows, config.answers)
+        self.check_labels(answers)
         model = build_task(Head(config.task, answers, config.freeze), self.shape(start, tokenizer, sizes))
         self.fresh = list(model.state_dict())
         if start:
             weights = {name: value for name, value in start["model"].items() if kept or not name.startswith(HEAD)}
             self.fresh = adopt(model, weights, encoders_of(start["config"]), start["vocab"], tokenizer)
         return tokenizer, self.frozen(model)
+
+    def check_labels(self, answers: list[str]) -> None:
+        """Raise ValueError for a row to learn from whose label a head that is kept does not know."""
+        labelled = "label" in SCHEMAS[TASKS[self.config.task].schema].keys
+        unknown = sorted({right_label(row) for row in self.rows} - set(answers)) if labelled else []
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} labels of the training rows, {unknown[0]!r} first, are none of the {len(answers)} "
+                "that the head of --init knows: pass --new-head"
+            )
 
     def words(self, start: dict | None) -> Tokenizer:
         """The vocabulary: of the checkpoint, with new words where it is a small one; or built from the rows."""

@@ -1001,7 +1001,7 @@ def normalised(target: Tensor) -> Tensor:
 
 
 def spread(target: Tensor) -> Tensor:
-    """Mean cosine between the targets (b, m, d) of a batch, pair by pair: near 1 means that the teacher collapsed."""
+    """Mean cosine of targets (b, m, d), pair by pair: near 1 a teacher is fresh, or, if it climbs back, collapsed."""
     unit = F.normalize(rearrange(target, "b m d -> (b m) d"), dim=-1)
     count = len(unit)
     return (unit.sum(dim=0).square().sum() - count) / (count * (count - 1))

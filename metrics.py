@@ -22,6 +22,8 @@ import runtime
 from data import ENTAILMENT_LABELS, captions_of, parse_object, pictures_of, size_of
 
 RESAMPLES = 1000
+# Labels that a task always has, in the order of its classes; another task with labels takes those of its training rows.
+LABELS = {"reasoning": ("false", "true"), "entailment": ENTAILMENT_LABELS}
 
 
 # ----------------------------------------------------------------------------------------------- files of predictions
@@ -161,8 +163,7 @@ def judge_answers(task: str, rows: list[dict], answers: list[str]) -> dict:
              group right; chance is a coin for each row. Entailment: {"confusion": {label: {answer: rows}}}
     Raises:  ValueError for an answer that is no label
     """
-    if task != "vqa":
-        labels = ("false", "true") if task == "reasoning" else ENTAILMENT_LABELS
+    if labels := LABELS.get(task):
         for number, answer in enumerate(answers):
             if answer not in labels:
                 raise ValueError(f"the answer to row {number} is {answer!r}: expected {', '.join(labels)}")

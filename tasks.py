@@ -30,9 +30,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data import ENTAILMENT_LABELS, Pictures, captions_of, pad, pictures_of, stable_id
+from data import SCHEMAS, Pictures, captions_of, pad, pictures_of, stable_id
 from mamo import Config, VisionLanguageModel, gather, global_mean, init_weights, world
-from metrics import right_label
+from metrics import LABELS, right_label
 from tokenizer import Tokenizer
 
 CAPTIONS = 5  # captions of a picture that a step of retrieval looks at, as COCO has them; of more, some at random
@@ -244,13 +244,16 @@ def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
 
 
 def answers_of(task: str, rows: list[dict], most: int) -> list[str]:
-    """What the classes of a task mean; of vqa the answers with the largest sum of scores, ties in the alphabet."""
+    """What the classes of a task mean; of vqa the answers with the largest sum of scores, ties in the alphabet; else
+    the labels that it always has, or those of the rows."""
     if task == "vqa":
         scores = Counter()
         for row in rows:
             scores.update(row["answers"])
         return [answer for answer, _ in sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:most]]
-    return {"reasoning": ["false", "true"], "entailment": list(ENTAILMENT_LABELS)}.get(task, [])
+    if not issubclass(TASKS[task], Classifier):
+        return []
+    return list(LABELS.get(task) or sorted({right_label(row) for row in rows}))
 
 
 def coverage(rows: list[dict], answers: list[str]) -> float:
@@ -262,7 +265,9 @@ def coverage(rows: list[dict], answers: list[str]) -> float:
 
 def texts_of(row: dict, schema: str) -> list[str]:
     """The texts that a row of a schema is read with, whatever other keys it has."""
-    return captions_of(row) if schema == "pairs" else [row["question" if schema == "vqa" else "text"]]
+    if schema == "pairs":
+        return captions_of(row)
+    return [row["question" if "question" in SCHEMAS[schema].keys else "text"]]
 
 
 def by_picture(rows: list[dict], schema: str) -> list[dict]:

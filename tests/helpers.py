@@ -97,6 +97,8 @@ def write_task(path: Path, task: str, count: int = 12) -> Path:
             images, other = [picture, f"pictures/{(number + 5) % count:02d}.png"], {"group": about["group"]}
             rows.append(other | {"images": images, "text": f"one square is {colour}", "label": number % 2 == 0})
             rows.append(other | {"images": images[:1], "text": "it is large", "label": number % 4 < 2})
+        elif task != "entailment":
+            raise ValueError(f"write_task has no rows of {task}: add some")
         else:
             label = ("entailment", "neutral", "contradiction")[number % 3]
             rows.append(about | {"text": caption(number + number % 3), "label": label})

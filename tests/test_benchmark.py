@@ -13,6 +13,7 @@ import benchmark
 import runtime
 from benchmark import backward, random_batch, ratios, row_of, separate_losses
 from costs import flops_of_step
+from eval import OBJECTIVES
 from mamo import MAMO, MAMOConfig, record_attention
 
 SIZES = {"image_size": (16, 16), "patch_size": 8, "width": 16, "heads": 2, "embed_dim": 8}
@@ -45,15 +46,23 @@ MAMOS = [
 ]
 
 
+COUNTED = [
+    *product(["mamo"], MAMOS),
+    ("control", {}),
+    *product(["maskvlm"], [{}, {"w_mim": 0.0}, {"w_mlm": 0.0}, {"w_itm": 0.0, "mask_unit": 1, "decoder_depth": 1}]),
+    *product(["glscl"], [{}, {"w_mltc": 0.0}, {"w_mgsc": 0.0}, {"w_mlm": 0.0}, {"w_mltc": 0.0, "w_mgsc": 0.0}]),
+    *product(["vlmae"], [{}, {"w_rmim": 0.0}, {"w_ifr": 0.0}, {"w_itm": 0.0}, {"w_mlm": 0.0, "w_itc": 0.0}]),
+]
+
+
+def test_the_operations_of_every_objective_are_counted():
+    """So that a new one cannot be forgotten here."""
+    assert {objective for objective, _ in COUNTED} == set(OBJECTIVES)
+
+
 @pytest.mark.parametrize(
     ("objective", "changes"),
-    [
-        *product(["mamo"], MAMOS),
-        ("control", {}),
-        *product(["maskvlm"], [{}, {"w_mim": 0.0}, {"w_mlm": 0.0}, {"w_itm": 0.0, "mask_unit": 1, "decoder_depth": 1}]),
-        *product(["glscl"], [{}, {"w_mltc": 0.0}, {"w_mgsc": 0.0}, {"w_mlm": 0.0}, {"w_mltc": 0.0, "w_mgsc": 0.0}]),
-        *product(["vlmae"], [{}, {"w_rmim": 0.0}, {"w_ifr": 0.0}, {"w_itm": 0.0}, {"w_mlm": 0.0, "w_itc": 0.0}]),
-    ],
+    COUNTED,
     ids=lambda part: part if isinstance(part, str) else " ".join(f"{name}={value}" for name, value in part.items()),
 )
 def test_the_formula_counts_the_operations_that_torch_counts(objective, changes):

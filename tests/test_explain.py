@@ -25,6 +25,7 @@ from explain import (
     middle_layer,
     phrase_rows,
     phrases_of,
+    token_maps,
     warmth,
 )
 from finetune import FineTune
@@ -139,6 +140,24 @@ def test_the_maps_belong_to_the_tokens_that_are_asked_for():
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-8)
     assert parts[0][1].any() and not any(part[1].any() for part in parts[1:])
     assert parts[1][0].any()
+
+
+def test_one_pass_gives_the_map_of_every_token():
+    """Each equals the map of that token alone; padding has none, and the last block has a row for [CLS] only."""
+    config = tiny_config(fusion_depth=3)
+    model, batch = tiny_model(config).eval(), tiny_batch(config, b=4)
+    pair = batch["images"], batch["input_ids"], batch["attention_mask"]
+    layers = token_maps(model, *pair)
+    assert [maps.shape[1] for maps in layers] == [11, 11, 1]
+    for token in range(11):
+        one = torch.zeros_like(batch["attention_mask"])
+        one[:, token] = True
+        expected = heat_maps(model, *pair, one)
+        for layer, maps in enumerate(layers):
+            found = maps[:, token] if token < maps.shape[1] else torch.zeros(4, config.patches)
+            torch.testing.assert_close(found, expected[layer], rtol=0, atol=0)
+    read = batch["attention_mask"]
+    assert all(maps[read].any() and not maps[~read].any() and not maps.requires_grad for maps in layers[:2])
 
 
 def test_a_model_without_matching_has_nothing_to_explain():

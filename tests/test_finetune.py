@@ -614,3 +614,15 @@ def test_an_interrupt_saves_and_names_the_command_that_goes_on(start, data, tmp_
     said = capsys.readouterr().out
     assert f"stopped at step 1 and saved; go on with: python finetune.py vqa --out {tmp_path} --resume" in said
     assert resumed("vqa", tmp_path).step == 1
+
+
+def test_a_label_that_a_kept_head_does_not_know_is_one_sentence(start, data, tmp_path):
+    """It would end in a worker, at whatever step its row comes up."""
+    tuned("entailment", start, data, tmp_path / "first").train(stop_at=1)
+    path = tmp_path / "first" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["head"]["answers"][1] = "unsure"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="1 labels of the training rows, 'neutral' first, are none of the 3 that"):
+        tuned("entailment", path, data, tmp_path / "second")
+    assert tuned("entailment", path, data, tmp_path / "third", "--new-head").model.description.answers[1] == "neutral"

@@ -31,15 +31,12 @@ from test_mamo import changed_slots, with_pixels, without_mixing
 from test_masking import CONTINUED, naive_nce, naive_units, naive_whole_words, words_of_pieces
 from torch import Tensor
 
-from glscl import GLSCLConfig
-from mamo import MAMOConfig, VisionLanguageModel, hide_patches, hide_words
+from eval import OBJECTIVES
+from mamo import VisionLanguageModel, hide_patches, hide_words
 from masking import drop_patches, hide_units, hide_whole_words
-from maskvlm import MaskVLMConfig
-from vlmae import VLMAEConfig
 
-OWN = {"maskvlm": ("itc", "itm", "mim", "mlm"), "glscl": ("itc", "itm", "mgsc", "mltc", "mlm")}
-OWN |= {"vlmae": ("itc", "itm", "rmim", "ifr", "mlm")}  # the losses of each sibling
-CONFIGS = {"mamo": MAMOConfig, "maskvlm": MaskVLMConfig, "glscl": GLSCLConfig, "vlmae": VLMAEConfig}
+CONFIGS = {name: model.config_class for name, (model, changes) in OBJECTIVES.items() if not changes}
+OWN = {name: tuple(config().weights) for name, config in CONFIGS.items() if name != "mamo"}  # losses of a sibling
 BOTH, PIXELS = {"mask_both": True}, {"mim_target": "pixels"}
 
 
@@ -910,7 +907,7 @@ def test_a_picture_of_a_single_unit_is_refused():
 
 
 def test_the_options_have_the_values_of_the_papers():
-    maskvlm, glscl, vlmae = (CONFIGS[name](vocab_size=40) for name in OWN)
+    maskvlm, glscl, vlmae = (CONFIGS[name](vocab_size=40) for name in ("maskvlm", "glscl", "vlmae"))
     assert (maskvlm.mask_image, maskvlm.mask_text, maskvlm.mask_unit, maskvlm.decoder_depth) == (0.6, 0.3, 2, 3)
     assert maskvlm.weights == dict.fromkeys(OWN["maskvlm"], 1.0)
     ratios = glscl.mask_drop, glscl.mask_image, glscl.mask_completion, glscl.mask_text, glscl.completion_temperature
@@ -989,6 +986,12 @@ LEARNED = [
     ("glscl", {}, {"mgsc": 0.1, "mltc": 0.4}),
     ("vlmae", {}, {"rmim": 0.35, "ifr": 0.08}),
 ]
+
+
+def test_every_objective_has_its_calls_and_its_limits():
+    """So that a new one cannot be forgotten here."""
+    assert {name for name, *_ in PLAN} >= set(OWN) and {name for name, *_ in LEARNED} == set(OBJECTIVES)
+    assert NAIVE.keys() == CONFIGS.keys()
 
 
 @pytest.mark.parametrize(("name", "changes", "limits"), LEARNED)
