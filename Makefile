@@ -1,12 +1,15 @@
 # Two commands do everything, set-up included, on a fresh clone:
-#   make demo   builds the world, pre-trains MAMO on it, evaluates, learns to answer questions    (about 10 minutes on
-#               two cores)
-#   make test   runs the tests
+#   make demo        builds the world, pre-trains MAMO on it, evaluates, learns to answer questions, writes a page to look at
+#                    (about 10 minutes on two cores)
+#   make test        runs the tests
+# and two more for who changes something here:
+#   make notebooks   executes the notebooks from clean, solutions too
+#   make page-test   opens a report in a headless browser (needs Chromium and npm)
 # On Windows run the lines below by hand with .venv\Scripts\python in place of $(PYTHON).
 
 PYTHON := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks page-test clean
 
 demo: .venv/ready
 	$(PYTHON) scenes.py --out data/scenes
@@ -14,6 +17,7 @@ demo: .venv/ready
 	$(PYTHON) eval.py world --checkpoint runs/demo/checkpoint.pt --data data/scenes
 	$(PYTHON) finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa --steps 2000 --out runs/demo-vqa --resume
 	$(PYTHON) eval.py vqa --checkpoint runs/demo-vqa/best.pt --data data/scenes/vqa_test.jsonl --figure runs/demo-vqa/answers.png
+	$(PYTHON) report.py --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl --choose data/scenes/grounding_val.jsonl
 
 test: .venv/ready
 	$(PYTHON) -m pytest -q
@@ -23,10 +27,27 @@ lint: .venv/ready
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+notebooks: .venv/notebooks
+	$(PYTHON) -m pytest -q notebooks
+	$(PYTHON) notebooks/execute.py
+
+page-test: .venv/ready
+	rm -rf runs/page
+	npm ci --prefix tests/page --no-audit --no-fund --loglevel error
+	$(PYTHON) scenes.py --out data/page --train 400 --val 60 --test 60
+	$(PYTHON) train.py --data data/page/pairs_train.jsonl --out runs/page --steps 60 --log-every 10
+	$(PYTHON) eval.py world --checkpoint runs/page/checkpoint.pt --data data/page
+	$(PYTHON) report.py --checkpoint runs/page/checkpoint.pt --data data/page/pairs_test.jsonl --choose data/page/grounding_val.jsonl
+	node tests/page/check.mjs runs/page/report.html runs/page
+
 .venv/ready: requirements.txt constraints.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install -q -r requirements.txt -c constraints.txt
 	touch .venv/ready
+
+.venv/notebooks: .venv/ready notebooks/requirements.txt
+	$(PYTHON) -m pip install -q -r notebooks/requirements.txt -c constraints.txt
+	touch .venv/notebooks
 
 clean:
 	rm -rf .venv data runs

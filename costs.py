@@ -165,6 +165,7 @@ def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int
 
 def table() -> str:
     """The rows of the table in docs/objectives.md: relative to control, and shares in base."""
+
     def counted(name: str, preset: str, length: int, words: int) -> dict[str, int]:
         model, changes = OBJECTIVES[name]
         return flops_of_step(model.config_class(**PRESETS[preset], **changes, vocab_size=words), 64, length)

@@ -111,6 +111,8 @@ def passes_of(objective: str, sample: Sample) -> list[Pass]:
             ),
             mlm,
         ]  # fmt: skip
+    if objective != "vlmae":
+        raise ValueError(f"what {objective} hides is not said: add it to passes_of in diagrams.py")
     dropped = listed(drop_patches(sample.patch_noise, config.mask_image)[0])
     mlm.name, mlm.how, mlm.patches = "(I_vis, T')", "drop", dropped
     mlm.note += "; the same patches dropped"

@@ -1,12 +1,18 @@
-"""docs/objectives.md says what is built: its pictures show the masks of training, its table the ratios and weights."""
+"""docs/objectives.md says what is built: its pictures show the masks of training, its table the ratios and weights.
 
+The two figures are what `python architecture.py` draws, and the passes they show those of a traced step.
+"""
+
+import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import LOSSES, only, tiny_batch, tiny_config, tiny_model
 from PIL import Image
 
+import architecture
 import diagrams
 from costs import flops_of_step
 from eval import OBJECTIVES
@@ -23,7 +29,7 @@ CONFIGS = {name: model.config_class(**changes) for name, (model, changes) in OBJ
 
 
 def test_the_page_shows_a_picture_of_every_objective():
-    shown = re.findall(r"!\[[\w ]+\]\(([\w.]+)\)", PAGE)
+    shown = re.findall(r"!\[[\w ]+\]\(([\w.]+\.png)\)", PAGE)
     assert sorted(shown) == sorted(f"{name}.png" for name in OBJECTIVES)
     for file in shown:
         assert Image.open(DOCS / file).width == diagrams.WIDTH
@@ -72,7 +78,7 @@ def test_a_picture_hides_what_training_hides(name, row, hidden, colour):
 def test_words_are_hidden_at_the_ratio_of_the_objective():
     """Seven words: 25 % are two, 30 % three, 15 % two, 40 % three; always rounded up."""
     counts = {name: int(diagrams.passes_of(name, diagrams.Sample())[-1].words.valid.sum()) for name in OBJECTIVES}
-    assert counts == {"control": 2, "mamo": 2, "maskvlm": 3, "glscl": 2, "vlmae": 2}
+    assert counts == {name: math.ceil(7 * config.mask_text) for name, config in CONFIGS.items()}
     assert int(diagrams.passes_of("glscl", diagrams.Sample())[1].words.valid.sum()) == 3
 
 
@@ -111,3 +117,47 @@ def test_the_table_of_costs_is_what_the_formula_says(preset, length, words, colu
         if preset == "base":
             shares = [100 * parts[part] / sum(parts.values()) for part in parts if part != "contrast"]
             assert [cell.strip() for cell in COSTS[name][3:8]] == [f"{share:.0f} %" for share in shares], name
+
+
+@pytest.mark.parametrize("name", architecture.FIGURES)
+def test_the_command_draws_the_figures_that_are_shown(name, tmp_path):
+    architecture.FIGURES[name]().save(tmp_path / name)
+    assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"docs/{name} is old: python architecture.py"
+    pages = [PAGE, (DOCS.parent / "README.md").read_text(encoding="utf-8")]
+    assert any(f"{name})" in page for page in pages), f"no page shows {name}"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_figure_of_a_step_has_a_dot_for_every_pass_that_the_loss_alone_makes(loss):
+    """Counted here at each encoder, by rows, in another model and batch than the figure's."""
+    drawn = [dict(re.findall(r'data-(\w+)="([^"]*)"', line)) for line in architecture.draw_step().lines]
+    config = tiny_config(**only(loss))
+    model, seen = tiny_model(config), {}
+    for network in ("student", "teacher"):
+        for part in ("image", "text", "fusion"):
+            encoder = getattr(getattr(model, network), part, None)
+            watched = encoder.blocks[0] if encoder is not None and part == "fusion" else encoder
+            if watched is not None:
+                name = f"{network} {part}"
+                watched.register_forward_hook(
+                    lambda _, given, said, name=name: seen.update({name: seen.get(name, 0) + len(given[0])})
+                )
+    model(tiny_batch(config, b=5))
+    dots = [mark["part"] for mark in drawn if mark.get("loss") == loss]
+    assert {part: 5 * dots.count(part) for part in set(dots)} == seen
+
+
+def test_a_step_of_all_losses_encodes_every_view_once_and_fuses_five_in_one_call():
+    calls = architecture.trace()
+    assert calls["student", "image"] == [["I", "I'"]] and calls["student", "text"] == [["T", "T'"]]
+    assert [sorted(views) for views in calls["student", "fusion"]] == [sorted(["I'T", "IT'", "IT", "IT-", "I-T"])]
+    assert [calls["teacher", part] for part in ("image", "text", "fusion")] == [[["I"]], [["T"]], [["IT"]]]
+
+
+def test_the_figure_of_the_architecture_says_the_sizes_of_the_presets():
+    text = "\n".join(architecture.draw_architecture().lines)
+    for field in ("image_depth", "text_depth", "fusion_depth"):
+        assert f"{PRESETS['nano'][field]} blocks in nano, {PRESETS['base'][field]} in base" in text
+    patches, words = architecture.hidden_places()
+    assert len(patches) == 12 and len(words) == 2
+    assert text.count(f'fill="{architecture.HIDDEN}"') == len(patches) + len(words)

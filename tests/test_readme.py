@@ -1,25 +1,41 @@
-"""The README keeps its word: commands exist with their options, paths exist, line counts and figures are right."""
+"""README.md, docs/ and CONTRIBUTING.md keep their word: commands, options, links, line counts and sources exist."""
 
 import dataclasses
 import json
 import re
 import shlex
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from test_numbers import FILE, PAGES, ROOT, line_counts, minutes_of
 
+from eval import COMMANDS as EVALUATIONS
 from eval import model_of
 from finetune import FineConfig
 from mamo import Config
+from prepare import COMMANDS as CONVERSIONS
+from tasks import TASKS
 from train import TrainConfig
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CALLS = re.findall(r"^(?:[^\n|]*python|torchrun [^\n]*?) \w+\.py[^\n]*$", README, re.M)
-IN_CELLS = re.findall(r"`(python \w+\.py [^`]*)`", README)
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
 RECIPES = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.sh")))
-IN_RECIPES = re.findall(r"^\$(python \w+\.py [^\n]*)$", RECIPES.replace("\\\n", " "), re.M)
-COMMANDS = [line for line in CALLS if "`" not in line] + IN_CELLS + IN_RECIPES
+SUBCOMMANDS = {"eval.py": EVALUATIONS, "prepare.py": CONVERSIONS, "finetune.py": TASKS}
+SUBCOMMANDS |= {"benchmark.py": ("step", "sharing", "loader")}
+
+
+def commands_of(text: str) -> list[str]:
+    """Lines of code that run a script, and such commands between backticks."""
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S))
+    lines = re.findall(r"^(?:[\w./]*python|torchrun .*?) \w+\.py.*$", blocks, re.M)
+    return lines + re.findall(r"`((?:[\w./]*python|torchrun [^`]*?) \w+\.py[^`]*)`", text.replace("\n", " "))
+
+
+IN_PAGES = [(page, command) for page, text in TEXTS.items() for command in commands_of(text)]
+IN_RECIPES = [
+    ("recipes", command) for command in re.findall(r"^\$(python \w+\.py [^\n]*)$", RECIPES.replace("\\\n", " "), re.M)
+]
 
 
 def options_of(script: str, objective: str) -> set[str]:
@@ -33,54 +49,71 @@ def options_of(script: str, objective: str) -> set[str]:
     return declared
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_names_a_script_and_options_that_exist(command):
+@pytest.mark.parametrize(("page", "command"), IN_PAGES + IN_RECIPES)
+def test_every_command_names_a_script_a_subcommand_options_and_plans_that_exist(page, command):
     words = shlex.split(command, comments=True)
     script = next(word for word in words if word.endswith(".py"))
-    assert (ROOT / script).is_file(), f"{script} does not exist"
-    given = {word for word in words[words.index(script) :] if word.startswith("--")}
-    given -= {"--help"}
-    objective = words[words.index("--objective") + 1] if "--objective" in words else "mamo"
-    assert given <= options_of(script, objective), f"{script} does not know {given - options_of(script, objective)}"
+    if script == "yours.py" or "NAME" in words or "yours" in words:
+        return  # what a reader is to write
+    assert (ROOT / script).is_file(), f"{page}: {script} does not exist"
+    after = words[words.index(script) + 1 :]
+    given = {word for word in after if word.startswith("--")} - {"--help"}
+    objective = after[after.index("--objective") + 1] if "--objective" in after else "mamo"
+    unknown = given - options_of(script, objective)
+    assert not unknown, f"{page}: {script} does not know {unknown} of: {command}"
+    if script in SUBCOMMANDS and after and after[0] != "...":
+        assert after[0] in SUBCOMMANDS[script], f"{page}: {script} has no {after[0]}: {command}"
+    for word in after:
+        if word.startswith("plans/"):
+            assert (ROOT / word).is_file(), f"{page}: {word} does not exist: {command}"
 
 
 def test_there_are_commands_to_check():
-    assert len(CALLS) >= 8 and len(IN_CELLS) >= 10 and len(IN_RECIPES) >= 6
+    assert len(IN_PAGES) >= 60 and len(IN_RECIPES) >= 6
 
 
-def test_line_counts_are_right():
-    table = re.findall(r"^\| `([\w.]+)` \| (\d+) \|", README, re.M)
-    assert {name for name, _ in table} >= {"mamo.py", "data.py", "train.py"}
-    for name, lines in table:
-        actual = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_make_target_exists(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", TEXTS[page], re.M)
+    assert {one or other for one, other in named} <= targets
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_path_exists(page):
+    """Links to files, and files of ours in backticks; runs/, data/ and my/ are what a reader makes."""
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)#]+)", TEXTS[page]):
+        if not link.startswith("http"):
+            assert (folder / unquote(link)).exists(), f"{page}: the link {link} leads nowhere"
+    for path in re.findall(r"`((?:docs|plans|recipes|results|tests|notebooks)/[\w./-]*|[a-z]+\.py)`", TEXTS[page]):
+        if path != "yours.py":
+            assert (ROOT / path).exists(), f"{page}: {path} does not exist"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+def test_the_reading_order_names_every_file_with_its_lines_and_minutes():
+    rows = re.findall(r"^\| `([\w.]+)` \| (\d+) \|(?: (\d+) \|)?", README, re.M)
+    assert {name for name, *_ in rows} == line_counts().keys()
+    for name, lines, minutes in rows:
+        actual = line_counts()[name]
         assert int(lines) == actual, f"README says that {name} has {lines} lines, it has {actual}"
+        assert not minutes or int(minutes) == minutes_of(actual), f"README says {minutes} minutes for {name}"
 
 
-def test_every_figure_file_named_exists_and_says_how_it_was_made():
-    files = set(re.findall(r"`(results/[\w.-]+)`", README))
-    assert files, "the README names no file of results"
-    for file in files:
+def test_the_readme_shows_every_notebook():
+    shown = re.findall(r"\((notebooks/[\w.]+)\)", README)
+    assert shown == sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_every_file_of_results_is_named_and_says_how_it_was_made():
+    """What papers report says its source instead."""
+    named = {file for text in TEXTS.values() for file in FILE.findall(text)}
+    assert named == {path.relative_to(ROOT).as_posix() for path in (ROOT / "results").glob("*.json")}
+    for file in named:
         content = json.loads((ROOT / file).read_text(encoding="utf-8"))
-        assert {"command", "hardware", "date"} <= content.keys(), f"{file} does not say how it was made"
-
-
-def test_every_figure_in_a_results_table_stands_in_the_file_it_names():
-    """A table that ends in a line 'Source: `results/x.json`' holds only numbers that this file holds, rounded alike."""
-    tables = re.findall(r"((?:^\|[^\n]*\n)+)\n*Source: `(results/[\w.-]+)`", README, re.M)
-    assert tables, "no table of the README names its source"
-    for table, file in tables:
-        content = json.loads((ROOT / file).read_text(encoding="utf-8"))
-        known = {f"{number:.{places}f}" for number in numbers(content) for places in (0, 1, 2, 3)}
-        for line in table.splitlines()[2:]:
-            for cell in line.split("|")[2:]:
-                for figure in re.findall(r"\d+\.\d+|\d+", cell):
-                    assert figure in known, f"{figure} in the README is not in {file}"
-
-
-def numbers(value) -> list[float]:
-    """All numbers in a JSON value."""
-    if isinstance(value, dict):
-        return [number for part in value.values() for number in numbers(part)]
-    if isinstance(value, list):
-        return [number for part in value for number in numbers(part)]
-    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+        made = {"source"} if Path(file).name == "paper.json" else {"command", "hardware", "date"}
+        assert made <= content.keys(), f"{file} does not say how it was made"

@@ -1,0 +1,479 @@
+"""A page to look at: what a checkpoint finds, where it looks, what it recovers, how it learned. One HTML file.
+
+    python report.py --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
+                     --choose data/scenes/grounding_val.jsonl
+
+The file needs no server and no network: pictures, figures and maps are inside it, and page.html, the template, draws
+them. Its five parts:
+
+    gallery     retrieval both ways by eval.retrieval, as many wrong answers as right ones where there are enough
+    words       for each word of a caption a heat map, see explain.py, of one fusion block; --choose picks it on val
+    recovered   what the student says of hidden patches, as the patches of other pictures whose teacher feature is
+                nearest to it (MAMO only: others do not predict features)
+    curves      log.csv beside the checkpoint, each loss with the level of a model that knows nothing
+    results     this gallery's recalls, and what results.json beside the checkpoint holds, beside chance
+
+How to read it: `describe` calls the parts in this order, and each is a plain dictionary that page.html reads.
+"""
+
+import argparse
+import base64
+import csv
+import datetime
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+import runtime
+from data import captions_of, centred, load_image, pad, read_rows, to_pixels, to_tensor
+from eval import encode_rows, load_for, match_pairs, retrieval
+from explain import check_layer, hits_by_layer, middle_layer, token_maps
+from mamo import at, hide_patches, normalised, patchify
+from metrics import right_answers
+from tokenizer import CHUNK, Tokenizer
+
+TEMPLATE = Path(__file__).with_name("page.html")
+DIRECTIONS = ("image_to_text", "text_to_image")
+SHOWN = 4  # answers of a query on the page, of the ten best that are known
+MOSAICS = 6  # pictures of which the page shows what was recovered
+PATCHES = 65_536  # patches of the data that may stand for a hidden one, which bounds the memory
+LONG_SIDE = 320  # pixels of a photograph on the page
+DRAWING = 128  # a picture of at most so many pixels a side stays exact, as PNG
+PICTURE_BYTES = 40_000  # of a photograph, so that 50 of them stay below 3 MB as text
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def embed(picture: Image.Image) -> dict:
+    """A picture as the page holds it -> {"src": data URI, "width", "height" in pixels, "crisp": drawn in squares}
+
+    A small drawing stays as it is; a photograph is made small, and coarser until it is light enough.
+    """
+    width, height = picture.size
+    file, crisp = io.BytesIO(), max(picture.size) <= DRAWING
+    if crisp:
+        picture.save(file, format="PNG", optimize=True)
+    else:
+        small = picture.copy()
+        small.thumbnail((LONG_SIDE, LONG_SIDE))
+        for quality in (85, 70, 55, 40, 25):
+            file = io.BytesIO()
+            small.save(file, format="JPEG", quality=quality, optimize=True)
+            if file.tell() <= PICTURE_BYTES:
+                break
+    kind = "png" if crisp else "jpeg"
+    return {"src": f"data:image/{kind};base64,{text_of(file.getvalue())}", "width": width, "height": height,
+            "crisp": crisp}  # fmt: skip
+
+
+def text_of(raw: bytes) -> str:
+    """Bytes as text that JSON can hold."""
+    return base64.b64encode(raw).decode("ascii")
+
+
+class Album:
+    """The pictures of the page, each embedded once, under the number by which the page calls it."""
+
+    def __init__(self, captions: dict[str, list[str]]):
+        self.captions, self.numbers, self.pictures = captions, {}, []
+
+    def number(self, path: str) -> int:
+        """The number of a picture, which is embedded when it is first asked for."""
+        if path not in self.numbers:
+            self.numbers[path] = len(self.pictures)
+            self.pictures.append(embed(load_image(path)) | {"alt": "; ".join(self.captions[path])})
+        return self.numbers[path]
+
+
+# ------------------------------------------------------------------------------------------------------ words and maps
+
+
+def words_of(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[tuple[str, list[int]]]:
+    """The words of a text as they are written, each with the rows of its tokens; no row where it is not read."""
+    words, start = [], 1  # row 0 is [CLS]
+    for chunk in CHUNK.findall(text):
+        stop = start + len(tokenizer.tokenize(chunk))
+        words.append((chunk, list(range(start, min(stop, max_tokens - 1)))))
+        start = stop
+    return words
+
+
+def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], layer: int, device) -> list[Tensor]:
+    """One pass per pair (picture's path, text) -> (words that are read + 1, n) each; the last row is the whole text.
+
+    Of the last fusion block the whole text alone has a map, see explain.py.
+    """
+    maps, longest = [], model.config.max_tokens
+    for start in range(0, len(pairs), 50):
+        chunk = pairs[start : start + 50]
+        seen = {path: to_tensor(load_image(path), model.config.image_size) for path in {path for path, _ in chunk}}
+        images = torch.stack([seen[path] for path, _ in chunk])
+        input_ids, real = read(tokenizer, [text for _, text in chunk], longest, device)
+        tokens = token_maps(model, images.to(device), input_ids, real)[layer].cpu()
+        for one, (_, text) in zip(tokens, chunk, strict=True):
+            words = [places for _, places in words_of(tokenizer, text, longest) if places and len(one) > 1]
+            maps.append(torch.stack([*(one[places].sum(dim=0) for places in words), one.sum(dim=0)]))
+    return maps
+
+
+def layer_of(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> int:
+    """The fusion block that was given, or the one that points best on --choose, or the middle one.
+
+    Of a choice the last block is left out, where there is another: its words have no maps, see explain.py.
+    """
+    if options.layer is not None:
+        return check_layer(model, options.layer)
+    if options.choose:
+        hits = hits_by_layer(model, tokenizer, read_rows(options.choose, "grounding"), device)
+        return max(range(max(len(hits) - 1, 1)), key=lambda layer: hits[layer])
+    return middle_layer(model)
+
+
+def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor]:
+    """Texts -> input_ids (b, l), attention_mask (b, l) on the device"""
+    input_ids, real = pad([tokenizer.encode(text, max_tokens) for text in texts], tokenizer.pad_id)
+    return input_ids.to(device), real.to(device)
+
+
+def packed(maps: Tensor) -> str:
+    """Maps (words + 1, n) as bytes: words share one scale, so that they can be compared; the whole text has its own."""
+    words, whole = maps[:-1], maps[-1:]
+    levels = [part / part.max().clamp(min=1e-12) for part in (words, whole) if len(part)]
+    return text_of((255 * torch.cat(levels)).round().byte().numpy().tobytes())
+
+
+# ------------------------------------------------------------------------------------------------------------- gallery
+
+
+def spread(items: list, count: int) -> list:
+    """Up to so many of the items, evenly spread over them."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
+
+
+def choose(queries: list[dict], count: int) -> list[dict]:
+    """Queries that were answered right and wrong in turn, as many of both where there are enough."""
+    right, wrong = ([one for one in queries if one["right"] is good] for good in (True, False))
+    few = min(len(wrong), max(count // 2, count - len(right)))
+    turns = itertools.zip_longest(spread(right, count - few), spread(wrong, few))
+    return [one for turn in turns for one in turn if one]
+
+
+def answers_to(query: str, found: list[str], right: set[str], direction: str) -> list[dict]:
+    """The first of the ten best answers, and the best right one if it is not among them; its place may be unknown."""
+    answers = [{"name": name, "place": place} for place, name in enumerate(found)]
+    best = next((one for one in answers if one["name"] in right), {"name": min(right), "place": None})
+    shown = answers[:SHOWN] if best in answers[:SHOWN] else [*answers[:SHOWN], best]
+    for one in shown:
+        name = one.pop("name")
+        path, text = (query, name) if direction == "image_to_text" else (name, query)
+        one |= {"path": path, "text": text, "right": name in right}
+    return shown
+
+
+def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) -> dict[str, list[dict]]:
+    """By direction the queries to show; together they show at most so many pictures, which are put into the album.
+
+    Args:    lists   what eval.retrieval took up: the ten best of each query, of matching behind those of contrast
+    Returns: {direction: [{"right": whether the first answer is, "answers": [{"path", "text", "right", "place"}]}]}
+    """
+    right, way = right_answers(rows), lists[-1]["way"]
+    chosen = {}
+    for direction in DIRECTIONS:
+        queries = []
+        for one in lists:
+            if (one["way"], one["direction"]) == (way, direction):
+                answers = answers_to(one["query"], one["found"], right[direction][one["query"]], direction)
+                queries.append({"right": answers[0]["right"], "answers": answers})
+        chosen[direction] = []
+        for query in choose(queries, max(pictures // 3, 1)):
+            paths = [answer["path"] for answer in query["answers"]]
+            if len({*album.numbers, *paths}) > pictures:
+                break
+            chosen[direction].append(query)
+            for path in paths:
+                album.number(path)
+    return chosen
+
+
+def score(
+    model, tokenizer: Tokenizer, rows: list[dict], answers: list[dict], k: int, layer: int | None, device
+) -> None:
+    """Give each answer "contrast", its cosine; "matching", its probability, None behind the k best, which matching does
+    not order; and "maps", see packed, None without matching."""
+    images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
+    pairs = [(answer["path"], answer["text"]) for answer in answers]
+    i, t = (torch.tensor(places) for places in zip(*((images[path], texts[text]) for path, text in pairs), strict=True))
+    cosines = (encoded.image_embed[i] * encoded.text_embed[t]).sum(dim=1).tolist()
+    matching = match_pairs(model, encoded, i, t, device).sigmoid().tolist() if k else [None] * len(pairs)
+    maps = [None] * len(pairs)
+    if layer is not None:
+        maps = map(packed, word_maps(model, tokenizer, pairs, layer, device))
+    for answer, cosine, probability, heat in zip(answers, cosines, matching, maps, strict=True):
+        ordered = answer["place"] is not None and answer["place"] < k
+        answer |= {"contrast": number(cosine), "matching": number(probability) if ordered else None, "maps": heat}
+
+
+def number(value: float | None) -> float | None:
+    """A number that JSON knows, or None."""
+    return round(value, 4) if value is not None and math.isfinite(value) else None
+
+
+# ----------------------------------------------------------------------------------------------------------- recovered
+
+
+def why_nothing_recovered(model) -> str:
+    """Why a model cannot be asked what it recovers; empty if it can."""
+    if not hasattr(model, "mim_head"):
+        return (
+            "Nothing to show: this checkpoint has no head that predicts the features of hidden patches. Only MAMO's "
+            "masked image modelling (--objective mamo with w_mim above 0) trains one, and fine-tuning drops it."
+        )
+    if model.config.mim_target != "features":
+        return "Nothing to show: this checkpoint was trained to recover pixels (--mim-target pixels), not features."
+    return ""
+
+
+@torch.no_grad()
+def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], shown: int, device) -> dict:
+    """What the student predicts at hidden patches of pictures, beside what their teacher features are.
+
+    Args:    paths, captions   distinct pictures, each with a right caption; the first `shown` of them become mosaics
+    Returns: {"ratio", "pictures", "cosines": [[of what, mean cosine with the teacher's own feature]],
+             "items": [{"hidden": patches, "mosaic": the picture with each hidden patch from another picture}]}
+    """
+    config, count = model.config, len(paths)
+    noise = torch.rand(count, config.patches, generator=torch.Generator().manual_seed(0))
+    index, patch_mask = hide_patches(noise, config.mask_image)
+    pixels = torch.stack([to_pixels(load_image(path), config.image_size) for path in paths])  # bytes
+    predicted, misled, target = [], [], []
+    for start in range(0, count, 50):
+        some = slice(start, start + 50)
+        images = centred(pixels[some]).to(device)
+        masked = model.encode_image(images, patch_mask[some].to(device))
+        others = [captions[(place + count // 2) % count] for place in range(count)[some]]
+        for texts, said in ((captions[some], predicted), (others, misled)):
+            input_ids, real = read(tokenizer, texts, config.max_tokens, device)
+            fused = model.fuse(masked, model.encode_text(input_ids, real), real).image
+            said.append(model.mim_head(at(fused, 1 + index[some].to(device))).float().cpu())
+        target.append(normalised(model.teacher.image(images)[:, 1:]).cpu())
+    predicted, misled, target = map(torch.cat, (predicted, misled, target))
+    mean_there = (target.sum(dim=0) - target) / (count - 1)  # (b, n, d), of all other pictures, patch by patch
+    candidates = {
+        "the student's prediction, with the right caption": predicted,
+        "the student's prediction, with another picture's caption": misled,
+        "the mean feature of the other pictures at the same place": at(mean_there, index),
+        "the mean feature of the other pictures (chance)": mean_there.mean(dim=1, keepdim=True),
+    }
+    own = at(target, index)
+    cosines = [[name, number(F.cosine_similarity(one, own, dim=2).mean().item())] for name, one in candidates.items()]
+    items = []
+    for place in range(min(shown, count)):
+        donor = nearest(predicted[place], target, place)
+        mosaic = patchify(pixels[place : place + 1], config.patch_size)[0]
+        mosaic[index[place]] = patchify(pixels[donor // config.patches], config.patch_size)[
+            torch.arange(len(donor)), donor % config.patches
+        ]
+        items.append({"hidden": index[place].tolist(), "mosaic": embed(picture_of(mosaic, config))})
+    return {"ratio": config.mask_image, "pictures": count, "cosines": cosines, "items": items}
+
+
+def nearest(predicted: Tensor, target: Tensor, own: int) -> Tensor:
+    """predicted (m, d), target (b, n, d) -> (m,): the patch, counted through all pictures but one's own, that is
+    nearest by cosine."""
+    likeness = torch.einsum("md,bnd->mbn", F.normalize(predicted, dim=-1), F.normalize(target, dim=-1))
+    likeness[:, own] = -math.inf
+    return likeness.flatten(1).argmax(dim=1)
+
+
+def picture_of(patches: Tensor, config) -> Image.Image:
+    """patches (n, 3 * patch_size ** 2) of bytes, as patchify gives them -> the picture"""
+    rows, p = config.grid[0], config.patch_size
+    return Image.fromarray(rearrange(patches, "(y x) (c p q) -> (y p) (x q) c", y=rows, p=p, q=p).numpy())
+
+
+# -------------------------------------------------------------------------------------------------- curves and results
+
+
+def curves(log: Path, chance: dict[str, float]) -> list[dict]:
+    """log.csv's losses and validation -> [{"name", "chance": level or None, "points": [[step, value], ...]}, ...]"""
+    if not log.is_file():
+        return []
+    with open(log, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    beside = ("step", "lr", "grad_norm", "temperature", "target_cosine", "pairs_per_s", "peak_memory_mb")
+    found = []
+    for name in rows[0] if rows else ():
+        points = [[int(row["step"]), float(row[name])] for row in rows if row[name]]
+        points = [point for point in points if math.isfinite(point[1])]
+        if name not in beside and points:
+            found.append({"name": name, "chance": chance.get(name), "points": points})
+    return found
+
+
+def recall_table(title: str, result: dict) -> dict:
+    """Recalls of eval.retrieval as a table, with their intervals."""
+    rows = []
+    for direction in DIRECTIONS:
+        for way in ("contrast", "matching", "chance"):
+            if recalls := result[way].get(direction):
+                low_high = result["intervals"].get(way, {}).get(direction, {})
+                cells = [f"{value:.1f}" + interval(low_high.get(name)) for name, value in recalls.items()]
+                rows.append([f"{direction.replace('_', ' ')}, {way}", *cells])
+    about = f"{title}: {result['images']} pictures, {result['texts']} captions"
+    return {"title": about, "head": ["recall in % (95 % interval)", "R@1", "R@5", "R@10"], "rows": rows}
+
+
+def interval(low_high: list[float] | None) -> str:
+    """The interval behind a figure, or nothing."""
+    return f" ({low_high[0]:.1f} to {low_high[1]:.1f})" if low_high else ""
+
+
+def foil_table(title: str, result: dict) -> dict:
+    """Accuracies of eval.foils as a table; chance is 50 %."""
+    ways = [way for way in ("contrast", "matching") if result[way]]
+    rows = [[kind, *(f"{result[way][kind]:.1f}" for way in ways), "50.0", str(n)] for kind, n in result["n"].items()]
+    return {"title": f"{title}: the caption beats its foil", "head": ["in %", *ways, "chance", "n"], "rows": rows}
+
+
+def grounding_table(title: str, result: dict) -> dict:
+    """Figures of metrics.judge_grounding as a table."""
+    rows = [
+        [name, f"{one['value']:.1f}{interval([one['low'], one['high']])}", f"{one['chance']:.1f}", str(one["n"])]
+        for name, one in result.items()
+        if isinstance(one, dict) and "value" in one
+    ]
+    title += f", by fusion block {result['layer']}"
+    return {"title": title, "head": ["in % (95 % interval)", "found", "chance", "n"], "rows": rows}
+
+
+def tables(result: dict, data: str, kept: Path) -> list[dict]:
+    """This gallery's recalls, then what results.json holds of retrieval, foils and grounding."""
+    found = [recall_table(f"this page, {data}", result)]
+    for name, one in (json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}).items():
+        if "images" in one:
+            found.append(recall_table(name, one))
+        elif "contrast" in one:
+            found.append(foil_table(name, one))
+        elif "pointing" in one:
+            found.append(grounding_table(name, one))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespace, device) -> dict:
+    """Everything that the page shows, as plain values.
+
+    Raises:  ValueError for data of a single picture, a model without contrast, or what layer_of refuses
+    """
+    rows, config = read_rows(options.data, "pairs"), model.config
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        captions[row["image"]] = list(dict.fromkeys(captions.get(row["image"], []) + captions_of(row)))
+    if len(captions) < 2 or options.pictures < 2:
+        raise ValueError(
+            f"{len(captions)} pictures in the data and --pictures {options.pictures}: a page needs 2 of both or more"
+        )
+    lists: list[dict] = []
+    result = retrieval(model, tokenizer, rows, device, lists=lists)
+    layer = layer_of(model, tokenizer, options, device) if config.w_itm > 0 else None
+    album = Album(captions)
+    chosen = galleries(rows, lists, album, options.pictures)
+    answers = [answer for queries in chosen.values() for query in queries for answer in query["answers"]]
+    score(model, tokenizer, rows, answers, result["k"], layer, device)
+    first = list(dict.fromkeys(answer["path"] for query in chosen["image_to_text"] for answer in query["answers"]))
+    for answer in answers:
+        answer["picture"] = album.number(answer.pop("path"))  # the page knows pictures by their numbers
+    mapped = layer is not None and layer < config.fusion_depth - 1  # of the last block only whole texts have a map
+    words = {
+        text: words_of(tokenizer, text, config.max_tokens) for text in sorted({answer["text"] for answer in answers})
+    }
+    folder, data = options.checkpoint.parent, " ".join(options.data)
+    return {
+        "about": about(model, state, result, data, options.checkpoint),
+        "map": {"grid": config.grid, "blocks": config.fusion_depth, "layer": layer, "words": mapped},
+        "k": result["k"],
+        "pictures": album.pictures,
+        "words": {text: [[word, mapped and bool(places)] for word, places in found] for text, found in words.items()},
+        "galleries": chosen,
+        "recovered": recovered(model, tokenizer, captions, first[:MOSAICS], album, device),
+        "curves": curves(folder / "log.csv", model.chance(state["train"]["batch_size"])),
+        "tables": tables(result, data, folder / "results.json"),
+    }
+
+
+def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], album: Album, device) -> dict:
+    """What `recover` says of some of the gallery's pictures, or {"why": nothing can be shown}."""
+    if why := why_nothing_recovered(model):
+        return {"why": why}
+    paths = list(dict.fromkeys([*first, *captions]))[: max(PATCHES // model.config.patches, 2)]
+    found = recover(model, tokenizer, paths, [captions[path][0] for path in paths], len(first), device)
+    for item, path in zip(found["items"], first, strict=False):
+        item |= {"picture": album.number(path), "text": captions[path][0]}
+    return found
+
+
+def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict[str, str]:
+    """What the checkpoint is, in words."""
+    config, (rows, columns) = model.config, model.config.grid
+    (height, width), task = config.image_size, state.get("head", {}).get("task")
+    millions = sum(part.numel() for name, part in model.named_parameters() if not name.startswith("teacher.")) / 1e6
+    return {
+        "objective": f"{task}, fine-tuned" if task else state["objective"],
+        "checkpoint": str(checkpoint),
+        "training": f"{state['step']:,} steps on {' '.join(state['train']['data'])}",
+        "model": f"{millions:.2f} M parameters, width {config.width}; blocks: {config.image_depth} image, "
+        f"{config.text_depth} text, {config.fusion_depth} fusion",
+        "picture": f"{width} x {height} pixels, {columns} x {rows} patches of {config.patch_size} pixels",
+        "gallery": f"{result['images']:,} pictures and {result['texts']:,} captions of {data}",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def page_of(report: dict) -> str:
+    """The template with the report in it. No < is left in the JSON, so that no caption can end the script."""
+    text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace("REPORT_AS_JSON", text)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; the fields that only eval.py's commands have are set for load_for."""
+    parser = runtime.Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs to search among")
+    parser.add_argument("--choose", nargs="+", help="JSONL files of grounding that choose the layer, such as val")
+    parser.add_argument(
+        "--layer", type=int, help="fusion block of the maps, from 0, or -1 = the last; without: the middle one"
+    )
+    parser.add_argument("--pictures", type=int, default=50, help="most pictures on the page")
+    parser.add_argument("--out", type=Path, help="HTML file to write; without: report.html beside the checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.set_defaults(command="retrieval", predictions=None, frame="{}")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load a checkpoint, look at it, write the page."""
+    options = parse()
+    device = runtime.pick_device(options.device)
+    model, tokenizer = load_for(options, device)
+    state = runtime.load_checkpoint(options.checkpoint)  # for what it says of its training
+    out = options.out or options.checkpoint.parent / "report.html"
+    page = page_of(describe(model, tokenizer, state, options, device))
+    runtime.write_beside(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    print(f"a page to look at, {out.stat().st_size / 1e6:.2f} MB: open {out} in a browser")
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)

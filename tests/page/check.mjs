@@ -1,0 +1,153 @@
+// Uses a report as a reader would, in headless Chromium: mouse, keyboard and finger, light and dark, desk and phone.
+//
+//     node tests/page/check.mjs REPORT.html [FOLDER FOR SCREENSHOTS]
+//
+// A line for each check; the exit status is 1 if one fails. CHROMIUM names the browser where it is not /usr/bin/chromium.
+
+import { createRequire } from "node:module";
+import { readFileSync } from "node:fs";
+import { resolve } from "node:path";
+import { pathToFileURL } from "node:url";
+import { chromium } from "playwright-core";
+
+const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const [file, screenshots] = process.argv.slice(2);
+if (!file) {
+  console.error("error: give the report to open: node tests/page/check.mjs REPORT.html [FOLDER FOR SCREENSHOTS]");
+  process.exit(2);
+}
+const address = pathToFileURL(resolve(file)).href;
+const PHONE = { viewport: { width: 390, height: 844 }, hasTouch: true, isMobile: true, deviceScaleFactor: 2 };
+const DESK = { viewport: { width: 1280, height: 900 } };
+
+let failures = 0;
+function check(name, passed, seen = "") {
+  console.log(`${passed ? "ok    " : "FAILED"} ${name}${passed || seen === "" ? "" : `: ${seen}`}`);
+  failures += passed ? 0 : 1;
+}
+
+/** Every colour of every heat map of a card, and what it says, as text; equal if and only if nothing moved. */
+const seenIn = (card) =>
+  card.evaluate((node) => {
+    const pixels = [...node.querySelectorAll("canvas")].map((one) => one.toDataURL());
+    return { pixels: pixels.join(), said: node.querySelector(".where").textContent };
+  });
+
+/** Do something to a card and see its maps and its sentence change. */
+async function moves(name, card, act) {
+  const before = await seenIn(card);
+  await act();
+  const after = await seenIn(card);
+  check(`${name}: the heat map moves`, before.pixels !== after.pixels);
+  check(`${name}: the sentence below says so`, before.said !== after.said && after.said !== "", after.said);
+}
+
+async function findings(page, scheme) {
+  await page.evaluate(axe);
+  const result = await page.evaluate(() => window.axe.run(document));
+  const grave = result.violations.filter((one) => ["serious", "critical"].includes(one.impact));
+  const lesser = result.violations.filter((one) => !grave.includes(one)).map((one) => one.id);
+  const seen = grave.map((one) => `${one.id} (${one.nodes.length}, such as ${one.nodes[0].target}: ${one.nodes[0].failureSummary})`);
+  check(`axe-core finds nothing serious, ${scheme} (${result.passes.length} rules passed, lesser findings: ${lesser.join() || "none"})`, !grave.length, seen.join("; "));
+}
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
+});
+
+/** A page of its own; what it complains of or asks the network for is a failure when it is closed. */
+async function open(kind, options) {
+  const context = await browser.newContext(options), page = await context.newPage(), complaints = [], requests = [];
+  page.on("console", (message) => ["error", "warning"].includes(message.type()) && complaints.push(message.text()));
+  page.on("pageerror", (error) => complaints.push(error.message));
+  page.on("request", (request) => request.url() !== address && !request.url().startsWith("data:") && requests.push(request.url()));
+  page.setDefaultTimeout(10_000);
+  await page.goto(address);
+  await page.waitForSelector("#results table");
+  return {
+    page,
+    shot: async (name, whole = true) => screenshots && (await page.screenshot({ path: `${screenshots}/${name}.png`, fullPage: whole })),
+    close: async () => {
+      check(`${kind}: no complaint of the page`, !complaints.length, complaints.join("; "));
+      check(`${kind}: no request but the file itself`, !requests.length, requests.join("; "));
+      await context.close();
+    },
+  };
+}
+
+const wide = (page) => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+const words = (card) => card.locator(".text button");
+
+/** At the desk: mouse, keyboard, filter, then axe-core with a map on the page. */
+async function atTheDesk(scheme) {
+  const { page, shot, close } = await open(scheme, { ...DESK, colorScheme: scheme });
+  check(`${scheme}: the parts stand in their order`, (await page.locator("main section").evaluateAll((all) => all.map((one) => one.id).join())) === "gallery,recovered,curves,results");
+  for (const [kind, name] of [[".card.words", "image to text"], [".card.query", "text to image"]]) {
+    const card = page.locator(kind).first();
+    await moves(`${scheme}, mouse, ${name}`, card, () => words(card).nth(1).hover());
+    await moves(`${scheme}, mouse, ${name}, next word`, card, () => words(card).nth(2).hover());
+  }
+
+  await page.mouse.move(0, 0);
+  const card = page.locator(".card.words").nth(1), untouched = await seenIn(card);
+  await page.locator(".card.words").first().locator(".text").last().locator("button[tabindex='0']").focus();
+  await moves(`${scheme}, Tab`, card, () => page.keyboard.press("Tab"));
+  check(`${scheme}, Tab: the focus is on a word and can be seen`, await page.evaluate(() => document.activeElement.matches(".text button:focus-visible") && getComputedStyle(document.activeElement).outlineStyle !== "none"));
+  await moves(`${scheme}, arrow key`, card, () => page.keyboard.press("ArrowRight"));
+  await moves(`${scheme}, Tab to the next caption`, card, () => page.keyboard.press("Tab"));
+  if (screenshots) await card.screenshot({ path: `${screenshots}/${scheme}-card.png` });
+  await page.keyboard.press("Escape");
+  check(`${scheme}, Escape clears the map`, (await seenIn(card)).pixels === untouched.pixels);
+
+  const shown = () => page.locator("#gallery .card:visible").evaluateAll((all) => all.map((one) => one.dataset.right));
+  const all = await shown();
+  for (const [label, value] of [["right ones", "true"], ["wrong ones", "false"]]) {
+    await page.getByLabel(label).press("Space");
+    const some = await shown();
+    check(`${scheme}, filter: ${label} alone (${some.length} of ${all.length})`, some.length === all.filter((one) => one === value).length && some.every((one) => one === value));
+  }
+  await page.getByLabel("all", { exact: true }).click();
+  check(`${scheme}, filter: all again`, (await shown()).length === all.length);
+
+  await words(page.locator(".card.words").first()).nth(1).hover();
+  await page.waitForTimeout(300); // the button's colour has faded in
+  await findings(page, scheme);
+  await shot(scheme);
+  await close();
+}
+
+/** On a phone: taps, and nothing to scroll sideways. */
+async function onAPhone(scheme) {
+  const { page, shot, close } = await open(`phone, ${scheme}`, { ...PHONE, colorScheme: scheme, reducedMotion: "reduce" });
+  check(`phone, ${scheme}: no sideways scroll`, (await wide(page)) <= 0, `${await wide(page)} pixels too wide`);
+  for (const [kind, name] of [[".card.words", "image to text"], [".card.query", "text to image"]]) {
+    const card = page.locator(kind).first();
+    await moves(`phone, ${scheme}, tap, ${name}`, card, () => words(card).nth(1).tap());
+    await moves(`phone, ${scheme}, tap, ${name}, next word`, card, () => words(card).nth(2).tap());
+  }
+  await page.getByLabel("wrong ones").tap();
+  check(`phone, ${scheme}, tap: the filter leaves wrong ones`, (await page.locator("#gallery .card[data-right='true']:visible").count()) === 0 && (await page.locator("#gallery .card:visible").count()) > 0);
+  await page.getByLabel("all", { exact: true }).tap();
+  check(`phone, ${scheme}: no motion where it is not wanted`, await page.evaluate(() => getComputedStyle(document.querySelector(".text button")).transitionProperty === "none"));
+  await shot(`phone-${scheme}-card`, false);
+  await findings(page, `phone, ${scheme}`);
+  await page.setViewportSize({ width: 320, height: 640 });
+  check(`phone, ${scheme}: no sideways scroll at 320 pixels`, (await wide(page)) <= 0, `${await wide(page)} pixels too wide`);
+  await page.setViewportSize(PHONE.viewport);
+  await shot(`phone-${scheme}`);
+  await close();
+}
+
+try {
+  await atTheDesk("light");
+  await atTheDesk("dark");
+  await onAPhone("light");
+  await onAPhone("dark");
+} catch (error) {
+  check("the page can be used to the end", false, error.message);
+} finally {
+  await browser.close();
+}
+console.log(failures ? `${failures} checks failed` : "all checks passed");
+process.exit(failures ? 1 : 0);

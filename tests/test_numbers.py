@@ -1,0 +1,345 @@
+"""Every number in README.md, docs/ and CONTRIBUTING.md is traced: to a file under results/, or to the code.
+
+A number in prose stands, rounded alike, in a file of results that its section names; one in a table or a printed output
+in the files of the line 'Source: ...' under it. "a ± b" is the mean and the spread of one entry, and where a file
+compares arms, a row (or a column) of a table is one arm. What follows from the code instead is written out by
+`facts`. Whole numbers up to twelve that count things pass, as do headings, code, links and names such as R@5 or fp32.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from costs import table
+from eval import OBJECTIVES
+from mamo import PRESETS, Config, MAMOConfig, ema_for, replace_words
+from prepare import scores
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+NUMBER = re.compile(r"(?<![\w.@/^])(?<!\d,)\d+(?:,\d{3})*(?:\.\d+)?(?:e-\d+)?(?!\w)(?!\.\d)(?!,\d{3})")
+SPREAD = re.compile(r"(\d+\.\d+) ± (\d+\.\d+)")
+FILE = re.compile(r"`(results/[\w.-]+)`")
+NAMES = re.compile(  # numbers that are part of a name
+    r"\b(?:SIGIR|ICLR|CVPR|ACL|COCO|Table|Tables|Figure|Eq\.|Sec\.|seed|CC BY|CC BY-SA|arXiv|batch|layer) \d+(?:\.\d+)*"
+    r"|https?://\S+|\]\([^)]*\)|<[^>]*>"
+)
+COUNTS_THINGS = 12  # whole numbers up to this one need no source in prose
+
+
+# ----------------------------------------------------------------------------------------------------- what is known
+
+
+class Known:
+    """The numbers of some files of results."""
+
+    def __init__(self, files: tuple[str, ...]):
+        self.files = files
+        self.contents = [json.loads((ROOT / file).read_text(encoding="utf-8")) for file in files]
+        self.numbers, self.values, self.written = [], [], set()  # values: of single seeds, where a mean is given
+        for content in self.contents:
+            self.collect(content)
+
+    def collect(self, value) -> None:
+        """Leaves as numbers, keys and texts as the numbers written in them."""
+        if isinstance(value, dict):
+            for key, part in value.items():
+                self.collect(key)
+                if key == "values" and "mean" in value:
+                    self.values += part
+                else:
+                    self.collect(part)
+        elif isinstance(value, list):
+            for part in value:
+                self.collect(part)
+        elif isinstance(value, str):
+            self.written.update(NUMBER.findall(value))
+        elif not isinstance(value, bool) and value is not None:
+            self.numbers.append(float(value))
+
+    def holds(self, number: str, one_seed: bool = False) -> bool:
+        """Whether the number stands there, rounded to as many places; `one_seed` admits the values behind a mean."""
+        if number in self.written or number.replace(",", "") in self.written:
+            return True
+        places, plain = len(number.partition(".")[2]), float(number.replace(",", ""))
+        numbers = self.numbers + self.values if one_seed else self.numbers
+        return any(abs(n - plain) <= 0.5 * 10**-places + 1e-9 for n in numbers)
+
+    def pairs_of(self, value) -> set[tuple[str, str]]:
+        """Every (mean, spread) below a value, with one place."""
+        if isinstance(value, list):
+            return set().union(*map(self.pairs_of, value))
+        if not isinstance(value, dict):
+            return set()
+        own = {(f"{value['mean']:.1f}", f"{value['std']:.1f}")} if {"mean", "std"} <= value.keys() else set()
+        return own.union(*map(self.pairs_of, value.values()))
+
+    @property
+    def arms(self) -> list[set[tuple[str, str]]]:
+        """The pairs of each arm that the files compare, and of each entry beside the arms."""
+        compared = [content for content in self.contents if "arms" in content]
+        return [self.pairs_of(arm) for content in compared for arm in arms_of(content)]
+
+
+def arms_of(content: dict) -> list:
+    """The arms of a file that compares some, and what stands beside them."""
+    return [*content["arms"].values(), *(part for key, part in content.items() if key != "arms")]
+
+
+@cache
+def known(*files: str) -> Known:
+    """Each set of files is read once."""
+    return Known(files)
+
+
+@cache
+def facts() -> tuple[str, ...]:
+    """Fragments of text whose numbers follow from the code. Where the code changes, its fragment is found no more."""
+    mamo, run, sizes = MAMOConfig(), TrainConfig(), {name: Config(**preset) for name, preset in PRESETS.items()}
+    base, nano = sizes["base"], sizes["nano"]
+    patches, words = 100 * mamo.mask_image, 100 * mamo.mask_text
+    scenes = (ROOT / "scenes.py").read_text(encoding="utf-8")
+    train, test = (int(re.search(rf'"--{split}", type=int, default=(\d+)', scenes)[1]) for split in ("train", "test"))
+    masked, drawn, kept = bert_shares()
+    processes = (ROOT / "tests" / "test_processes.py").read_text(encoding="utf-8")
+    exact, loose = re.search(r"abs=(1e-\d)", processes)[1], re.search(r'"abs": (1e-\d)', processes)[1]
+    steps = re.search(r"--steps (\d+)", processes)[1]
+    siblings = (ROOT / "tests" / "test_siblings.py").read_text(encoding="utf-8")
+    learning = re.search(r'"""(\d+) steps of AdamW', siblings)[1]
+    agreeing = [scores(["yes"] * count + ["no"] * (10 - count))["yes"] for count in (1, 2, 3, 4)]
+    fragments = [
+        f"{patches:.0f} % of the patches",
+        f"% of the patches in place of {patches:.0f} %",
+        f"{words:.0f} % of the words",
+        f"{masked} % become [MASK], {drawn} % a random word, {kept} % stay",
+        f"{run.steps:,} steps",
+        f"at most ALBEF's {ema_for(10**9)}",
+        f"draws {train:,} training pictures",
+        f"{test} captions for {test} pictures",
+        f"among {test}",
+        f"gallery of {test}",
+        f"chance {100 / 2}",  # of a foil against its caption
+        "".join([f"| {100 / 2} "] * 5),
+        f"{nano.image_size[0]} x {nano.image_size[1]} px",
+        f"`tiny` ({sizes['tiny'].image_size[0]} px)",
+        f"ViT-S/16, {sizes['small'].image_size[0]} px",
+        f"{base.image_size[0]} px: the paper's size",
+        f"`base` has {base.patches} patches beside 30 tokens. `nano` has {nano.patches} beside 14",
+        f"ITC and its gradient to {exact}, all losses of {steps} steps",
+        f"limits after {learning} steps",
+        f"to {loose}. One thing differs",
+        f"agree: {', '.join(f'{score:g}' for score in agreeing)}",
+        *(f"| `{name}` | {lines} |" for name, lines in line_counts().items()),
+        *(f"| `{name}` | {lines} | {minutes_of(lines)} |" for name, lines in line_counts().items()),
+        *objective_facts(),
+    ]
+    return tuple(sorted(fragments, key=len, reverse=True))
+
+
+def line_counts() -> dict[str, int]:
+    """Lines of every file of ours at the top."""
+    return {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
+
+
+def minutes_of(lines: int) -> int:
+    """Of reading, twenty lines a minute, rounded up to five minutes."""
+    return 5 * math.ceil(lines / 100)
+
+
+def bert_shares() -> list[int]:
+    """Of the chosen words, how many become [MASK], another word, or stay, in percent."""
+    config, ids = Config(vocab_size=1000), torch.full((1, 1000), 7)
+    noise, places = (torch.arange(1000)[None] + 0.5) / 1000, torch.arange(1000)[None]
+    said = replace_words(ids, places, torch.ones_like(places, dtype=torch.bool), noise, config).input_ids
+    masked, stay = (said == config.mask_id).sum().item(), (said == ids).sum().item()
+    return [round(share / 10) for share in (masked, 1000 - masked - stay, stay)]
+
+
+def objective_facts() -> list[str]:
+    """Ratios, weights and costs in the tables of docs/objectives.md; its own test holds each to its column."""
+    result, bert = [], "/".join(map(str, bert_shares()))
+    for model, changes in OBJECTIVES.values():
+        config = model.config_class(**changes)
+        ratios = [getattr(config, field) for field in vars(config) if field.startswith("mask_")]
+        for ratio in (f"{100 * ratio:.0f} %" for ratio in ratios if type(ratio) is float):
+            result += [f"words {ratio}", f"patches {ratio}", f"patches {ratio} dropped", f"{ratio} of the units"]
+            result += [f"{ratio} mask token", f"{ratio} whole words"]
+        weights = {f"{weight:g}" for weight in config.weights.values() if 0 < weight < 1}
+        result += [f"NCE ({weight} + {weight})" for weight in weights]
+    result += table().splitlines()
+    result += ["`nano`, 14 tokens | `base`, 30 tokens", "batches of 64"]  # as the costs above
+    return [*result, f"words {bert}", f"BERT's {bert}", f", {bert}"]
+
+
+# ------------------------------------------------------------------------------------------------- reading the pages
+
+
+@dataclasses.dataclass
+class Block:
+    """A piece of a page that is traced as one."""
+
+    page: str
+    line: int  # of its first line
+    kind: str  # prose, table or output
+    lines: list[str]
+    files: tuple[str, ...]
+
+    def where(self, offset: int) -> str:
+        """For messages."""
+        return f"{self.page}:{self.line + offset}"
+
+
+def blocks_of(text: str, page: str) -> list[Block]:
+    """The page in pieces: printed output, tables, and lines of prose, each with the files that it may be traced to."""
+    lines, result, number = text.splitlines(), [], 0
+    section = sections_of(lines)
+    while number < len(lines):
+        start, line = number, lines[number]
+        number += 1
+        if line.startswith("```"):
+            while not lines[number].startswith("```"):
+                number += 1
+            number += 1
+            if line == "```text":
+                files = source_below(lines, number)
+                result.append(Block(page, start + 2, "output", lines[start + 1 : number - 1], files))
+        elif line.startswith("|"):
+            while number < len(lines) and lines[number].startswith("|"):
+                number += 1
+            files = source_below(lines, number)
+            kind = "table" if files else "prose"
+            result.append(Block(page, start + 1, kind, lines[start:number], files or section[start]))
+        elif line and not line.startswith("#"):
+            while number < len(lines) and lines[number] and not lines[number].startswith(("```", "|", "#")):
+                number += 1
+            result.append(Block(page, start + 1, "prose", lines[start:number], section[start]))
+    return result
+
+
+def sections_of(lines: list[str]) -> list[tuple[str, ...]]:
+    """Of each line: the files that are named between its heading and the next."""
+    heads = [number for number, line in enumerate(lines) if re.match(r"#+ ", line)]
+    result: list[tuple[str, ...]] = []
+    for start, end in itertools.pairwise([0, *heads, len(lines)]):
+        result += [tuple(dict.fromkeys(FILE.findall("\n".join(lines[start:end]))))] * (end - start)
+    return result
+
+
+def source_below(lines: list[str], number: int) -> tuple[str, ...]:
+    """The files of a line 'Source: ...' under a table that ends before line `number`."""
+    for line in lines[number : number + 2]:
+        if line.startswith("Source:"):
+            return tuple(FILE.findall(line))
+    return ()
+
+
+def plain(line: str) -> str:
+    """A line without links and names."""
+    return NAMES.sub("·", line)
+
+
+# ------------------------------------------------------------------------------------------------------------ tracing
+
+
+def untraced(text: str, page: str) -> list[str]:
+    """A sentence for each number that stands nowhere."""
+    return [fault for block in blocks_of(text, page) for fault in faults_of(block)]
+
+
+def faults_of(block: Block) -> list[str]:
+    """Numbers of a block that are not in its files, and spreads that are not those of their mean."""
+    source, faults = known(*block.files), []
+    one_seed = block.kind == "prose" and "seed" in " ".join(block.lines)
+    looked = ", ".join(block.files) or "a file, as its section names none"
+    pairs = source.pairs_of(source.contents)
+    whole = "\n".join(block.lines)
+    for fact in facts():
+        whole = whole.replace(fact, "·")
+    whole = re.sub(r"`[^`]*`", lambda code: re.sub(r"\S", "·", code[0]), whole)  # code may go on in the next line
+    for offset, line in enumerate(whole.splitlines()):
+        label, cells = ("", line) if block.kind != "table" else cut(line)
+        for said in SPREAD.findall(cells):
+            if said not in pairs:
+                faults.append(f"{block.where(offset)}: {' ± '.join(said)} is no mean with its spread in {looked}")
+        for piece, strict in ((label, False), (cells, block.kind != "prose")):
+            for number in NUMBER.findall(SPREAD.sub("·", plain(piece))):
+                small = number.isdigit() and int(number) <= COUNTS_THINGS
+                if not (small and not strict) and not source.holds(number, one_seed):
+                    faults.append(f"{block.where(offset)}: {number} is not in {looked}, nor a fact of the code: {line}")
+    return faults + (arm_faults(block, source) if block.kind == "table" else [])
+
+
+def cut(row: str) -> tuple[str, str]:
+    """A row of a table: its label, and its other cells."""
+    _, label, cells = row.split("|", 2)
+    return label, cells
+
+
+def arm_faults(block: Block, source: Known) -> list[str]:
+    """Where a file compares arms, the figures of a row are of one arm, or those of each column are."""
+    if len(block.files) != 1 or not source.arms:
+        return []
+    rows = [[SPREAD.findall(cell) for cell in line.split("|")[2:-1]] for line in block.lines[2:]]
+    by_row = [{pair for cell in row for pair in cell} for row in rows]
+    by_column = [{pair for cell in column for pair in cell} for column in zip(*rows, strict=False)]
+    mixed = {
+        name: [place for place, pairs in enumerate(groups) if not any(pairs <= arm for arm in source.arms)]
+        for name, groups in (("row", by_row), ("column", by_column))
+    }
+    if not mixed["row"] or not mixed["column"]:
+        return []
+    return [f"{block.where(2 + row)}: this row mixes the arms of {block.files[0]}" for row in mixed["row"]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_number_stands_in_a_file_of_results_or_follows_from_the_code(page):
+    faults = untraced(page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix())
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("page", "right", "wrong"),
+    [
+        ("README.md", "| test, matching | 92.3 ± 2.0", "| test, matching | 92.4 ± 2.0"),  # the mean
+        ("README.md", "| + MLM | 1193 |", "| + MLM | 1195 |"),  # a plain number in a table
+        ("README.md", "95.5 | 84.3 | 76.6", "95.5 | 84.3 | 77.6"),  # the paper's
+        ("README.md", "reaches R@1 99.0 by", "reaches R@1 97.3 by"),  # prose
+        ("README.md", "for 2,750 steps", "for 2,850 steps"),  # the code's
+        ("README.md", "90.4 100.0 100.0        87.8", "90.7 100.0 100.0        87.8"),  # printed
+        ("README.md", "| `train.py` | 483 |", "| `train.py` | 484 |"),  # lines
+        ("docs/results.md", "| ITC | 2973 | 0.27 | 87.8 ± 0.6 |", "| ITC | 2973 | 0.27 | 87.8 ± 0.7 |"),  # the spread
+        ("docs/results.md", "in 85 s on one core", "in 86 s on one core"),
+        ("docs/results.md", "| glscl | 1.69 | 1.83 |", "| glscl | 1.69 | 1.87 |"),
+        ("docs/objectives.md", "patches 60 % in units", "patches 65 % in units"),
+        ("docs/running.md", "ITC and its gradient to 1e-6", "ITC and its gradient to 1e-7"),
+        ("docs/data.md", "a million rows in 22 to 32 MB", "a million rows in 22 to 33 MB"),
+    ],
+)
+def test_a_wrong_digit_is_found(page, right, wrong):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.count(right) >= 1, f"{page} no longer says: {right}"
+    before = len(untraced(text, page))
+    faults = untraced(text.replace(right, wrong, 1), page)
+    assert len(faults) > before and all(fault.startswith(page + ":") for fault in faults)
+
+
+def test_two_rows_that_are_exchanged_in_part_are_found():
+    """Every figure stands in the file, but not in one arm."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    one, other = "| 72.9 ± 3.9 | 64.3 ± 10.8 |", "| 65.6 ± 4.3 | 64.3 ± 10.8 |"
+    assert one in text
+    assert any("mixes the arms" in fault for fault in untraced(text.replace(one, other), "README.md"))
+
+
+def test_a_number_without_a_source_is_found():
+    page = "# Title\n\nFast: 13.7 times.\n\n## Another\n\nSee `results/demo.json`: 1.61 times.\n"
+    found = untraced(page, "page.md")
+    assert len(found) == 2 and found[0].startswith("page.md:3: 13.7") and found[1].startswith("page.md:7: 1.61")
