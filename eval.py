@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -637,7 +638,8 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
     print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")
     for one in found:
         matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
-        print(f"{matching:>9}{one['contrast']:10.3f}   {one['image']}: {captions[one['image']]}")
+        path = os.path.normpath(one["image"])
+        print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
     if options.figure and world()[0] == 0:
         draw_found(options.text, [one["image"] for one in found], options.figure)
         print(f"the pictures are in {options.figure}")

@@ -54,7 +54,8 @@ def run(*command: str) -> str:
     """
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{command} failed")
+        said = done.stderr.rpartition("error: ")[2].strip()  # behind what a progress bar left
+        raise RuntimeError(said or f"{command} failed")
     return done.stdout
 
 
