@@ -287,6 +287,8 @@ def load_image(path: str | Path) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not a file: give the path of a picture") from error
     except Exception as error:  # Pillow raises many kinds for broken files
         raise ValueError(
             f"{path} cannot be decoded ({error}): replace it, or find all such with train.py --check full"

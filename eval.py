@@ -559,7 +559,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that scenes.py wrote")
     parser.add_argument("--predictions", type=Path, help="JSONL to write; without --checkpoint: to score anew")
     parser.add_argument("--figure", type=Path, help="sheet of right and wrong examples to draw, a PNG")
-    parser.add_argument("--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only")
+    parser.add_argument(
+        "--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only (%(default)s)"
+    )
     parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
     parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
     parser.add_argument("--text", help="text for `search`, `score` and `explain`")
@@ -640,6 +642,8 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
         matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
         path = os.path.normpath(one["image"])
         print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
+    if any(one["matching"] is not None for one in found):
+        print("ordered by matching; --k 0 orders by contrast alone, which is learned earlier")
     if options.figure and world()[0] == 0:
         draw_found(options.text, [one["image"] for one in found], options.figure)
         print(f"the pictures are in {options.figure}")

@@ -301,6 +301,7 @@ def main() -> None:
             print(f"best on val: {run.best:.1f} % at step {run.best_step}, kept in {run.out / 'best.pt'}")
         else:
             print(f"nothing was chosen on val: evaluate the last step, {run.out / 'checkpoint.pt'}")
+    runtime.end(run.stopped)
 
 
 if __name__ == "__main__":

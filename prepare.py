@@ -313,7 +313,7 @@ def flickr8k_captions(path: Path) -> Iterator[tuple[str, str]]:
     for place, line in lines(path):
         with at(place):
             if header is None:
-                header = line.strip() == "image,caption"
+                header = re.sub(r'[\s"]', "", line).lower() == "image,caption"
                 if header:
                     continue
             if header:
@@ -340,17 +340,25 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     """
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val-share is {args.val_share}: give a share from 0 to below 1")
+    lists = [path for path in (args.images / "captions.txt", args.images / "captions.csv") if path.is_file()]
     listed: dict[str, list[str]] = {}
-    for path in (args.images / "captions.txt", args.images / "captions.csv"):
-        for image, caption in flickr8k_captions(path) if path.is_file() else ():
-            listed.setdefault(image, []).append(caption)
-    pictures = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in PICTURES)
+    for image, caption in flickr8k_captions(lists[0]) if lists else ():
+        listed.setdefault(image, []).append(caption)
+    if lists and not listed:
+        raise ValueError(f"{lists[0]} holds no captions: write a line for each, such as dog.jpg,a dog on grass")
+    files = sorted(args.images.rglob("*"))
+    pictures = [path for path in files if path.suffix.lower() in PICTURES]
+    unread = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
+    left_out["pictures as a telephone writes them, .heic: save them as .jpg"] += unread
+    if not pictures:
+        raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
     names = [path.relative_to(args.images).as_posix() for path in pictures]
     for image in listed.keys() - set(names):
         yield "train", {"image": image, "caption": listed[image]}  # convert says that it is missing
+    nameless = []
     for path, name in zip(pictures, names, strict=True):
         beside = path.with_suffix(".txt")
-        if listed:
+        if lists:
             captions = told(listed.get(name, []), left_out)
         elif beside.is_file():
             captions = [line.strip() for _, line in lines(beside)]
@@ -360,7 +368,11 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
             share = zlib.crc32(name.encode()) / 2**32
             yield "val" if share < args.val_share else "train", {"image": name, "caption": captions}
         else:
-            left_out["pictures without a caption: write captions.txt with lines image,caption under that header"] += 1
+            nameless.append(name)
+    if len(nameless) == len(pictures):
+        raise ValueError(f"no picture in {args.images} has a caption: write captions.txt, lines under image,caption")
+    if nameless:
+        left_out[f"pictures without a caption, {nameless[0]} first"] = len(nameless)
 
 
 def caption_of_name(name: str) -> list[str]:

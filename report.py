@@ -428,6 +428,7 @@ def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict
     """What the checkpoint is, in words."""
     config, (rows, columns) = model.config, model.config.grid
     (height, width), task = config.image_size, state.get("head", {}).get("task")
+    seen = ", which it was trained on: what it knows by heart" if data.split() == state["train"]["data"] else ""
     millions = sum(part.numel() for name, part in model.named_parameters() if not name.startswith("teacher.")) / 1e6
     return {
         "objective": f"{task}, fine-tuned" if task else state["objective"],
@@ -436,7 +437,7 @@ def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict
         "model": f"{millions:.2f} M parameters, width {config.width}; blocks: {config.image_depth} image, "
         f"{config.text_depth} text, {config.fusion_depth} fusion",
         "picture": f"{width} x {height} pixels, {columns} x {rows} patches of {config.patch_size} pixels",
-        "gallery": f"{result['images']:,} pictures and {result['texts']:,} captions of {data}",
+        "gallery": f"{result['images']:,} pictures and {result['texts']:,} captions of {data}{seen}",
         "date": datetime.date.today().isoformat(),
     }
 

@@ -94,6 +94,12 @@ def fail(message: object) -> typing.NoReturn:
     sys.exit(2)
 
 
+def end(stopped: bool) -> None:
+    """End an interrupted run as a shell expects, with 130, so that a script does not go on after half a training."""
+    if stopped and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun would report it as a failure
+        sys.exit(130)
+
+
 def guarded(main) -> None:
     """Run main(); a mistake in the user's input ends with its sentence, not with a traceback."""
     try:

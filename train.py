@@ -177,7 +177,7 @@ class Run:
         self.precision, self.why = runtime.pick_precision(config.precision, self.device)
         # fp16 has no room for small gradients: the loss is scaled up for the backward pass, and they down again after.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.step, self.meter, self.settled = 0, {}, False
+        self.step, self.meter, self.settled, self.stopped = 0, {}, False, False
         if state:
             self.take_up(state, path)
         self.shared = self.prepare_step()
@@ -287,8 +287,7 @@ class Run:
         bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
         with runtime.Interrupt() as interrupt, bar as progress:
             since = (time.perf_counter(), self.step)
-            stopped = False
-            while self.step < stop_at and not stopped and not self.settled:
+            while self.step < stop_at and not self.stopped and not self.settled:
                 for group in self.optimizer.param_groups:
                     group["lr"] = group.get("scale", 1.0) * learning_rate(self.step, config)
                 total = self.one_step(batches)
@@ -304,10 +303,10 @@ class Run:
                     if self.rank == 0:
                         self.log.write({"step": self.step} | row)
                     since = (time.perf_counter(), self.step)
-                stopped = runtime.any_process(interrupt.asked)
-                if self.step % config.save_every == 0 or self.step == stop_at or stopped or self.settled:
+                self.stopped = runtime.any_process(interrupt.asked)
+                if self.step % config.save_every == 0 or self.step == stop_at or self.stopped or self.settled:
                     self.save()
-        if stopped:
+        if self.stopped:
             print(f"stopped at step {self.step} and saved; go on with: python {self.script} --out {self.out} --resume")
 
     def one_step(self, batches) -> float:
@@ -392,7 +391,7 @@ class Run:
             return {}
         scores = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=0)["contrast"]
         i2t, t2i = scores["image_to_text"]["R@1"], scores["text_to_image"]["R@1"]
-        progress.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image")
+        progress.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image, by contrast")
         return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
 
     def save(self) -> None:
@@ -477,6 +476,7 @@ def main() -> None:
         if run.step >= run.config.steps:
             print(f"{run.out} is already trained to its last step, {run.config.steps}")
         run.train()
+    runtime.end(run.stopped)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def test_captions_of_a_folder_come_from_the_list_in_it(tmp_path, capsys):
     picture(tmp_path / "pictures", *names, "4.jpg", "notes.pdf")
     for name, content in {
         "captions.txt": "1.jpg#0\tA dog\n2.JPG#0\tA cat, or two\n1.jpg#1\tA pet\nmore/3.png#0\tA hen\n",
-        "captions.csv": 'image,caption\n1.jpg,A dog\n2.JPG,"A cat, or two"\n1.jpg,A pet\nmore/3.png,A hen\n',
+        "captions.csv": '\ufeff"Image", Caption\n1.jpg,A dog\n2.JPG,"A cat, or two"\n1.jpg,A pet\nmore/3.png,A hen\n',
     }.items():
         write(tmp_path / "pictures" / name, content)
         out = run(tmp_path, "folder", "--force")
@@ -247,7 +247,7 @@ def test_captions_of_a_folder_come_from_the_list_in_it(tmp_path, capsys):
         captions = (["A dog", "A pet"], ["A cat, or two"], ["A hen"])
         expected = [{"image": name, "caption": text} for name, text in zip(names, captions, strict=True)]
         assert rows(out / "pairs_train.jsonl", "pairs") == expected
-        assert "left out: 1 pictures without a caption" in capsys.readouterr().out
+        assert "left out: 1 pictures without a caption, 4.jpg first" in capsys.readouterr().out
 
 
 def test_captions_of_a_folder_come_from_texts_beside_the_pictures_or_from_their_names(tmp_path, capsys):
@@ -259,7 +259,7 @@ def test_captions_of_a_folder_come_from_texts_beside_the_pictures_or_from_their_
         {"image": "b.gif", "caption": ["Something else", "Another caption"]},
         {"image": "two  dogs (1).webp", "caption": ["two dogs"]},
     ]
-    assert "left out: 2 pictures without a caption: write captions.txt" in capsys.readouterr().out
+    assert "left out: 2 pictures without a caption, DSC-7.png first" in capsys.readouterr().out
 
 
 def test_a_picture_of_a_folder_keeps_its_split_whatever_lies_beside_it(tmp_path):
@@ -280,13 +280,31 @@ def test_a_picture_of_a_folder_keeps_its_split_whatever_lies_beside_it(tmp_path)
         ("1.jpg#0\tA dog\n9.jpg#0\tA cat\n", (), "1 of 2 rows show a picture that is not in"),
         ("1.jpg\tA dog\n", (), "captions.txt:1: found '1.jpg\\tA dog\\n': expected the header image,caption"),
         ("1.jpg#0\tA dog\n", ("--val-share", 1.0), "--val-share is 1.0: give a share from 0 to below 1"),
-        ("2.jpg#0\t \n", (), "nothing was left to write"),
+        ("2.jpg#0\t \n", (), "has a caption: write captions.txt, lines under image,caption"),
+        ("image,caption\n", (), "captions.txt holds no captions: write a line for each"),
     ],
 )
 def test_a_folder_whose_list_does_not_fit_is_refused(tmp_path, listed, arguments, wanted):
     picture(tmp_path / "pictures", "1.jpg", "2.jpg")
     write(tmp_path / "pictures" / "captions.txt", listed)
     assert wanted in refused(tmp_path, "folder", *arguments)
+
+
+def test_a_folder_without_pictures_that_can_be_read_says_so(tmp_path, capsys):
+    """Those of a telephone are counted, not passed over in silence."""
+    (tmp_path / "pictures").mkdir()
+    write(tmp_path / "pictures" / "a dog.HEIC", "no picture")
+    assert "no picture lies in" in refused(tmp_path, "folder")
+    picture(tmp_path / "pictures", "a cat.png")
+    run(tmp_path, "folder")
+    assert "left out: 1 pictures as a telephone writes them, .heic: save them as .jpg" in capsys.readouterr().out
+
+
+def test_of_two_lists_in_a_folder_the_first_counts(tmp_path):
+    picture(tmp_path / "pictures", "1.jpg")
+    write(tmp_path / "pictures" / "captions.txt", "image,caption\n1.jpg,A dog\n")
+    write(tmp_path / "pictures" / "captions.csv", "image,caption\n1.jpg,A cat\n")
+    assert rows(run(tmp_path, "folder") / "pairs_train.jsonl", "pairs") == [{"image": "1.jpg", "caption": ["A dog"]}]
 
 
 @pytest.mark.parametrize("header", ["", "caption\turl\n"])
