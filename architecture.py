@@ -15,6 +15,7 @@ from xml.sax.saxutils import escape
 import torch
 
 import runtime
+from benchmark import random_batch
 from costs import flops_of_step
 from diagrams import CAPTION, SCENE, Sample
 from mamo import MAMO, PRESETS, MAMOConfig, hide_patches
@@ -43,7 +44,8 @@ def trace(rows: int = 3, length: int = 8, **weights: float) -> dict[tuple[str, s
              weights        of the losses, such as w_mrm=0
     """
     config = MAMOConfig(vocab_size=20, ema=0.9, **weights)
-    model, batch = MAMO(config), small_batch(config, rows, length)
+    model, batch = MAMO(config), random_batch(config, rows, length)
+    batch["replace_noise"] = torch.zeros(rows, length)  # all hidden words become [MASK], so that T' differs from T
     seen: dict[tuple[str, str], list[list[str]]] = {part: [] for part in PARTS}
 
     def image_views(images: torch.Tensor, patch_mask: torch.Tensor | None = None) -> list[str]:
@@ -72,24 +74,6 @@ def trace(rows: int = 3, length: int = 8, **weights: float) -> dict[tuple[str, s
             watched.register_forward_hook(lambda _, given, said, views=views, calls=calls: calls.append(views(*given)))
     model(batch)
     return seen
-
-
-def small_batch(config: MAMOConfig, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random pairs, all different, whose hidden words all become [MASK]."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, config.vocab_size, (rows, length), generator=draw)
-    ids[:, 0], ids[:, -1] = 1, 2  # [CLS] ... [SEP]
-    return {
-        "images": torch.rand(rows, 3, *config.image_size, generator=draw),
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
-        "image_id": torch.arange(rows),
-        "caption_id": torch.arange(rows),
-        "patch_noise": torch.rand(rows, config.patches, generator=draw),
-        "token_noise": torch.rand(ids.shape, generator=draw),
-        "replace_noise": torch.zeros(ids.shape),
-        "negative_noise": torch.rand(2, rows, rows, generator=draw),
-    }
 
 
 def read_by(loss: str) -> dict[tuple[str, str], list[list[str]]]:

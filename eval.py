@@ -230,9 +230,7 @@ def retrieval(
              "intervals": {way: recalls}} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image":
              ...} in percent, of intervals [low, high] over resampled queries
     """
-    check_ranks(model)
-    if k < 0:
-        raise ValueError(f"k is {k}: give the number of candidates that matching orders anew, 0 = contrast only")
+    check_ranks(model, k)
     check_by(rows, by)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     right, value_of = right_places(rows, images, texts, by)
@@ -275,10 +273,12 @@ def retrieval(
     return result
 
 
-def check_ranks(model: VisionLanguageModel) -> None:
-    """Raise ValueError for a model that cannot rank."""
+def check_ranks(model: VisionLanguageModel, k: int) -> None:
+    """Raise ValueError for a model that cannot rank, or a number of candidates that is none."""
     if model.config.w_itc <= 0:
         raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
+    if k < 0:
+        raise ValueError(f"k is {k}: give the number of candidates that matching orders anew, 0 = contrast only")
 
 
 def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[dict, dict]:
@@ -333,19 +333,18 @@ def search(model, tokenizer: Tokenizer, images: list[str], text: str, device, k:
 
     Returns: per picture {"image", "contrast": cosine, "matching": probability, None behind the k best}
     """
-    check_ranks(model)
+    check_ranks(model, k)
     encoded = encode(model, tokenizer, list(dict.fromkeys(images)), [text], device)
     cosine = encoded.text_embed @ encoded.image_embed.T
     k = min(k, len(encoded.images)) if model.config.w_itm > 0 else 0
     scores = rerank(model, encoded, cosine, 0, "text_to_image", k, device) if k else cosine
-    matched = set(cosine[0].topk(k).indices.tolist())
     return [
         {
             "image": encoded.images[place],
             "contrast": cosine[0, place].item(),
-            "matching": scores[0, place].sigmoid().item() if place in matched else None,
+            "matching": scores[0, place].sigmoid().item() if rank < k else None,
         }
-        for place in scores[0].argsort(descending=True, stable=True).tolist()
+        for rank, place in enumerate(scores[0].argsort(descending=True, stable=True).tolist())
     ]
 
 
@@ -512,12 +511,12 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     return result | extra
 
 
-def layer_for(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> int:
-    """The fusion block that was given, or chosen on --choose, or the middle one."""
+def layer_for(model, tokenizer: Tokenizer, options: argparse.Namespace, device, words: bool = False) -> int:
+    """The fusion block that was given, or chosen on --choose, or the middle one; words: see choose_layer."""
     if options.layer is not None:
         return check_layer(model, options.layer)
     if options.choose:
-        return choose_layer(model, tokenizer, read_rows(options.choose, "grounding"), device, options.frame)
+        return choose_layer(model, tokenizer, read_rows(options.choose, "grounding"), device, options.frame, words)
     return middle_layer(model)
 
 

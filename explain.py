@@ -125,10 +125,14 @@ def hits_by_layer(model, tokenizer: Tokenizer, rows: list[dict], device, frame: 
     return [100 * one.float().mean().item() for one in hits]
 
 
-def choose_layer(model, tokenizer: Tokenizer, rows: list[dict], device, frame: str = "{}") -> int:
-    """The fusion block that points best at the phrases of some rows, such as those of val; of equals the first."""
+def choose_layer(model, tokenizer: Tokenizer, rows: list[dict], device, frame: str = "{}", words: bool = False) -> int:
+    """The fusion block that points best at the phrases of some rows, such as those of val; of equals the first.
+
+    words: leave out the last block, where there is another, because words by themselves have no map there
+    """
     layers = hits_by_layer(model, tokenizer, rows, device, frame)
-    return max(range(len(layers)), key=lambda layer: layers[layer])
+    count = max(len(layers) - words, 1)
+    return max(range(count), key=lambda layer: layers[layer])
 
 
 def phrases_of(rows: list[dict], frame: str = "{}") -> list[Phrase]:

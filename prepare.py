@@ -353,7 +353,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     if not pictures:
         raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
     names = [path.relative_to(args.images).as_posix() for path in pictures]
-    for image in listed.keys() - set(names):
+    for image in sorted(listed.keys() - set(names)):
         yield "train", {"image": image, "caption": listed[image]}  # convert says that it is missing
     nameless = []
     for path, name in zip(pictures, names, strict=True):

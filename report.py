@@ -34,8 +34,8 @@ from torch import Tensor
 
 import runtime
 from data import captions_of, centred, load_image, pad, read_rows, to_pixels, to_tensor
-from eval import encode_rows, load_for, match_pairs, retrieval
-from explain import check_layer, hits_by_layer, middle_layer, token_maps
+from eval import encode_rows, layer_for, load_for, match_pairs, retrieval
+from explain import token_maps
 from mamo import at, hide_patches, normalised, patchify
 from metrics import right_answers
 from tokenizer import CHUNK, Tokenizer
@@ -125,19 +125,6 @@ def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], layer: 
     return maps
 
 
-def layer_of(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> int:
-    """The fusion block that was given, or the one that points best on --choose, or the middle one.
-
-    Of a choice the last block is left out, where there is another: its words have no maps, see explain.py.
-    """
-    if options.layer is not None:
-        return check_layer(model, options.layer)
-    if options.choose:
-        hits = hits_by_layer(model, tokenizer, read_rows(options.choose, "grounding"), device)
-        return max(range(max(len(hits) - 1, 1)), key=lambda layer: hits[layer])
-    return middle_layer(model)
-
-
 def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor]:
     """Texts -> input_ids (b, l), attention_mask (b, l) on the device"""
     input_ids, real = pad([tokenizer.encode(text, max_tokens) for text in texts], tokenizer.pad_id)
@@ -205,13 +192,12 @@ def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) 
     return chosen
 
 
-def score(
-    model, tokenizer: Tokenizer, rows: list[dict], answers: list[dict], k: int, layer: int | None, device
-) -> None:
+def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, layer: int | None, device) -> None:
     """Give each answer "contrast", its cosine; "matching", its probability, None behind the k best, which matching does
     not order; and "maps", see packed, None without matching."""
-    images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     pairs = [(answer["path"], answer["text"]) for answer in answers]
+    shown = [{"image": path, "caption": text} for path, text in pairs]  # not the whole gallery once more
+    images, texts, encoded = encode_rows(model, tokenizer, shown, device, captions_of)
     i, t = (torch.tensor(places) for places in zip(*((images[path], texts[text]) for path, text in pairs), strict=True))
     cosines = (encoded.image_embed[i] * encoded.text_embed[t]).sum(dim=1).tolist()
     matching = match_pairs(model, encoded, i, t, device).sigmoid().tolist() if k else [None] * len(pairs)
@@ -375,7 +361,7 @@ def tables(result: dict, data: str, kept: Path) -> list[dict]:
 def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespace, device) -> dict:
     """Everything that the page shows, as plain values.
 
-    Raises:  ValueError for data of a single picture, a model without contrast, or what layer_of refuses
+    Raises:  ValueError for data of a single picture, a model without contrast, or what layer_for refuses
     """
     rows, config = read_rows(options.data, "pairs"), model.config
     captions: dict[str, list[str]] = {}
@@ -387,11 +373,11 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
         )
     lists: list[dict] = []
     result = retrieval(model, tokenizer, rows, device, lists=lists)
-    layer = layer_of(model, tokenizer, options, device) if config.w_itm > 0 else None
+    layer = layer_for(model, tokenizer, options, device, words=True) if config.w_itm > 0 else None
     album = Album(captions)
     chosen = galleries(rows, lists, album, options.pictures)
     answers = [answer for queries in chosen.values() for query in queries for answer in query["answers"]]
-    score(model, tokenizer, rows, answers, result["k"], layer, device)
+    score(model, tokenizer, answers, result["k"], layer, device)
     first = list(dict.fromkeys(answer["path"] for query in chosen["image_to_text"] for answer in query["answers"]))
     for answer in answers:
         answer["picture"] = album.number(answer.pop("path"))  # the page knows pictures by their numbers

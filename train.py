@@ -177,7 +177,7 @@ class Run:
         self.precision, self.why = runtime.pick_precision(config.precision, self.device)
         # fp16 has no room for small gradients: the loss is scaled up for the backward pass, and they down again after.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.step, self.meter, self.settled, self.stopped = 0, {}, False, False
+        self.step, self.meter, self.settled = 0, {}, False
         if state:
             self.take_up(state, path)
         self.shared = self.prepare_step()
@@ -287,6 +287,7 @@ class Run:
         bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
         with runtime.Interrupt() as interrupt, bar as progress:
             since = (time.perf_counter(), self.step)
+            self.stopped = False
             while self.step < stop_at and not self.stopped and not self.settled:
                 for group in self.optimizer.param_groups:
                     group["lr"] = group.get("scale", 1.0) * learning_rate(self.step, config)

@@ -71,7 +71,7 @@ def start() -> Demo:
     if brief:
         checkpoint = Path("runs/brief/checkpoint.pt")
         if not checkpoint.is_file():
-            print(f"no {Path('runs/demo')}: training for {BRIEF_STEPS} steps, once; `make demo` makes a better one")
+            print(f"no runs/demo: training for {BRIEF_STEPS} steps, once; `make demo` makes a better one")
             run("train.py", "--out", checkpoint.parent, "--steps", str(BRIEF_STEPS), "--eval-every", str(BRIEF_STEPS))
     model, tokenizer, state = load_model(checkpoint, torch.device("cpu"))
     print(f"{checkpoint}: {state['objective']}, step {state['step']}")

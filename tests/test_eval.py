@@ -122,6 +122,8 @@ def test_the_command_search_prints_and_draws_what_it_finds(command, checkpoint, 
         assert np.asarray(sheet).std() > 10
     status, _, error = command(*asked)
     assert status == 2 and error == 'error: search needs a text: --text "a red circle"\n'
+    status, _, error = command(*asked, "--text", "a red square", "--k", "-1")
+    assert status == 2 and error.startswith("error: k is -1: give the number of candidates")
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

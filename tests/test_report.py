@@ -14,6 +14,7 @@ import torch
 from helpers import caption, kept_signals, new_run, square, write_rows, write_squares
 from PIL import Image
 
+import explain
 import finetune
 import report
 import runtime
@@ -212,11 +213,11 @@ def test_the_layer_is_the_given_the_chosen_or_the_middle_one(trained, squares, w
     ]
     val, four = write_rows(squares.with_name("grounding.jsonl"), rows), trained("--fusion-depth", "4")
     assert write(four, squares).report["map"]["layer"] == 1
-    monkeypatch.setattr(report, "hits_by_layer", lambda model, tokenizer, rows, _: [1, 2, len(rows), 9])
+    monkeypatch.setattr(explain, "hits_by_layer", lambda model, tokenizer, rows, *_: [1, 2, len(rows), 9])
     assert write(four, squares, "--choose", val).report["map"]["layer"] == 2
     assert write(four, squares, "--choose", val, "--layer", "0").report["map"]["layer"] == 0
     assert write(four, squares, "--choose", val, "--layer", "-1").report["map"]["layer"] == 3
-    monkeypatch.setattr(report, "hits_by_layer", lambda *_: [0])
+    monkeypatch.setattr(explain, "hits_by_layer", lambda *_: [0])
     page = write(trained("--fusion-depth", "1"), squares, "--choose", val).report
     assert page["map"] == {"grid": [2, 3], "blocks": 1, "layer": 0, "words": False}
 

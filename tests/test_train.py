@@ -266,6 +266,8 @@ def test_a_polite_kill_saves_too_and_gives_the_signals_back(data, tmp_path, caps
     assert run.step == 2 and checkpoint(tmp_path)["step"] == 2
     assert "stopped at step 2 and saved" in capsys.readouterr().out
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    run.train(stop_at=3)
+    assert run.step == 3 and not run.stopped, "what stopped one call does not stop the next"
 
 
 def test_a_second_ctrl_c_ends_at_once():
