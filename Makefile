@@ -12,12 +12,12 @@ PYTHON := .venv/bin/python
 .PHONY: demo test lint notebooks page-test clean
 
 demo: .venv/ready
-	$(PYTHON) scenes.py --out data/scenes
+	$(PYTHON) -m world.scenes --out data/scenes
 	$(PYTHON) train.py --data data/scenes/pairs_train.jsonl --out runs/demo --resume
 	$(PYTHON) eval.py world --checkpoint runs/demo/checkpoint.pt --data data/scenes
 	$(PYTHON) finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa --steps 2000 --out runs/demo-vqa --resume
 	$(PYTHON) eval.py vqa --checkpoint runs/demo-vqa/best.pt --data data/scenes/vqa_test.jsonl --figure runs/demo-vqa/answers.png
-	$(PYTHON) report.py --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl --choose data/scenes/grounding_val.jsonl
+	$(PYTHON) -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl --choose data/scenes/grounding_val.jsonl
 
 test: .venv/ready
 	$(PYTHON) -m pytest -q
@@ -34,15 +34,16 @@ notebooks: .venv/notebooks
 page-test: .venv/ready
 	rm -rf runs/page
 	npm ci --prefix tests/page --no-audit --no-fund --loglevel error
-	$(PYTHON) scenes.py --out data/page --train 400 --val 60 --test 60
+	$(PYTHON) -m world.scenes --out data/page --train 400 --val 60 --test 60
 	$(PYTHON) train.py --data data/page/pairs_train.jsonl --out runs/page --steps 60 --log-every 10
 	$(PYTHON) eval.py world --checkpoint runs/page/checkpoint.pt --data data/page
-	$(PYTHON) report.py --checkpoint runs/page/checkpoint.pt --data data/page/pairs_test.jsonl --choose data/page/grounding_val.jsonl
+	$(PYTHON) -m tools.report --checkpoint runs/page/checkpoint.pt --data data/page/pairs_test.jsonl --choose data/page/grounding_val.jsonl
 	node tests/page/check.mjs runs/page/report.html runs/page
 
 .venv/ready: requirements.txt constraints.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install -q -r requirements.txt -c constraints.txt
+	$(PYTHON) -c "import pathlib, site; pathlib.Path(site.getsitepackages()[-1], 'here.pth').write_text('$(CURDIR)')"  # every command works from any folder
 	touch .venv/ready
 
 .venv/notebooks: .venv/ready notebooks/requirements.txt

@@ -1,7 +1,7 @@
 """From JSONL files and pictures to batches.
 
-One reading path for every data set: the built-in world (scenes.py), your own files, converted official releases. A
-data set is a JSONL file, one row a line, with image paths relative to that file:
+One reading path for every data set: the built-in world, your own files, converted official releases. A data
+set is a JSONL file, one row a line, with image paths relative to that file:
 
     pairs   {"image": "a.png", "caption": "a red circle"}      a list of captions means that all of them are right;
                                                                optional "twin": rows that share it stay in one batch
@@ -190,7 +190,11 @@ def read_rows(paths: list[str | Path], task: str, check: str = "header", skip_ba
 def read_file(path: Path, schema: Schema, complaints: list[str]) -> list[dict]:
     """Rows of one file that fit the schema; what does not fit is added to complaints as 'file:line: ...'."""
     if not path.is_file():
-        hint = " (make the built-in world with: python scenes.py --out data/scenes)" if "scenes" in path.parts else ""
+        hint = (
+            " (make the built-in world with: python -m world.scenes --out data/scenes)"
+            if "scenes" in path.parts
+            else ""
+        )
         raise ValueError(f"{path} is not a file: give the path of a JSONL file{hint}")
     rows = []
     with open(path, encoding="utf-8-sig") as file:  # -sig, because Windows editors write a byte order mark

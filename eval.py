@@ -19,7 +19,6 @@ Explaining and grounding: explain.py. Results go to results.json beside the chec
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -35,9 +34,7 @@ from tqdm import tqdm
 import runtime
 from data import captions_of, load_image, pad, pictures_of, read_rows, to_tensor
 from explain import check_layer, choose_layer, draw_heat, ground, middle_layer
-from glscl import GLSCL
-from mamo import MAMO, VisionLanguageModel, world
-from maskvlm import MaskVLM
+from mamo import VisionLanguageModel, world
 from metrics import (
     chance_recalls,
     judge_answers,
@@ -50,36 +47,11 @@ from metrics import (
     write_predictions,
 )
 from sheet import draw_examples, draw_found, draw_ranked
+from siblings import build_model
 from tasks import TASKS, Classifier, Head, build_task, coverage, read_as, slots, texts_of
 from tokenizer import Tokenizer
-from vlmae import VLMAE
 
 # ------------------------------------------------------------------------------------------------------------- models
-
-# name: (class, fields of its Config that make it up)
-OBJECTIVES = {
-    "mamo": (MAMO, {}),
-    "control": (MAMO, {"w_mrm": 0.0, "w_mim": 0.0}),
-    "maskvlm": (MaskVLM, {}),
-    "glscl": (GLSCL, {}),
-    "vlmae": (VLMAE, {}),
-}
-
-
-def model_of(objective: str) -> type[VisionLanguageModel]:
-    """The class of an objective. Raises ValueError for an unknown one."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective][0]
-
-
-def build_model(objective: str, config: dict) -> VisionLanguageModel:
-    """A fresh model of an objective from the fields of its Config."""
-    model = model_of(objective)
-    strange = config.keys() - {field.name for field in dataclasses.fields(model.config_class)}
-    if strange:
-        raise ValueError(f"{', '.join(sorted(strange))} is no field of the objective {objective}: it is another one's")
-    return model(model.config_class(**config))
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageModel, Tokenizer, dict]:
@@ -555,7 +527,7 @@ def parse() -> argparse.Namespace:
     parser = runtime.Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
-    parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that scenes.py wrote")
+    parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that world/scenes.py wrote")
     parser.add_argument("--predictions", type=Path, help="JSONL to write; without --checkpoint: to score anew")
     parser.add_argument("--figure", type=Path, help="sheet of right and wrong examples to draw, a PNG")
     parser.add_argument(

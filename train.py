@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 import runtime
 from data import Collate, Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
-from eval import OBJECTIVES, build_model, model_of, retrieval
+from eval import retrieval
 from mamo import PRESETS, Block, Config, ema_for, world
+from siblings import OBJECTIVES, build_model, model_of
 from tokenizer import Tokenizer
 
 

@@ -25,10 +25,10 @@ from torch import Tensor  # noqa: E402
 
 import runtime  # noqa: E402
 from data import Collate, Pairs, TwinBatches, read_rows  # noqa: E402
-from diagrams import HIDDEN  # noqa: E402
 from eval import load_model  # noqa: E402
 from mamo import VisionLanguageModel  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from tools.diagrams import HIDDEN  # noqa: E402
 from train import parts_for  # noqa: E402
 
 WORLD = Path("data/scenes")  # paths are relative to the repository, as on the command line
@@ -65,7 +65,7 @@ def start() -> Demo:
     style()
     if not (WORLD / "world.json").is_file():
         print("drawing the built-in world, once: half a minute")
-        run("scenes.py", "--out", WORLD)
+        run("-m", "world.scenes", "--out", WORLD)
     checkpoint = Path("runs/demo/checkpoint.pt")
     brief = not checkpoint.is_file()
     if brief:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import eval as evaluation
 import runtime
-from eval import OBJECTIVES
 from mamo import MAMO, MAMOConfig, VisionLanguageModel
+from siblings import OBJECTIVES
 
 # The models of the tests are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)

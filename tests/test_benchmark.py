@@ -9,12 +9,12 @@ from conftest import only, tiny_objective
 from helpers import write_squares
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
 import runtime
-from benchmark import backward, random_batch, ratios, row_of, separate_losses
-from costs import flops_of_step
-from eval import OBJECTIVES
 from mamo import MAMO, MAMOConfig, record_attention
+from siblings import OBJECTIVES
+from tools import benchmark
+from tools.benchmark import backward, random_batch, ratios, row_of, separate_losses
+from tools.costs import flops_of_step
 
 SIZES = {"image_size": (16, 16), "patch_size": 8, "width": 16, "heads": 2, "embed_dim": 8}
 DEPTHS = {"image_depth": 1, "text_depth": 1, "fusion_depth": 1}
@@ -22,9 +22,9 @@ SMALL = "--image-size 16 24 --batch-size 4 --length 6 --vocab-size 40 --rounds 1
 
 
 def run(monkeypatch, *arguments: str) -> None:
-    """benchmark.py as the command line runs it, but with a very small model, short turns and small products."""
+    """tools/benchmark.py as the command line runs it, but with a very small model, short turns and small products."""
     monkeypatch.setitem(benchmark.PRESETS, "nano", SIZES | DEPTHS)
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["tools/benchmark.py", *arguments])
     monkeypatch.setattr(benchmark, "TURN", 0.01)
     monkeypatch.setattr(benchmark, "SIDE", 256)
     runtime.guarded(benchmark.main)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 from helpers import SIZES, write_squares, write_task
 
-import compare
 import eval as evaluation
 import finetune
 import runtime
 import train
-from compare import Comparison, Job, Plan, flat, read_plan, steps_of, table
+from tools import compare
+from tools.compare import Comparison, Job, Plan, flat, read_plan, steps_of, table
 
 COMMANDS = {"train.py": train.main, "finetune.py": finetune.main, "eval.py": evaluation.main}
 
@@ -218,7 +218,7 @@ def test_a_bad_plan_is_one_sentence(plan_file, change, says):
 
 def test_the_plans_of_the_repository_can_be_read():
     """Their arms are options that train.py or finetune.py knows."""
-    plans = sorted((Path(compare.__file__).parent / "plans").glob("*.json"))
+    plans = sorted((compare.ROOT / "experiments").glob("*.json"))
     assert plans
     for path in plans:
         plan = read_plan(path)
@@ -229,7 +229,7 @@ def test_the_plans_of_the_repository_can_be_read():
 def test_the_command_writes_table_and_summary(plan_file, runs, tmp_path, monkeypatch, capsys):
     """And says how the figures were made."""
     arguments = [str(plan_file), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "result.json")]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["tools/compare.py", *arguments])
     compare.main()
     assert "equal steps: no MRM" in capsys.readouterr().out
     report = json.loads((tmp_path / "result.json").read_text())

@@ -231,7 +231,7 @@ def test_a_missing_file_is_one_sentence(tmp_path):
     """The built-in world may not have been made yet: the message says how to make it."""
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'none.jsonl'} is not a file")):
         read_rows([tmp_path / "none.jsonl"], "pairs")
-    with pytest.raises(ValueError, match=re.escape("python scenes.py --out data/scenes")):
+    with pytest.raises(ValueError, match=re.escape("python -m world.scenes --out data/scenes")):
         read_rows([tmp_path / "data" / "scenes" / "pairs_train.jsonl"], "pairs")
     with pytest.raises(ValueError, match="no rows in"):
         read_rows([write_rows(tmp_path / "empty.jsonl", [""])], "pairs")
@@ -774,8 +774,8 @@ def test_a_batch_that_cannot_be_filled_is_one_sentence(rows, batch_size, parts, 
 
 
 def test_the_built_in_world_can_be_read(tmp_path):
-    """scenes.py writes what data.py reads: pairs with twins, and foils."""
-    scenes = pytest.importorskip("scenes")
+    """world/scenes.py writes what data.py reads: pairs with twins, and foils."""
+    scenes = pytest.importorskip("world.scenes")
     scenes.main(["--out", str(tmp_path), "--train", "40", "--val", "4", "--test", "4"])
     rows = read_rows([tmp_path / "pairs_train.jsonl"], "pairs", check="full")
     assert len(rows) == 40

@@ -1,6 +1,6 @@
 """docs/objectives.md says what is built: its pictures show the masks of training, its table the ratios and weights.
 
-The two figures are what `python architecture.py` draws, and the passes they show those of a traced step.
+The two figures are what `python -m tools.architecture` draws, and the passes they show those of a traced step.
 """
 
 import math
@@ -12,11 +12,10 @@ import pytest
 from conftest import LOSSES, only, tiny_batch, tiny_config, tiny_model
 from PIL import Image
 
-import architecture
-import diagrams
-from costs import flops_of_step
-from eval import OBJECTIVES
 from mamo import PRESETS
+from siblings import OBJECTIVES
+from tools import architecture, diagrams
+from tools.costs import flops_of_step
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "objectives.md").read_text(encoding="utf-8")
@@ -37,7 +36,7 @@ def test_the_page_shows_a_picture_of_every_objective():
 
 def test_the_command_draws_the_pictures_of_the_page(tmp_path, monkeypatch):
     """Up to the shapes of letters, which are those of another version of Pillow."""
-    monkeypatch.setattr(sys, "argv", ["diagrams.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["tools/diagrams.py", "--out", str(tmp_path)])
     diagrams.main()
     for name in OBJECTIVES:
         drawn, kept = Image.open(tmp_path / f"{name}.png"), Image.open(DOCS / f"{name}.png")
@@ -122,7 +121,7 @@ def test_the_table_of_costs_is_what_the_formula_says(preset, length, words, colu
 @pytest.mark.parametrize("name", architecture.FIGURES)
 def test_the_command_draws_the_figures_that_are_shown(name, tmp_path):
     architecture.FIGURES[name]().save(tmp_path / name)
-    assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"docs/{name} is old: python architecture.py"
+    assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"docs/{name} is old"
     pages = [PAGE, (DOCS.parent / "README.md").read_text(encoding="utf-8")]
     assert any(f"{name})" in page for page in pages), f"no page shows {name}"
 

@@ -459,8 +459,8 @@ def test_the_sheet_of_ranked_captions_shows_pictures_and_marks_right_answers(
 
 
 def test_everything_of_the_built_in_world_in_one_command(tmp_path, command):
-    """scenes.py, a run on its files, `eval.py world`: four results and a picture beside the checkpoint."""
-    scenes = pytest.importorskip("scenes")
+    """world/scenes.py, a run on its files, `eval.py world`: four results and a picture beside the checkpoint."""
+    scenes = pytest.importorskip("world.scenes")
     scenes.main(["--out", str(tmp_path / "world"), "--train", "40", "--val", "4", "--test", "12"])
     run = new_run(tmp_path / "world" / "pairs_train.jsonl", tmp_path / "run", "--image-size", "32", "32")
     assert run.val_rows

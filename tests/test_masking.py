@@ -1,4 +1,4 @@
-"""What masking.py hides and how it recovers: each function against loops, its places, its edges.
+"""What siblings/masking.py hides and how it recovers: each function against loops, its places, its edges.
 
 The losses that are made of these functions are compared with their equations in test_siblings.py.
 """
@@ -20,7 +20,16 @@ from test_losses import (
 from torch import Tensor, nn
 
 from mamo import hide_patches, hide_words
-from masking import PixelDecoder, blank, drop_patches, encode_visible, hide_units, hide_whole_words, nce, put_back
+from siblings.masking import (
+    PixelDecoder,
+    blank,
+    drop_patches,
+    encode_visible,
+    hide_units,
+    hide_whole_words,
+    nce,
+    put_back,
+)
 
 CONTINUED = ORDINARY[20:]  # in these tests, the pieces that go on with a word
 GRIDS = [((4, 6), 2), ((6, 4), 2), ((2, 6), 2), ((6, 3), 3), ((4, 6), 1), ((3, 5), 1)]

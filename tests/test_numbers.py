@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from costs import table
-from eval import OBJECTIVES
 from mamo import PRESETS, Config, MAMOConfig, ema_for, replace_words
-from prepare import scores
+from siblings import OBJECTIVES
+from tools.costs import table
+from tools.prepare import scores
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def facts() -> tuple[str, ...]:
     mamo, run, sizes = MAMOConfig(), TrainConfig(), {name: Config(**preset) for name, preset in PRESETS.items()}
     base, nano = sizes["base"], sizes["nano"]
     patches, words = 100 * mamo.mask_image, 100 * mamo.mask_text
-    scenes = (ROOT / "scenes.py").read_text(encoding="utf-8")
+    scenes = (ROOT / "world/scenes.py").read_text(encoding="utf-8")
     train, test = (int(re.search(rf'"--{split}", type=int, default=(\d+)', scenes)[1]) for split in ("train", "test"))
     masked, drawn, kept = bert_shares()
     processes = (ROOT / "tests" / "test_processes.py").read_text(encoding="utf-8")
@@ -137,21 +137,9 @@ def facts() -> tuple[str, ...]:
         f"limits after {learning} steps",
         f"to {loose}. One thing differs",
         f"agree: {', '.join(f'{score:g}' for score in agreeing)}",
-        *(f"| `{name}` | {lines} |" for name, lines in line_counts().items()),
-        *(f"| `{name}` | {lines} | {minutes_of(lines)} |" for name, lines in line_counts().items()),
         *objective_facts(),
     ]
     return tuple(sorted(fragments, key=len, reverse=True))
-
-
-def line_counts() -> dict[str, int]:
-    """Lines of every file of ours at the top."""
-    return {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
-
-
-def minutes_of(lines: int) -> int:
-    """Of reading, twenty lines a minute, rounded up to five minutes."""
-    return 5 * math.ceil(lines / 100)
 
 
 def bert_shares() -> list[int]:
@@ -314,7 +302,6 @@ def test_every_number_stands_in_a_file_of_results_or_follows_from_the_code(page)
         ("README.md", "reaches R@1 99.0 by", "reaches R@1 97.3 by"),  # prose
         ("README.md", "for 2,750 steps", "for 2,850 steps"),  # the code's
         ("README.md", "90.4 100.0 100.0        87.8", "90.7 100.0 100.0        87.8"),  # printed
-        ("README.md", "| `train.py` | 484 |", "| `train.py` | 485 |"),  # lines
         ("docs/results.md", "| ITC | 2973 | 0.27 | 87.8 ± 0.6 |", "| ITC | 2973 | 0.27 | 87.8 ± 0.7 |"),  # the spread
         ("docs/results.md", "in 85 s on one core", "in 86 s on one core"),
         ("docs/results.md", "| glscl | 1.69 | 1.83 |", "| glscl | 1.69 | 1.87 |"),

@@ -34,14 +34,14 @@ from test_finetune import resumed, stopped_and_straight, tuned, weights
 from test_train import checkpoint
 from test_train import command as program
 
-import glscl
 import runtime
 import train
 from data import read_rows
-from eval import OBJECTIVES, build_model, foils, load_model, retrieval
+from eval import foils, load_model, retrieval
 from explain import ground
 from mamo import Attention, Config, MAMOConfig, VisionLanguageModel, hide_words
 from metrics import judge_grounding
+from siblings import OBJECTIVES, build_model, glscl
 from tasks import encoders_of
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 

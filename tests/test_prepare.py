@@ -14,7 +14,7 @@ from helpers import environment
 from PIL import Image
 
 import data
-import prepare
+from tools import prepare
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,14 +38,14 @@ def write(path: Path, content, lines: bool = False) -> Path:
 
 
 def run(tmp: Path, *arguments) -> Path:
-    """prepare.py with pictures in tmp/pictures and output in tmp/out -> that folder."""
+    """tools/prepare.py with pictures in tmp/pictures and output in tmp/out -> that folder."""
     (tmp / "pictures").mkdir(exist_ok=True)
     prepare.main([*map(str, arguments), "--images", str(tmp / "pictures"), "--out", str(tmp / "out")])
     return tmp / "out"
 
 
 def refused(tmp: Path, *arguments) -> str:
-    """The sentence with which prepare.py ends, which must leave nothing behind."""
+    """The sentence with which tools/prepare.py ends, which must leave nothing behind."""
     before = sorted((tmp / "out").glob("*")) + sorted((tmp / "out").glob(".*"))
     with pytest.raises(ValueError) as fault:
         run(tmp, *arguments)
@@ -846,7 +846,7 @@ def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
 def test_command_line_ends_with_a_sentence(tmp_path):
     (tmp_path / "pictures").mkdir()
     path = write(tmp_path / "a.json", '{"images": [3]}')
-    command = [sys.executable, str(ROOT / "prepare.py"), "coco", "--annotations", str(path)]
+    command = [sys.executable, str(ROOT / "tools/prepare.py"), "coco", "--annotations", str(path)]
     command += ["--images", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -984,10 +984,8 @@ def test_reader_counts_lines(tmp_path, monkeypatch, chunk):
 
 
 def peak(tmp: Path, *arguments) -> float:
-    """MB of Python's memory at most while prepare.py runs, in a process of its own."""
-    code = (
-        "import sys, tracemalloc, prepare; prepare.CHUNK = 1 << 14; tracemalloc.start(); prepare.main(sys.argv[1:]); "
-    )
+    """MB of Python's memory at most while tools/prepare.py runs, in a process of its own."""
+    code = "import sys, tracemalloc; from tools import prepare; prepare.CHUNK = 1 << 14; tracemalloc.start(); prepare.main(sys.argv[1:]); "
     code += "print('peak', tracemalloc.get_traced_memory()[1] / 2**20)"
     arguments = [*arguments, "--images", tmp / "pictures", "--out", tmp / "out", "--force"]
     done = subprocess.run(
@@ -1034,7 +1032,7 @@ def test_a_hundred_thousand_rows(tmp_path):
 
 
 def test_every_command_of_the_docstring_can_be_parsed():
-    commands = prepare.__doc__.replace("\\\n", " ").split("python prepare.py ")[1:]
+    commands = prepare.__doc__.replace("\\\n", " ").split("python -m tools.prepare ")[1:]
     named = [command.split()[0] for command in commands]
     assert sorted(named) == sorted(prepare.COMMANDS)
     for command in commands:

@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 from test_scenes import as_scene, describe, features, fitting, make, naive_relation, naive_truth, parse, pixels_of, read
 
-import questions
-import scenes
-import shapes
+from world import questions, scenes, shapes
 
 LEVELS = ("easy", "full")
 SPLITS = ("train", "val", "test", "novel")

@@ -1,4 +1,4 @@
-"""README.md, docs/ and CONTRIBUTING.md keep their word: commands, options, links, line counts and sources exist."""
+"""README.md, docs/ and CONTRIBUTING.md keep their word: commands, options, links and sources exist."""
 
 import dataclasses
 import json
@@ -8,39 +8,49 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from test_numbers import FILE, PAGES, ROOT, line_counts, minutes_of
+from test_numbers import FILE, PAGES, ROOT
 
 from eval import COMMANDS as EVALUATIONS
-from eval import model_of
 from finetune import FineConfig
 from mamo import Config
-from prepare import COMMANDS as CONVERSIONS
+from siblings import model_of
 from tasks import TASKS
+from tools.prepare import COMMANDS as CONVERSIONS
 from train import TrainConfig
 
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
-RECIPES = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.sh")))
-SUBCOMMANDS = {"eval.py": EVALUATIONS, "prepare.py": CONVERSIONS, "finetune.py": TASKS}
-SUBCOMMANDS |= {"benchmark.py": ("step", "sharing", "loader")}
+RECIPES = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "experiments").glob("*.sh")))
+SUBCOMMANDS = {"eval.py": EVALUATIONS, "tools.prepare": CONVERSIONS, "finetune.py": TASKS}
+SUBCOMMANDS |= {"tools.benchmark": ("step", "sharing", "loader")}
 
 
 def commands_of(text: str) -> list[str]:
     """Lines of code that run a script, and such commands between backticks."""
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S))
-    lines = re.findall(r"^(?:[\w./]*python|torchrun .*?) \w+\.py.*$", blocks, re.M)
-    return lines + re.findall(r"`((?:[\w./]*python|torchrun [^`]*?) \w+\.py[^`]*)`", text.replace("\n", " "))
+    lines = re.findall(r"^(?:[\w./]*python|torchrun .*?) (?:\w+\.py|-m (?:tools|world)\.\w+).*$", blocks, re.M)
+    return lines + re.findall(
+        r"`((?:[\w./]*python|torchrun [^`]*?) (?:\w+\.py|-m (?:tools|world)\.\w+)[^`]*)`", text.replace("\n", " ")
+    )
 
 
 IN_PAGES = [(page, command) for page, text in TEXTS.items() for command in commands_of(text)]
 IN_RECIPES = [
-    ("recipes", command) for command in re.findall(r"^\$(python \w+\.py [^\n]*)$", RECIPES.replace("\\\n", " "), re.M)
+    ("experiments", command)
+    for command in re.findall(
+        r"^\$(python (?:\w+\.py|-m (?:tools|world)\.\w+) [^\n]*)$", RECIPES.replace("\\\n", " "), re.M
+    )
 ]
+
+
+def file_of(script: str) -> Path:
+    """train.py, or tools.prepare of `python -m tools.prepare` -> its file"""
+    return ROOT / (script if script.endswith(".py") else script.replace(".", "/") + ".py")
 
 
 def options_of(script: str, objective: str) -> set[str]:
     """Options that a script knows: those it declares itself and, of the loops, the fields of their dataclasses."""
-    declared = set(re.findall(r'"(--[a-z0-9-]+)"', (ROOT / script).read_text(encoding="utf-8")))
+    declared = set(re.findall(r'"(--[a-z0-9-]+)"', file_of(script).read_text(encoding="utf-8")))
     own = {"train.py": TrainConfig, "finetune.py": FineConfig}
     if script in own:
         shape = model_of(objective).config_class if script == "train.py" else Config
@@ -52,10 +62,10 @@ def options_of(script: str, objective: str) -> set[str]:
 @pytest.mark.parametrize(("page", "command"), IN_PAGES + IN_RECIPES)
 def test_every_command_names_a_script_a_subcommand_options_and_plans_that_exist(page, command):
     words = shlex.split(command, comments=True)
-    script = next(word for word in words if word.endswith(".py"))
+    script = next(word for word in words if word.endswith(".py") or word.startswith(("tools.", "world.")))
     if script == "yours.py" or "NAME" in words or "yours" in words:
         return  # what a reader is to write
-    assert (ROOT / script).is_file(), f"{page}: {script} does not exist"
+    assert file_of(script).is_file(), f"{page}: {script} does not exist"
     after = words[words.index(script) + 1 :]
     given = {word for word in after if word.startswith("--")} - {"--help"}
     objective = after[after.index("--objective") + 1] if "--objective" in after else "mamo"
@@ -64,7 +74,7 @@ def test_every_command_names_a_script_a_subcommand_options_and_plans_that_exist(
     if script in SUBCOMMANDS and after and after[0] != "...":
         assert after[0] in SUBCOMMANDS[script], f"{page}: {script} has no {after[0]}: {command}"
     for word in after:
-        if word.startswith("plans/"):
+        if word.startswith("experiments/"):
             assert (ROOT / word).is_file(), f"{page}: {word} does not exist: {command}"
 
 
@@ -86,22 +96,15 @@ def test_every_path_exists(page):
     for link in re.findall(r"\]\(([^)#]+)", TEXTS[page]):
         if not link.startswith("http"):
             assert (folder / unquote(link)).exists(), f"{page}: the link {link} leads nowhere"
-    for path in re.findall(r"`((?:docs|plans|recipes|results|tests|notebooks)/[\w./-]*|[a-z]+\.py)`", TEXTS[page]):
+    for path in re.findall(
+        r"`((?:docs|experiments|results|siblings|tests|tools|world|notebooks)/[\w./-]*|[a-z]+\.py)`", TEXTS[page]
+    ):
         if path != "yours.py":
             assert (ROOT / path).exists(), f"{page}: {path} does not exist"
 
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 250
-
-
-def test_the_reading_order_names_every_file_with_its_lines_and_minutes():
-    rows = re.findall(r"^\| `([\w.]+)` \| (\d+) \|(?: (\d+) \|)?", README, re.M)
-    assert {name for name, *_ in rows} == line_counts().keys()
-    for name, lines, minutes in rows:
-        actual = line_counts()[name]
-        assert int(lines) == actual, f"README says that {name} has {lines} lines, it has {actual}"
-        assert not minutes or int(minutes) == minutes_of(actual), f"README says {minutes} minutes for {name}"
 
 
 def test_the_readme_shows_every_notebook():

@@ -16,13 +16,14 @@ from PIL import Image
 
 import explain
 import finetune
-import report
 import runtime
 from data import centred, load_image, pad, read_rows, to_pixels, to_tensor
-from eval import OBJECTIVES, load_model, retrieval
+from eval import load_model, retrieval
 from explain import heat_maps, phrase_rows
 from finetune import FineTune
 from mamo import normalised
+from siblings import OBJECTIVES
+from tools import report
 
 CPU = torch.device("cpu")
 WICKED = '</script><b>&amp; "é'
@@ -50,12 +51,23 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def write(monkeypatch, capsys):
-    """Run report.py in this process -> the page that it wrote; what it said is kept in `said`."""
+    """Run tools/report.py in this process -> the page that it wrote; what it said is kept in `said`."""
 
     def run(checkpoint, data, *more) -> Page:
         out = checkpoint.parent / "page.html"
         out.unlink(missing_ok=True)
-        arguments = ["report.py", "--checkpoint", checkpoint, "--data", data, "--out", out, "--device", "cpu", *more]
+        arguments = [
+            "tools/report.py",
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            data,
+            "--out",
+            out,
+            "--device",
+            "cpu",
+            *more,
+        ]
         monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         capsys.readouterr()
         try:

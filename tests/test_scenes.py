@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scenes
-import shapes
+from world import scenes, shapes
 
 LEVELS = ("easy", "full")
 SIZES = {"train": 1200, "val": 200, "test": 500}

@@ -31,9 +31,9 @@ from test_mamo import changed_slots, with_pixels, without_mixing
 from test_masking import CONTINUED, naive_nce, naive_units, naive_whole_words, words_of_pieces
 from torch import Tensor
 
-from eval import OBJECTIVES
 from mamo import VisionLanguageModel, hide_patches, hide_words
-from masking import drop_patches, hide_units, hide_whole_words
+from siblings import OBJECTIVES
+from siblings.masking import drop_patches, hide_units, hide_whole_words
 
 CONFIGS = {name: model.config_class for name, (model, changes) in OBJECTIVES.items() if not changes}
 OWN = {name: tuple(config().weights) for name, config in CONFIGS.items() if name != "mamo"}  # losses of a sibling

@@ -22,10 +22,8 @@ from PIL import Image
 from test_questions import right
 from test_scenes import features, files_of, make, near_chance, read
 
-import scenes
-import statements
-import towers
 from data import pictures_of, read_rows
+from world import scenes, statements, towers
 
 SIZES = {"train": 240, "val": 100, "test": 60}
 TASKS = ("pairs", "grounding", "reasoning", "vqa")

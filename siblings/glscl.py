@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mamo import Config, VisionLanguageModel, hide_patches, hide_words
-from masking import drop_patches, encode_visible, hide_whole_words, nce
+from siblings.masking import drop_patches, encode_visible, hide_whole_words, nce
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The built-in world on disk: pictures, captions, twins, foils and questions, deterministic from a seed.
 
-    python scenes.py --out data/scenes               32 x 32 pictures of two objects on one axis
-    python scenes.py --out data/full --level full    64 x 64, three to five objects, sizes, clutter, a covered area
-    python scenes.py --out data/nlvr --level nlvr    400 x 100, three boxes of scattered items or towers: see towers.py
+    python -m world.scenes --out data/scenes             32 x 32 pictures of two objects on one axis
+    python -m world.scenes --out data/full --level full  64 x 64, three to five objects, sizes, clutter, a covered area
+    python -m world.scenes --out data/nlvr --level nlvr  400 x 100, three boxes of items or towers: see towers.py
 
 Each task gets its files train, val, test and novel, in the schemas of data.py: pairs to pre-train on, foils, phrases to
 ground; and from questions.py vqa, reasoning and, where something is covered, entailment.
@@ -35,10 +35,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-import statements
-import towers
-from questions import count_of, questions_of, tasks_of
-from shapes import (
+from world import statements, towers
+from world.questions import count_of, questions_of, tasks_of
+from world.shapes import (
     DRAW,
     LEVELS,
     Count,

@@ -7,10 +7,10 @@ python=.venv/bin/python
 
 # base at 256 px in bf16, compiled: utilisation against the rate of matrix products in the same run, pairs/s and peak
 # memory per batch size, MAMO beside ITC + ITM + MLM. A batch that does not fit is reported as such.
-$python benchmark.py step --presets base --batch-size 16 32 64 128 256 --precision bf16 --compile --out results/gpu_step.json
-$python benchmark.py step --presets base --batch-size 128 256 --precision bf16 --compile --grad-checkpointing \
+$python -m tools.benchmark step --presets base --batch-size 16 32 64 128 256 --precision bf16 --compile --out results/gpu_step.json
+$python -m tools.benchmark step --presets base --batch-size 128 256 --precision bf16 --compile --grad-checkpointing \
     --out results/gpu_step_checkpointing.json
 
 # The demo's seeds on the GPU, three at a time.
-$python scenes.py --out data/scenes
-$python compare.py plans/demo.json --out runs/gpu_demo --side-by-side 3 --results results/gpu_demo.json
+$python -m world.scenes --out data/scenes
+$python -m tools.compare experiments/demo.json --out runs/gpu_demo --side-by-side 3 --results results/gpu_demo.json

@@ -1,8 +1,8 @@
 """Compare configurations fairly: a plan of arms over seeds, one result row per finished run, means with their spread.
 
-    python compare.py plans/table6.json --out runs/table6                     one run after another
-    python compare.py plans/table6.json --out runs/table6 --side-by-side 2    two at a time, each on half of the cores
-    python compare.py plans/table6.json --out runs/table6 --results results/table6.json      and keep the summary
+    python -m tools.compare experiments/table6.json --out runs/table6              one run after another
+    python -m tools.compare experiments/table6.json --out runs/table6 --side-by-side 2      two at a time
+    python -m tools.compare experiments/table6.json --out runs/table6 --results results/table6.json     keep it
 
 A plan is a JSON file:
 
@@ -45,7 +45,7 @@ import finetune
 import runtime
 import train
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -226,7 +226,7 @@ class Comparison:
                 *(["eval.py", *words(evaluation), "--checkpoint", str(judged)] for evaluation in evaluations),
             ):
                 ended = subprocess.run(
-                    [sys.executable, *command], cwd=HERE, env=environment, stdout=output, stderr=output
+                    [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output
                 )
                 if ended.returncode:
                     self.failed.append(f"{job.folder}, see {folder / 'output.txt'}")
@@ -277,7 +277,7 @@ def table(summary: dict, columns: list[str]) -> str:
 def main() -> None:
     """Command line: run what a plan lacks, print its table and keep the summary."""
     parser = runtime.Parser(
-        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", type=Path, help="JSON file with the plan")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and their rows")
@@ -293,7 +293,7 @@ def main() -> None:
     summary = comparison.summary()
     print(table(summary, list(comparison.plan.columns)))
     if options.results:
-        report = {"what": comparison.plan.what} | runtime.how_made("compare.py")
+        report = {"what": comparison.plan.what} | runtime.how_made("-m tools.compare")
         report |= {"seeds": comparison.plan.seeds, "arms": summary}
         runtime.write_json(options.results, report)
 

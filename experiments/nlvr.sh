@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Cornell NLVR from nothing: a model that learns on the built-in level nlvr, then on sentences that people wrote.
 #
-#     bash recipes/nlvr.sh TRAIN EVAL [SEED]
+#     bash experiments/nlvr.sh TRAIN EVAL [SEED]
 #
-# TRAIN and EVAL are JSONL files of reasoning, such as prepare.py nlvr writes. A tenth of TRAIN, whole groups, is kept
+# TRAIN and EVAL are JSONL files of reasoning, such as tools/prepare.py nlvr writes. A tenth of TRAIN, whole groups, is kept
 # apart to choose the best step on; EVAL is read once, at the end. It takes an hour of processor time; started again, it
 # goes on where it was.
 set -euo pipefail
@@ -13,7 +13,7 @@ python=${PYTHON:-.venv/bin/python}
 world=data/nlvr out=runs/nlvr
 
 # The world: pictures, captions, questions ("how many towers have a blue base") and statements.
-$python scenes.py --out $world --level nlvr --train 24000 --val 600 --test 600
+$python -m world.scenes --out $world --level nlvr --train 24000 --val 600 --test 600
 
 # 1. Pre-training with MAMO's five losses on pictures and captions. 25 pixels: a box is four patches wide.
 $python train.py --data $world/pairs_train.jsonl --preset nano --fusion-depth 3 --image-size 100 400 --patch-size 25 \

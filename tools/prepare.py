@@ -1,17 +1,17 @@
 """From official annotation files, or a folder of pictures, to the JSONL rows of data.py; nothing is downloaded.
 
-    python prepare.py folder --images my/pictures --out my            captions: captions.txt, or texts beside, or names
-    python prepare.py coco --annotations dataset_coco.json --images coco --out data/coco
-    python prepare.py flickr30k --annotations dataset_flickr30k.json --images flickr30k-images --out data/flickr30k
-    python prepare.py flickr8k --annotations captions.txt --images Images --out data/flickr8k
-    python prepare.py cc --annotations Train_GCC-training.tsv --images cc3m --out data/cc3m
-    python prepare.py vqa --questions v2_OpenEnded_mscoco_train2014_questions.json \\
+    python -m tools.prepare folder --images my/pictures --out my     captions: captions.txt, texts beside, or names
+    python -m tools.prepare coco --annotations dataset_coco.json --images coco --out data/coco
+    python -m tools.prepare flickr30k --annotations dataset_flickr30k.json --images images --out data/flickr30k
+    python -m tools.prepare flickr8k --annotations captions.txt --images Images --out data/flickr8k
+    python -m tools.prepare cc --annotations Train_GCC-training.tsv --images cc3m --out data/cc3m
+    python -m tools.prepare vqa --questions v2_OpenEnded_mscoco_train2014_questions.json \\
         --annotations v2_mscoco_train2014_annotations.json --images train2014 --split train --out data/vqa2
-    python prepare.py nlvr --annotations train.json --images train/images --split train --out data/nlvr
-    python prepare.py nlvr2 --annotations train.json --images images/train --split train --out data/nlvr2
-    python prepare.py snli-ve --annotations snli_ve_train.jsonl --images flickr30k-images --split train --out data/ve
-    python prepare.py refcoco --refs "refs(unc).p" --instances instances.json --images train2014 --out data/refcoco
-    python prepare.py albef --annotations vqa_train.json --task vqa --images coco --split train --out data/albef
+    python -m tools.prepare nlvr --annotations train.json --images train/images --split train --out data/nlvr
+    python -m tools.prepare nlvr2 --annotations train.json --images images/train --split train --out data/nlvr2
+    python -m tools.prepare snli-ve --annotations snli_ve_train.jsonl --images images --split train --out data/ve
+    python -m tools.prepare refcoco --refs "refs(unc).p" --instances instances.json --images coco --out data/refcoco
+    python -m tools.prepare albef --annotations vqa_train.json --task vqa --images coco --split train --out data/albef
 
 Each writes TASK_SPLIT.jsonl, such as pairs_train.jsonl; the split that some call dev is written as val, where
 finetune.py looks for it. A picture that is missing is an error unless --skip-missing is given. A row of another form

@@ -1,9 +1,9 @@
 """Measure speed as ratios within one run; absolute times on a shared machine mean little.
 
-    python benchmark.py step --presets nano --length 14 --vocab-size 125   a whole training step, and what bounds it
-    python benchmark.py step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
-    python benchmark.py sharing --preset base --batch-size 2     what encoding each distinct input once is worth
-    python benchmark.py loader --data data/scenes/pairs_train.jsonl   a step on real batches against one repeated batch
+    python -m tools.benchmark step --presets nano --length 14 --vocab-size 125   a whole step, and what bounds it
+    python -m tools.benchmark step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
+    python -m tools.benchmark sharing --preset base --batch-size 2     what encoding each distinct input once is worth
+    python -m tools.benchmark loader --data data/scenes/pairs_train.jsonl   real batches against a repeated one
 
 The variants take turns, round by round, so that a machine that slows down slows all of them; quoted is the median of
 the ratios of the rounds, with the smallest and the largest.
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 import runtime
-from costs import flops_of_step
 from data import Collate, Pairs, TwinBatches, captions_of, read_rows, training_batches
-from eval import OBJECTIVES
 from mamo import MAMO, PRESETS, Config, MAMOConfig, at, hide_patches, hide_words, normalised, same_pairs
+from siblings import OBJECTIVES
 from tokenizer import Tokenizer
+from tools.costs import flops_of_step
 from train import TrainConfig, compile_step, make_optimizer, recompute_blocks
 
 DATA = "data/scenes/pairs_train.jsonl"  # what `loader` loads unless told otherwise
@@ -396,7 +396,7 @@ def step(options: argparse.Namespace) -> dict:
 def parse() -> argparse.Namespace:
     """The command line. Raises ValueError for sizes that cannot be measured."""
     parser = runtime.Parser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("step", "sharing", "loader"))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["nano"], help="for step")
@@ -435,7 +435,7 @@ def main() -> None:
     runtime.keep_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    report = runtime.how_made("benchmark.py")
+    report = runtime.how_made("-m tools.benchmark")
     report |= {"step": step, "sharing": sharing, "loader": loader}[options.command](options)
     for name, ratio in report["ratios"].items():
         formula = report.get("by_formula", {}).get(name)

@@ -41,7 +41,7 @@ from mamo import (
     patchify,
     teacher_of,
 )
-from masking import PixelDecoder, drop_patches, encode_visible, put_back
+from siblings.masking import PixelDecoder, drop_patches, encode_visible, put_back
 
 
 @dataclass

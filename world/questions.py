@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from shapes import (
+from world.shapes import (
     AXIS,
     DRAW,
     Count,

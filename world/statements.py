@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 
-from shapes import NUMBERS
-from towers import (
+from world.shapes import NUMBERS
+from world.towers import (
     COLOURS,
     SHAPES,
     SIZES,

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from eval import OBJECTIVES
-from glscl import GLSCLConfig
 from mamo import PRESETS, Config, MAMOConfig, hide_patches
-from maskvlm import MaskVLMConfig
-from vlmae import VLMAEConfig
+from siblings import OBJECTIVES
+from siblings.glscl import GLSCLConfig
+from siblings.maskvlm import MaskVLMConfig
+from siblings.vlmae import VLMAEConfig
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shapes import agrees, paint
+from world.shapes import agrees, paint
 
 COLOURS = {"yellow": (255, 255, 0), "blue": (0, 153, 255), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle")

@@ -1,6 +1,6 @@
 """A page to look at: what a checkpoint finds, where it looks, what it recovers, how it learned. One HTML file.
 
-    python report.py --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
+    python -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
                      --choose data/scenes/grounding_val.jsonl
 
 The file needs no server and no network: pictures, figures and maps are inside it, and page.html, the template, draws
@@ -436,7 +436,9 @@ def page_of(report: dict) -> str:
 
 def parse() -> argparse.Namespace:
     """The command line; the fields that only eval.py's commands have are set for load_for."""
-    parser = runtime.Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.Parser(
+        prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs to search among")
     parser.add_argument("--choose", nargs="+", help="JSONL files of grounding that choose the layer, such as val")

@@ -1,6 +1,6 @@
 """Draw docs/architecture.svg, what MAMO is made of, and docs/step.svg, the passes of one training step.
 
-    python architecture.py --out docs
+    python -m tools.architecture --out docs
 
 Sizes come from PRESETS, ratios and hidden places from the functions that training calls. The passes are traced: a
 small model makes a step with all losses, and one with each loss alone, which makes only what that loss reads.
@@ -15,11 +15,11 @@ from xml.sax.saxutils import escape
 import torch
 
 import runtime
-from benchmark import random_batch
-from costs import flops_of_step
-from diagrams import CAPTION, SCENE, Sample
 from mamo import MAMO, PRESETS, MAMOConfig, hide_patches
-from shapes import COLOURS
+from tools.benchmark import random_batch
+from tools.costs import flops_of_step
+from tools.diagrams import CAPTION, SCENE, Sample
+from world.shapes import COLOURS
 
 WIDTH = 1120
 INK, QUIET, LINE, PAPER = "#1c1c1c", "#5c5f66", "#9aa0a8", "#ffffff"
@@ -368,7 +368,7 @@ FIGURES = {"architecture.svg": draw_architecture, "step.svg": draw_step}
 def main() -> None:
     """Command line: both figures."""
     parser = runtime.Parser(
-        prog="architecture.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.architecture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the figures")
     out = parser.parse_args().out

@@ -1,6 +1,6 @@
 """Draw docs/objectives.md's pictures: what each objective hides, what it predicts there, and from where.
 
-    python diagrams.py --out docs
+    python -m tools.diagrams --out docs
 
 The masks are not drawn by hand: they come from the functions that training calls, at the ratios of the preset nano, on
 one picture and caption of the built-in world.
@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import runtime
-from eval import OBJECTIVES
 from mamo import Config, HiddenWords, hide_patches, hide_words
-from masking import drop_patches, hide_units
-from shapes import Scene, place, render
+from siblings import OBJECTIVES
+from siblings.masking import drop_patches, hide_units
 from tokenizer import Tokenizer
+from world.shapes import Scene, place, render
 
 CAPTION = "a red circle above a blue cross"
 SCENE = Scene(238, (place("red", "circle", "medium", 13, (11, 8)), place("blue", "cross", "medium", 13, (11, 24))))
@@ -112,7 +112,7 @@ def passes_of(objective: str, sample: Sample) -> list[Pass]:
             mlm,
         ]  # fmt: skip
     if objective != "vlmae":
-        raise ValueError(f"what {objective} hides is not said: add it to passes_of in diagrams.py")
+        raise ValueError(f"what {objective} hides is not said: add it to passes_of in tools/diagrams.py")
     dropped = listed(drop_patches(sample.patch_noise, config.mask_image)[0])
     mlm.name, mlm.how, mlm.patches = "(I_vis, T')", "drop", dropped
     mlm.note += "; the same patches dropped"
@@ -208,7 +208,7 @@ class Sheet:
 def main() -> None:
     """Command line: one PNG for each objective."""
     parser = runtime.Parser(
-        prog="diagrams.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.diagrams", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pictures")
     out, sample = parser.parse_args().out, Sample()

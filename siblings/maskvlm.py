@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mamo import Config, VisionLanguageModel, at, global_mean, hide_words, init_weights, patchify
-from masking import PixelDecoder, blank, hide_units
+from siblings.masking import PixelDecoder, blank, hide_units
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Emoji across drawing styles: split the pairs by style, without flags, and say what pixels alone can do.
 
-    python plans/emoji.py emoji/train.jsonl
+    python experiments/emoji.py emoji/train.jsonl
 
 Writes twemoji.jsonl and openmoji.jsonl beside the given file, whose rows have `style` and `category`. The baseline
 gives each picture of one style the name of the nearest picture of the other, in 16 x 16 pixels by Euclidean distance.
