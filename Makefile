@@ -2,7 +2,8 @@
 #   make demo        builds the world, pre-trains MAMO on it, evaluates, learns to answer questions, writes a page to look at
 #                    (about 10 minutes on two cores)
 #   make test        runs the tests
-# and two more for who changes something here:
+# and three more for who changes something here:
+#   make lint        checks the form of the code, and that the pages say what is
 #   make notebooks   executes the notebooks from clean, solutions too
 #   make page-test   opens a report in a headless browser (needs Chromium and npm)
 # On Windows run the lines below by hand with .venv\Scripts\python in place of $(PYTHON).
@@ -26,6 +27,7 @@ lint: .venv/ready
 	$(PYTHON) -m pip install -q -c constraints.txt ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest -q docs
 
 notebooks: .venv/notebooks
 	$(PYTHON) -m pytest -q notebooks

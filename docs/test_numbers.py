@@ -9,7 +9,6 @@ compares arms, a row (or a column) of a table is one arm. What follows from the 
 import dataclasses
 import itertools
 import json
-import math
 import re
 from functools import cache
 from pathlib import Path
