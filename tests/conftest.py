@@ -1,6 +1,7 @@
 """What the tests share: a very small model, batches of random but valid pairs, and eval.py as a command."""
 
 import dataclasses
+import functools
 import sys
 
 import pytest
@@ -14,6 +15,9 @@ from siblings import OBJECTIVES
 
 # The models of the tests are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+# The help texts are read from the source, which stays as it is while the tests parse a thousand command lines.
+runtime.field_comments = functools.cache(runtime.field_comments)
 
 # Special ids that are neither the first ones nor neighbours, so that code which only works for 0 to 4 fails.
 PAD, CLS, SEP, UNK, MASK = 0, 2, 3, 7, 11

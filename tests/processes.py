@@ -20,9 +20,10 @@ from data import read_rows
 from eval import load_model, retrieval
 from finetune import FineTune
 
-# A server that has imported torch once forks each worker: a fresh interpreter would take seconds.
+# A server that has imported everything once forks each worker: a fresh interpreter would take seconds, and so would
+# torch._dynamo, which the first step of an optimiser imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "train", "helpers"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "train", "helpers", "processes"])
 
 
 def start(world: int, folder: Path, task, *arguments) -> list:
