@@ -32,9 +32,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, load_image, pad, pictures_of, read_rows, to_tensor
-from explain import check_layer, choose_layer, draw_heat, ground, middle_layer
-from mamo import VisionLanguageModel, world
+from data import captions_of, load_image, pictures_of, read_rows, to_tensor
+from explain import (
+    Heat,
+    check_layer,
+    choose_layer,
+    draw_examples,
+    draw_found,
+    draw_heats,
+    draw_ranked,
+    ground,
+    heats_of,
+    middle_layer,
+)
+from mamo import VisionLanguageModel, rank_and_size
 from metrics import (
     chance_recalls,
     judge_answers,
@@ -46,9 +57,8 @@ from metrics import (
     recalls,
     write_predictions,
 )
-from sheet import draw_examples, draw_found, draw_ranked
 from siblings import build_model
-from tasks import TASKS, Classifier, Head, build_task, coverage, read_as, slots, texts_of
+from tasks import TASKS, Classifier, HeadConfig, build_task, coverage, read_as, slots, texts_of
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -67,11 +77,80 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
             "the two do not belong together"
         )
     if "head" in state:
-        model = build_task(Head(**state["head"]), state["config"])
+        model = build_task(HeadConfig(**state["head"]), state["config"])
     else:
         model = build_model(state["objective"], state["config"])
     runtime.load_weights(model, state["model"], path)
     return model.to(device).eval(), tokenizer, state
+
+
+@dataclass
+class Pipeline:
+    """A trained model for use: pictures go in as paths or PIL images, texts as they are, one or several of each."""
+
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def pixels(self, images) -> Tensor:
+        """One picture or several -> (b, 3, height, width), values in [-1, 1]"""
+        size = self.model.config.image_size
+        return torch.stack([to_tensor(load_image(image), size) for image in several(images)]).to(self.device)
+
+    def tokens(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
+        """One text or several -> input_ids, attention_mask (b, l)"""
+        input_ids, attention_mask = self.tokenizer(texts, self.model.config.max_tokens)
+        return input_ids.to(self.device), attention_mask.to(self.device)
+
+    @torch.inference_mode()
+    def embed_images(self, images) -> Tensor:
+        """-> unit vectors (b, e), whose products with those of texts are what contrast ranks by"""
+        return self.model.embed_image(self.model.encode_image(self.pixels(images))).cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: str | list[str]) -> Tensor:
+        """-> unit vectors (b, e)"""
+        return self.model.embed_text(self.model.encode_text(*self.tokens(texts))).cpu()
+
+    def score(self, images, texts) -> dict[str, float | list[float]]:
+        """How well pictures and texts belong together, pair by pair: "itc", cosine in [-1, 1]; "itm", probability."""
+        if isinstance(self.model, Classifier):
+            raise ValueError(f"this checkpoint answers {self.model.head_config.task}: use answers(images, text)")
+        pixels, (input_ids, attention_mask) = self.pixels(images), self.tokens(texts)
+        if len(pixels) != len(input_ids):
+            raise ValueError(f"{len(pixels)} pictures and {len(input_ids)} texts: give one text for each picture")
+        scores = self.model.score(pixels, input_ids, attention_mask)
+        return {name: one.item() if isinstance(texts, str) else one.tolist() for name, one in scores.items()}
+
+    @torch.inference_mode()
+    def answers(self, images, text: str, best: int = 5) -> list[tuple[str, float]]:
+        """The likeliest answers to a text about a picture, or two, with their probabilities; of vqa each by itself."""
+        model, pixels, (input_ids, attention_mask) = self.model, self.pixels(images), self.tokens(text)
+        shown = slots([len(pixels)], model.pictures).to(self.device)
+        encoded = model.encode_text(input_ids, attention_mask)
+        logits = model.decide(model.encode_image(pixels), shown, encoded, attention_mask)
+        chances = logits[0].sigmoid() if model.head_config.task == "vqa" else logits[0].softmax(dim=0)
+        order = chances.argsort(descending=True)[:best].tolist()
+        return [(model.head_config.answers[place], chances[place].item()) for place in order]
+
+    def heat(self, images, text: str, phrase: str = "", layer: int | None = None) -> Heat | list[Heat]:
+        """Where the model looks for a phrase in a text, or for the whole text: `.values` (rows, columns), `.show()`,
+        `.save(path)`; of several pictures a list. layer: fusion block, without the middle one"""
+        layer = middle_layer(self.model) if layer is None else check_layer(self.model, layer)
+        heats = heats_of(self.model, self.tokenizer, several(images), text, phrase or text, layer, self.device)
+        return heats if isinstance(images, list | tuple) else heats[0]
+
+
+def several(images) -> list:
+    """One picture or several -> a list"""
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def load(path: str | Path, device: str = "auto") -> Pipeline:
+    """A checkpoint of train.py or finetune.py, ready for use. Raises ValueError, see runtime.load_checkpoint"""
+    where = runtime.pick_device(device)
+    model, tokenizer, _ = load_model(path, where)
+    return Pipeline(model, tokenizer, where)
 
 
 # --------------------------------------------------------------------------------------------- shared by the processes
@@ -79,18 +158,18 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
 
 def shard(count: int, rank: int | None = None) -> slice:
     """The part of count rows that one process, by default this one, works on: contiguous, none twice, none left out."""
-    own, processes = world()
+    own, processes = rank_and_size()
     rank = own if rank is None else rank
     return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
 def gather_shards(mine: Tensor, count: int) -> Tensor:
     """Rows of this process's shard -> all count rows, on every process. On the CPU, so over gloo."""
-    if world()[1] == 1:
+    if rank_and_size()[1] == 1:
         return mine
     whole = mine.new_empty(count, *mine.shape[1:])
     whole[shard(count)] = mine
-    for rank in range(world()[1]):
+    for rank in range(rank_and_size()[1]):
         rows = whole[shard(count, rank)]
         if len(rows):
             dist.broadcast(rows, src=rank)
@@ -121,13 +200,13 @@ def encode(
     """Encode distinct pictures (paths) and distinct texts, each process its share."""
     model.eval()
     config = model.config
-    input_ids, attention_mask = pad([tokenizer.encode(text, config.max_tokens) for text in texts], tokenizer.pad_id)
+    input_ids, attention_mask = tokenizer(texts, config.max_tokens)
 
     def encode_pictures(rows: slice) -> tuple[Tensor, Callable]:
         pixels = torch.stack([to_tensor(load_image(path), config.image_size) for path in images[rows]])
         return model.encode_image(pixels.to(device)), model.embed_image
 
-    def encode_texts(rows: slice) -> tuple[Tensor, Callable]:
+    def encode_words(rows: slice) -> tuple[Tensor, Callable]:
         return model.encode_text(input_ids[rows].to(device), attention_mask[rows].to(device)), model.embed_text
 
     def encode_all(what: str, encode_some: Callable, count: int, length: int) -> tuple[Tensor, Tensor | None]:
@@ -143,8 +222,8 @@ def encode(
                 embed[start : start + batch] = embed_some(some).cpu()
         return gather_shards(hidden, count), gather_shards(embed, count) if config.w_itc > 0 else None
 
-    image, image_embed = encode_all("pictures", encode_pictures, len(images), 1 + config.patches)
-    text, text_embed = encode_all("texts", encode_texts, len(texts), input_ids.shape[1])
+    image, image_embed = encode_all("pictures", encode_pictures, len(images), 1 + config.num_patches)
+    text, text_embed = encode_all("texts", encode_words, len(texts), input_ids.shape[1])
     return Encoded(images, texts, image, text, attention_mask, image_embed, text_embed)
 
 
@@ -207,8 +286,8 @@ def retrieval(
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     right, value_of = right_places(rows, images, texts, by)
     k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
-    result = {"images": len(images), "texts": len(texts), "k": k}
-    result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
+    parts = ("chance", "contrast", "matching", "apart", "intervals")
+    result = {"images": len(images), "texts": len(texts), "k": k} | {part: {} for part in parts}
     sides = {
         "image_to_text": (encoded.image_embed, encoded.text_embed),
         "text_to_image": (encoded.text_embed, encoded.image_embed),
@@ -282,10 +361,12 @@ def check_by(rows: list[dict], by: str) -> None:
         raise ValueError(f"no row has the key {by!r}: give --by one of {', '.join(sorted(rows[0]))}")
 
 
-def encode_rows(model, tokenizer: Tokenizer, rows: list[dict], device, texts_of) -> tuple[dict, dict, Encoded]:
+def encode_rows(
+    model, tokenizer: Tokenizer, rows: list[dict], device, read_texts: Callable
+) -> tuple[dict, dict, Encoded]:
     """Encode the distinct pictures and texts of rows -> place of each picture, place of each text, Encoded"""
     images = list(dict.fromkeys(image for row in rows for image in pictures_of(row)))
-    texts = list(dict.fromkeys(text for row in rows for text in texts_of(row)))
+    texts = list(dict.fromkeys(text for row in rows for text in read_texts(row)))
     places = ({name: i for i, name in enumerate(names)} for names in (images, texts))
     return *places, encode(model, tokenizer, images, texts, device)
 
@@ -360,7 +441,7 @@ def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -
 @torch.inference_mode()
 def classify(model: Classifier, tokenizer: Tokenizer, rows: list[dict], device, batch: int = 250) -> list[str]:
     """The answer to each row of vqa, reasoning or entailment; each distinct picture and text is encoded once."""
-    schema = read_as(model.description.task)
+    schema = read_as(model.head_config.task)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, lambda row: texts_of(row, schema))
     mine, given = range(len(rows))[shard(len(rows))], []
     for start in range(0, len(mine), batch):
@@ -375,7 +456,7 @@ def classify(model: Classifier, tokenizer: Tokenizer, rows: list[dict], device, 
         )
         given.append(logits.argmax(dim=1).cpu())
     places = gather_shards(torch.cat([torch.empty(0, dtype=torch.long), *given]), len(rows))
-    return [model.description.answers[place] for place in places.tolist()]
+    return [model.head_config.answers[place] for place in places.tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -420,15 +501,15 @@ def foil_table(name: str, result: dict) -> str:
 
 
 def line_of(name: str, one: dict) -> str:
-    """One figure: value, interval, chance, rows."""
+    """One estimate: value, interval, chance, rows."""
     return (
         f"  {name:28}{one['value']:6.1f} %   95 % interval {one['low']:5.1f} to {one['high']:5.1f}   "
         f"chance {one['chance']:5.1f}   n {one['n']}"
     )
 
 
-def figures_table(name: str, result: dict) -> str:
-    """Every figure of a task's result, one a line; then the confusion table of entailment."""
+def result_table(name: str, result: dict) -> str:
+    """Every estimate of a task's result, one a line; then the confusion table of entailment."""
     lines = [name]
     for key, value in result.items():
         if isinstance(value, dict) and "value" in value:
@@ -448,7 +529,7 @@ def figures_table(name: str, result: dict) -> str:
 def keep_result(beside: Path, name: str, result: dict) -> Path:
     """Put a result under its name into results.json beside a file; earlier results of other names stay."""
     path = beside.parent / "results.json"
-    if world()[0] > 0:
+    if rank_and_size()[0] > 0:
         return path  # one process writes
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     runtime.write_json(path, known | {name: result})
@@ -466,7 +547,7 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
         predictions = ground(model, tokenizer, rows, device, extra["layer"], options.frame)
     else:
         if task == "vqa":
-            answers = model.description.answers
+            answers = model.head_config.answers
             extra = {"coverage": coverage(rows, answers)}
             if outside := sum(row["answers"].keys().isdisjoint(answers) for row in rows):
                 print(f"{outside} of {len(rows)} rows have no answer in the checkpoint's list: they count as wrong")
@@ -476,9 +557,9 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
         result = judge_grounding(rows, predictions)
     else:
         result = judge_answers(task, rows, [prediction["answer"] for prediction in predictions])
-    if model is not None and options.predictions and world()[0] == 0:
+    if model is not None and options.predictions and rank_and_size()[0] == 0:
         write_predictions(options.predictions, rows, predictions)
-    if options.figure and world()[0] == 0:
+    if options.figure and rank_and_size()[0] == 0:
         draw_examples(task, rows, predictions, options.figure)
     return result | extra
 
@@ -550,7 +631,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load a checkpoint, run one command, keep its result."""
     options = parse()
-    with runtime.processes(options.device) as device:
+    with runtime.process_group(options.device) as device:
         model, tokenizer = load_for(options, device)
         if options.command in ("score", "explain"):
             if not options.image or not options.text:
@@ -560,7 +641,7 @@ def main() -> None:
                 raise ValueError(
                     f"{len(options.image)} pictures are given, and this checkpoint reads {most} beside a text"
                 )
-            {"score": print_score, "explain": explain}[options.command](model, tokenizer, options, device)
+            {"score": print_score, "explain": explain}[options.command](Pipeline(model, tokenizer, device), options)
             return
         if not options.data:
             raise ValueError(f"{options.command} needs --data: give JSONL files, or for `world` the world's folder")
@@ -579,7 +660,7 @@ def main() -> None:
             print(foil_table(name, result))
         else:
             result = judge(model, tokenizer, options, device)
-            print(figures_table(f"{options.command}, {name}", result))
+            print(result_table(f"{options.command}, {name}", result))
         beside = options.checkpoint or options.predictions
         print(f"kept in {keep_result(beside, ' '.join([options.command, name]), result)}")
 
@@ -593,9 +674,9 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
     else:
         lists = []
         result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists)
-    if model is not None and options.predictions and world()[0] == 0:
+    if model is not None and options.predictions and rank_and_size()[0] == 0:
         write_predictions(options.predictions, rows, lists)
-    if options.figure and world()[0] == 0:
+    if options.figure and rank_and_size()[0] == 0:
         draw_ranked(rows, lists, options.figure)
     return result
 
@@ -615,52 +696,32 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
         print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
     if any(one["matching"] is not None for one in found):
         print("ordered by matching; --k 0 orders by contrast alone, which is learned earlier")
-    if options.figure and world()[0] == 0:
+    if options.figure and rank_and_size()[0] == 0:
         draw_found(options.text, [one["image"] for one in found], options.figure)
         print(f"the pictures are in {options.figure}")
 
 
-def explain(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
+def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
     """Lay the heat map of a phrase over a picture, or over each of two."""
+    model, phrase = pipeline.model, options.phrase or options.text
     layer = middle_layer(model) if options.layer is None else check_layer(model, options.layer)
-    said = f"   {best_answers(model, tokenizer, options, device)[0][0]}" if isinstance(model, Classifier) else ""
-    phrase = options.phrase or options.text
-    sheet = draw_heat(model, tokenizer, options.image, options.text, phrase, layer, device, said)
-    runtime.write_beside(options.out, lambda temporary: sheet.save(temporary, format="PNG"))
-    print_score(model, tokenizer, options, device)
+    where = "" if phrase == options.text else f" in: {options.text}"
+    said = f"   {pipeline.answers(options.image, options.text)[0][0]}" if isinstance(model, Classifier) else ""
+    heats = pipeline.heat(options.image, options.text, phrase, layer)
+    draw_heats(heats, options.out, f"{phrase}{where}{said}   (fusion block {layer})")
+    print_score(pipeline, options)
     print(f"fusion block {layer} of 0 to {model.config.fusion_depth - 1}; the map is in {options.out}")
 
 
-def print_score(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
+def print_score(pipeline: Pipeline, options: argparse.Namespace) -> None:
     """Cosine and probability of matching of one picture and one text; of a task with answers, the likeliest."""
-    if isinstance(model, Classifier):
-        for answer, probability in best_answers(model, tokenizer, options, device):
+    if isinstance(pipeline.model, Classifier):
+        for answer, probability in pipeline.answers(options.image, options.text):
             print(f"{answer}: {probability:.4f}")
         return
-    images, input_ids, attention_mask = tensors_of(model, tokenizer, options, device)
     names = {"itc": "contrast, cosine in [-1, 1]", "itm": "matching, probability"}
-    for name, value in model.score(images, input_ids, attention_mask).items():
-        print(f"{names[name]}: {value[0].item():.4f}")
-
-
-def tensors_of(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> tuple[Tensor, Tensor, Tensor]:
-    """--image and --text -> images (k, 3, height, width), input_ids (1, l), attention_mask (1, l)"""
-    input_ids, attention_mask = pad([tokenizer.encode(options.text, model.config.max_tokens)], tokenizer.pad_id)
-    images = torch.stack([to_tensor(load_image(path), model.config.image_size) for path in options.image])
-    return images.to(device), input_ids.to(device), attention_mask.to(device)
-
-
-@torch.no_grad()
-def best_answers(model: Classifier, tokenizer: Tokenizer, options, device, best: int = 5) -> list[tuple[str, float]]:
-    """The likeliest answers to --text about --image with their probabilities; of vqa each by itself."""
-    images, input_ids, attention_mask = tensors_of(model, tokenizer, options, device)
-    shown = slots([len(images)], model.pictures).to(device)
-    logits = model.decide(
-        model.encode_image(images), shown, model.encode_text(input_ids, attention_mask), attention_mask
-    )
-    chances = logits[0].sigmoid() if model.description.task == "vqa" else logits[0].softmax(dim=0)
-    order = chances.argsort(descending=True)[:best].tolist()
-    return [(model.description.answers[place], chances[place].item()) for place in order]
+    for name, value in pipeline.score(options.image[0], options.text).items():
+        print(f"{names[name]}: {value:.4f}")
 
 
 def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
@@ -676,7 +737,7 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists)
         print(retrieval_table(f"retrieval, {split}", result))
         keep_result(options.checkpoint, f"pairs_{split}", result)
-        if split == "test" and world()[0] == 0:
+        if split == "test" and rank_and_size()[0] == 0:
             draw_ranked(rows, lists, out / "ranked.png")
         result = foils(model, tokenizer, read_rows([folder / f"foils_{split}.jsonl"], "foils"), device, by)
         print(foil_table(f"foils, {split}", result))
@@ -685,7 +746,7 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
             rows = read_rows([folder / f"grounding_{split}.jsonl"], "grounding")
             result = judge_grounding(rows, ground(model, tokenizer, rows, device, layer))
             result |= {"layer": layer}
-            print(figures_table(f"grounding, {split}", result))
+            print(result_table(f"grounding, {split}", result))
             keep_result(options.checkpoint, f"grounding_{split}", result)
     print(f"kept in {path}; some pictures with their best captions: {out / 'ranked.png'}")
 

@@ -1,4 +1,4 @@
-"""Where does the model look for a phrase? Grad-CAM on the fusion encoder's attention, and grounding by it.
+"""Where does the model look for a phrase? Grad-CAM on the fusion encoder's attention, grounding by it, and sheets.
 
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
     python eval.py grounding --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
@@ -10,24 +10,29 @@ gradient of the logit says which of these looks speak for a match. Their product
 
     map[patch] = mean over heads, sum over the phrase's tokens, of attention * relu(d logit / d attention)
 
-as ALBEF grounds phrases (its fusion attends from text to patches; ours is one stream, so its rows of text and columns
-of patches are taken). [CLS] stands for the whole text and is counted where the phrase is the whole text. No box is ever
-trained on. Of the last block only [CLS] has a map: the logit reads nothing else there. A model that judges statements
-is asked for a phrase within one, with --frame "there is a {}".
+as ALBEF grounds phrases. [CLS] stands for the whole text and is counted where the phrase is the whole text. No box is
+ever trained on. Of the last block only [CLS] has a map: the logit reads nothing else there. A model that judges
+statements is asked for a phrase within one, with --frame "there is a {}".
 """
 
+import textwrap
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from data import load_image, pad, size_of, to_tensor
+import runtime
+from data import load_image, pictures_of, size_of, to_tensor
 from mamo import VisionLanguageModel, record_attention
-from metrics import inside, patch_centres
+from metrics import fits, inside, patch_centres, points_into, right_answers, right_label, score_answers, text_of
 from tasks import Classifier
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, pad
+
+# ----------------------------------------------------------------------------------------------------------- heat maps
 
 
 def middle_layer(model: VisionLanguageModel) -> int:
@@ -56,36 +61,38 @@ def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -
     raise ValueError(f"the phrase {phrase!r} is not in the text {text!r} within its first {max_tokens} tokens")
 
 
-def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, real: Tensor) -> list[Tensor]:
+def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
     """Grad-CAM of the matching logit for every token by itself.           Source: ALBEF's weakly supervised grounding
 
     Args:    images (b, 3, height, width)
-             input_ids (b, l); real (b, l), True = real token
+             input_ids, attention_mask (b, l)   attention_mask: True = real token
     Returns: per fusion block (b, l, n), values of 0 or more; of the last block (b, 1, n), [CLS] alone
     Raises:  ValueError for a model without a matching head
     """
     if model.config.w_itm <= 0:  # tasks.py's models have it too
         raise ValueError("this checkpoint was trained without matching (w_itm 0): it has no logit to explain")
+    fusion, length = model.student.fusion, input_ids.shape[1]
     with torch.no_grad():
-        image, text = model.encode_image(images), model.encode_text(input_ids, real)
-    with torch.enable_grad(), record_attention(model.student.fusion) as recorded:
-        logit = model.match(image, text, real)
-        attention = [maps[0] for maps in recorded]  # (b, h, queries, l + 1 + n); one query, [CLS], in the last block
+        image, text = model.encode_image(images), model.encode_text(input_ids, attention_mask)
+    with torch.enable_grad(), record_attention(*fusion.text_attention) as recorded:
+        logit = model.match(image, text, attention_mask)
+        attention = [maps[0] for maps in recorded]
         gradient = torch.autograd.grad(logit.sum(), attention)  # a row's logit depends on its own maps only
-    length = input_ids.shape[1]
-    return [  # rows of text and columns of patches, the class token left out
-        (one * slope.relu()).mean(dim=1)[:, :length, length + 1 :].detach()
+    return [
+        fusion.text_to_patches(one * slope.relu(), length).mean(dim=1).detach()
         for one, slope in zip(attention, gradient, strict=True)
     ]
 
 
-def heat_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, real: Tensor, rows: Tensor) -> Tensor:
-    """The maps of some tokens added up, on every fusion block; images, input_ids, real and errors as token_maps.
+def heat_maps(
+    model: VisionLanguageModel, images: Tensor, input_ids: Tensor, attention_mask: Tensor, rows: Tensor
+) -> Tensor:
+    """The maps of some tokens added up, on every fusion block; other arguments and errors as token_maps.
 
     Args:    rows (b, l)   True = a token whose looks count, see phrase_rows
     Returns: (fusion blocks, b, n), values of 0 or more
     """
-    layers = token_maps(model, images, input_ids, real)
+    layers = token_maps(model, images, input_ids, attention_mask)
     return torch.stack([(maps * rows[:, : maps.shape[1], None]).sum(dim=1) for maps in layers])
 
 
@@ -107,11 +114,12 @@ def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> Tenso
         chunk = phrases[start : start + batch]
         images = torch.stack([to_tensor(load_image(one.image), model.config.image_size) for one in chunk])
         found = [phrase_rows(tokenizer, one.text, one.phrase, model.config.max_tokens) for one in chunk]
-        input_ids, real = pad([ids for ids, _ in found], tokenizer.pad_id)
-        rows = torch.zeros_like(real)
+        input_ids, attention_mask = pad([ids for ids, _ in found], tokenizer.pad_id)
+        rows = torch.zeros_like(attention_mask)
         for number, (_, counted) in enumerate(found):
             rows[number, : len(counted)] = torch.tensor(counted)
-        parts.append(heat_maps(model, images.to(device), input_ids.to(device), real.to(device), rows.to(device)).cpu())
+        batch_of = (part.to(device) for part in (images, input_ids, attention_mask, rows))
+        parts.append(heat_maps(model, *batch_of).cpu())
     return torch.cat(parts, dim=1)
 
 
@@ -138,6 +146,9 @@ def choose_layer(model, tokenizer: Tokenizer, rows: list[dict], device, frame: s
 def phrases_of(rows: list[dict], frame: str = "{}") -> list[Phrase]:
     """Each `grounding` row's phrase as the whole text, or within a frame such as "there is a {}"."""
     return [Phrase(row["image"], frame.replace("{}", row["text"]), row["text"]) for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------- grounding
 
 
 def ground(model, tokenizer: Tokenizer, rows: list[dict], device, layer: int, frame: str = "{}") -> list[dict]:
@@ -183,43 +194,178 @@ def hot_box(heat: Tensor, share: float = 0.5) -> list[int]:
     return [int(x.min()), int(y.min()), int(x.max() - x.min()) + 1, int(y.max() - y.min()) + 1]
 
 
-def draw_heat(
-    model, tokenizer: Tokenizer, paths: list[str], text: str, phrase: str, layer: int, device, said: str = ""
-) -> Image.Image:
-    """Each picture beside itself with the heat map of a phrase laid over it: cold stays pale, hot becomes red.
+# ------------------------------------------------------------------------------------------------------------- to look
 
-    said: what the model answers, for the line below
+RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # beside + and -, so that a sheet does not rest on colour alone
+GAP, LINE = 12, 22  # pixels
+
+
+@dataclass
+class Heat:
+    """A heat map, and the picture that it belongs to."""
+
+    values: Tensor  # (rows, columns) of patches, 0 or more
+    picture: Image.Image
+
+    def image(self) -> Image.Image:
+        """The picture with the map laid over it: cold stays pale, hot becomes red."""
+        strength = self.values / self.values.max().clamp(min=1e-12)
+        mask = Image.fromarray((200 * strength).byte().numpy()).resize(self.picture.size, Image.Resampling.BICUBIC)
+        pale = Image.blend(self.picture, Image.new("RGB", self.picture.size, "white"), 0.5)
+        return Image.composite(Image.new("RGB", self.picture.size, (215, 25, 28)), pale, mask)
+
+    def show(self) -> None:
+        """Open it in the system's viewer."""
+        self.image().show()
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a PNG."""
+        save_png(self.image(), Path(path))
+
+
+def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, layer: int, device) -> list[Heat]:
+    """The map of a phrase, or of the whole text, over each of some pictures (paths or PIL images).
+
+    Raises:  ValueError for a map of zeros, which says nothing
     """
-    images = torch.stack([to_tensor(load_image(path), model.config.image_size) for path in paths])
+    pictures = [load_image(image) for image in images]
+    tensors = torch.stack([to_tensor(picture, model.config.image_size) for picture in pictures]).to(device)
     ids, counted = phrase_rows(tokenizer, text, phrase, model.config.max_tokens)
-    input_ids = torch.tensor([ids] * len(paths), device=device)
-    rows = torch.tensor([counted] * len(paths), device=device)
-    heat = heat_maps(model, images.to(device), input_ids, torch.ones_like(rows), rows)[layer].cpu()
-    if not heat.any():
+    rows = torch.tensor([counted] * len(images), device=device)
+    input_ids = torch.tensor([ids] * len(images), device=device)
+    maps = heat_maps(model, tensors, input_ids, torch.ones_like(rows), rows)[layer].cpu()
+    if not maps.any():
         raise ValueError(
             f"fusion block {layer} has no map for {phrase!r}: nothing that it looks at speaks for the answer, or it is "
             "the last block, which has a map for whole texts only; give another --layer"
         )
-    panels = [panel for path, one in zip(paths, heat, strict=True) for panel in panels_of(path, one, model.config.grid)]
-    sheet = Image.new("RGB", (sum(p.width + 12 for p in panels) + 12, max(p.height for p in panels) + 56), "white")
-    left = 12
-    for panel in panels:
-        sheet.paste(panel, (left, 12))
-        left += panel.width + 12
-    where = "" if phrase == text else f" in: {text}"
-    line = f"{phrase}{where}{said}   (fusion block {layer})"
-    font = ImageFont.load_default(size=16)
-    ImageDraw.Draw(sheet).text((12, sheet.height - 32), line, fill="black", font=font)
-    return sheet
+    heats = []
+    for picture, values in zip(pictures, maps, strict=True):
+        scale = 320 / min(picture.size)
+        size = round(picture.width * scale), round(picture.height * scale)
+        picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+        heats.append(Heat(values.reshape(model.config.grid), picture))
+    return heats
 
 
-def panels_of(path: str, heat: Tensor, grid: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-    """A picture, and the same with its map (n,) over it."""
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture as a PNG; an old one stays until the new one is whole."""
+    runtime.write_beside(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+@dataclass
+class Cell:
+    """A part of a sheet: pictures side by side, and to their right lines of text, each with its colour."""
+
+    pictures: list[Image.Image]
+    lines: list[tuple[str, str]]
+
+
+def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600, title: str = "") -> None:
+    """Cells row by row, each so many pixels wide, below a title."""
+    pen_font = ImageFont.load_default(size=15)
+    height = max(picture.height for cell in cells for picture in cell.pictures) + GAP
+    top = GAP + (LINE + GAP if title else 0)
+    sheet = Image.new("RGB", (columns * width + GAP, top + -(-len(cells) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    if title:
+        pen.text((GAP, GAP), title, fill="black", font=pen_font)
+    for number, cell in enumerate(cells):
+        x, y = GAP + number % columns * width, top + number // columns * height
+        for picture in cell.pictures:
+            sheet.paste(picture, (x, y))
+            x += picture.width + GAP
+        for place, (text, colour) in enumerate(cell.lines):
+            pen.text((x, y + LINE * place), text, fill=colour, font=pen_font)
+    save_png(sheet, path)
+
+
+def thumbnail(path: str, side: int = 128) -> Image.Image:
+    """A picture in its own proportions, its longer side so many pixels."""
     picture = load_image(path)
-    scale = 320 / min(picture.size)
-    size = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
-    strength = (heat / heat.max().clamp(min=1e-12)).reshape(grid)
-    mask = Image.fromarray((200 * strength).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
-    pale = Image.blend(picture, Image.new("RGB", size, "white"), 0.5)
-    return picture, Image.composite(Image.new("RGB", size, (215, 25, 28)), pale, mask)
+    return ImageOps.contain(
+        picture, (side, side), Image.Resampling.NEAREST if side > 2 * max(picture.size) else Image.Resampling.BICUBIC
+    )
+
+
+def some_of(items: list, count: int) -> list:
+    """So many of the items, from all over them."""
+    return items[:: max(len(items) // count, 1)][:count]
+
+
+def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
+    """Each picture beside itself with its map over it."""
+    panels = [panel for heat in heats for panel in (heat.picture, heat.image())]
+    draw_sheet([Cell(panels, [])], path, width=sum(panel.width + GAP for panel in panels), title=line)
+
+
+def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int = 8, best: int = 5) -> None:
+    """Some pictures of a gallery beside the captions ranked first, by matching where there is matching."""
+    right = right_answers(rows)["image_to_text"]
+    way = lists[-1]["way"]  # matching comes behind contrast
+    ranked = {one["query"]: one["found"] for one in lists if one["way"] == way and one["direction"] == "image_to_text"}
+    cells = []
+    for image in some_of(list(ranked), pictures):
+        marks = [(caption in right[image], caption) for caption in ranked[image][:best]]
+        lines = [(f"{'+' if good else '-'} {caption}", RIGHT if good else WRONG) for good, caption in marks]
+        cells.append(Cell([thumbnail(image)], lines))
+    draw_sheet(cells, path)
+
+
+def draw_found(text: str, images: list[str], path: Path) -> None:
+    """The pictures that were found for a text, best first, row by row."""
+    cells = [Cell([thumbnail(image)], [(str(place), "black")]) for place, image in enumerate(images, 1)]
+    draw_sheet(cells, path, columns=5, width=180, title=text)
+
+
+def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Path, each: int = 6) -> None:
+    """Right answers on the left, wrong ones on the right, with picture, text, answer and what would have been right.
+
+    Of grounding the right box is drawn in green, and inside it or elsewhere the proposal, or else the box, in red; the
+    point is a dot.
+    """
+    cells = {True: [], False: []}
+    for row, prediction in zip(rows, predictions, strict=True):
+        if task == "grounding":
+            good = hit(row, prediction)
+            said = ["+ found" if good else "- missed"]
+        else:
+            answer = prediction["answer"]
+            good = score_answers(task, [row], [answer])[0] > 0.5
+            right = max(row["answers"], key=row["answers"].get) if task == "vqa" else right_label(row)
+            said = [f"+ {answer}"] if good else [f"- {answer}", f"right: {right}"]
+        lines = [
+            (line, RIGHT if good else WRONG)
+            for line in [*textwrap.wrap(text_of(row), 36, break_long_words=False, break_on_hyphens=False), *said]
+        ]
+        cells[good].append((row, prediction, lines))
+    pairs = zip_longest(some_of(cells[True], each), some_of(cells[False], each))
+    shown = [
+        Cell([], []) if one is None else Cell([with_boxes(path, *one[:2]) for path in pictures_of(one[0])], one[2])
+        for pair in pairs
+        for one in pair
+    ]
+    draw_sheet(shown, path, columns=2)
+
+
+def hit(row: dict, prediction: dict) -> bool:
+    """Whether the chosen proposal, or without proposals the point, is right."""
+    if "proposals" in row:
+        return fits(prediction.get("proposal"), row["boxes"])
+    return points_into(prediction.get("point"), row["boxes"])
+
+
+def with_boxes(path: str, row: dict, prediction: dict) -> Image.Image:
+    """A thumbnail, of grounding with its boxes and the point."""
+    small = thumbnail(path)
+    scale, pen = small.width / load_image(path).width, ImageDraw.Draw(small)
+    chosen = prediction.get("proposal") or prediction.get("box")
+    for boxes, colour, out in ((row.get("boxes", []), RIGHT, 3), ([chosen] if chosen else [], WRONG, 0)):
+        for x, y, w, h in boxes:
+            x0, y0 = x * scale - out, y * scale - out
+            corners = (x0, y0, max((x + w) * scale - 1 + out, x0), max((y + h) * scale - 1 + out, y0))
+            pen.rectangle(corners, outline=colour, width=2)
+    if prediction.get("point"):
+        x, y = prediction["point"][0] * scale, prediction["point"][1] * scale
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=WRONG)
+    return small

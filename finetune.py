@@ -10,14 +10,14 @@
 The tasks and their losses: tasks.py. `--data data/scenes/vqa` stands for data/scenes/vqa_train.jsonl, and vqa_val.jsonl
 beside it is what the best step is chosen on; without such a file a part of the training rows is, whole groups of it.
 
-The loop is train.py's. A run folder holds config.json, log.csv, checkpoint.pt to go on from, and best.pt: the weights
-of the step that was best on val, which is what to evaluate.
+The loop is train.py's: `start` below makes what it needs, and `FineTune` adds the choice of the best step. A run folder
+holds config.json, log.csv, checkpoint.pt to go on from, and best.pt: the weights of the step that was best on val,
+which is what to evaluate.
 """
 
 import argparse
 import dataclasses
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +25,14 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data import SCHEMAS, read_rows, training_batches
+from data import SCHEMAS, read_rows
 from eval import classify, retrieval
 from mamo import Config
 from metrics import cluster_of, right_label, score_answers
 from tasks import (
     CAPTIONS,
     TASKS,
-    Head,
+    HeadConfig,
     TaskCollate,
     TaskRows,
     adopt,
@@ -45,7 +45,7 @@ from tasks import (
     texts_of,
 )
 from tokenizer import Tokenizer
-from train import FROM_TOKENIZER, Run, TrainConfig, make_optimizer, resolve
+from train import FROM_TOKENIZER, Run, TrainConfig, make_optimizer, make_order, make_vocabulary, new_shape
 
 
 @dataclass
@@ -86,174 +86,129 @@ class FineConfig(TrainConfig):
             )
 
 
-HEAD = ("head.", "absent")  # how the names of a task's own parameters begin
+HEAD_PARAMETERS = ("head.", "absent")  # how the names of a task's own parameters begin
+
+# -------------------------------------------------------------------------------------------- before the first step
 
 
-class FineTune(Run):
-    """A run of train.py on a task: other rows, another model, and the best step on val is kept."""
+def start(config: FineConfig, overrides: dict, device: torch.device | None = None) -> "FineTune":
+    """Make a run, or take it up again where config.resume says so and its folder holds a checkpoint.
 
-    best, best_step, worse = -1.0, 0, 0  # on val: best figure, its step, evaluations since
+    Args:    overrides   fields of the model's Config that may be others than the checkpoint's
+             device      this process's
+    """
+    saved = runtime.saved_run(config)
+    rows, val_rows = read(config)
+    order = make_order(config, rows, saved)
+    schema = read_as(config.task)
+    texts = [text for row in rows for text in texts_of(row, schema)]
+    runtime.seed_everything(config.seed)
+    if saved:
+        tokenizer, fresh = Tokenizer(saved["vocab"]), []
+        model = build_task(HeadConfig(**saved["head"]), saved["config"])
+    else:
+        tokenizer, model, fresh = adapted(config, overrides, rows, texts)
+    if config.freeze:
+        model.student.requires_grad_(False)
+    device = device or runtime.pick_device(config.device)
+    model = model.to(device)
 
-    def read(self) -> tuple[list[dict], list[dict]]:
-        """Training rows and rows to choose on, at most 2,000: --val, or the file beside, or a part of the training."""
-        config, schema = self.config, TASKS[self.config.task].schema
-        if not config.data:
-            raise ValueError(f"--data is missing: give JSONL files, such as data/scenes/{config.task}_train.jsonl")
-        paths, beside = expand(config.data)
-        rows = read_rows(paths, schema, config.check, config.skip_bad)
-        if config.val or beside:
-            val = read_rows(config.val or beside, schema, config.check, config.skip_bad)
-        else:
-            rows, val = split_by_group(rows, config.val_share, config.seed)
-            print(f"no val file: {len(val)} of {len(rows) + len(val)} rows are kept apart to choose on")
-        if read_as(config.task) == "pairs":
-            rows, val = by_picture(rows, schema), by_picture(val, schema)
-        return rows, val[:2000]
+    head = model.head_config
+    dataset = TaskRows(rows, head, tokenizer, model.config, config.augment, config.seed)
+    captions = min(max(len(texts_of(row, schema)) for row in rows), CAPTIONS)
+    length = model.config.max_tokens if config.compile else 0
+    collate = TaskCollate(tokenizer.pad_id, TASKS[config.task].pictures, captions, length)
+    # The encoders learn at --lr and the head at --lr-head; from scratch everything at --lr-head.
+    times, heads = config.lr_head / config.lr, HEAD_PARAMETERS if config.init != "none" else ("",)
+    optimizer = make_optimizer(model, config, lambda name: times if name.startswith(heads) else 1.0)
+    script = f"finetune.py {config.task}"
+    run = FineTune(config, device, tokenizer, model, optimizer, rows, val_rows, order, dataset, collate, saved, script)
 
-    def build(self, state: dict | None, sizes: dict) -> tuple[Tokenizer, torch.nn.Module]:
-        """The model of the task: from the run's own checkpoint, from a pre-trained one, or from nothing."""
-        config = self.config
-        runtime.seed_everything(config.seed)
-        if state:
-            return Tokenizer(state["vocab"]), self.frozen(build_task(Head(**state["head"]), state["config"]))
-        start = None if config.init == "none" else runtime.load_checkpoint(config.init)
-        config.objective = start["objective"] if start else config.objective
-        tokenizer = self.words(start)
+    run.fresh = tuple(fresh)
+    run.announce(f"{config.task}, {'a linear probe' if config.freeze else 'fine-tuned'} from {config.init}", texts)
+    if config.task == "vqa":
+        shares = [f"{coverage(part, head.answers):.1f} % of {what}" for what, part in
+                  (("train", rows), ("val", val_rows)) if part]  # fmt: skip
+        print(f"{len(head.answers)} answers to choose from cover {', '.join(shares)}")
+    if not saved and config.init != "none":
+        parts = dict.fromkeys(name.split(".")[0] for name in fresh)
+        print(f"not in {config.init}, so fresh: {', '.join(parts) or 'nothing'}")
+    return run
+
+
+def read(config: FineConfig) -> tuple[list[dict], list[dict]]:
+    """Training rows and rows to choose on, at most 2,000: --val, or the file beside, or a part of the training rows."""
+    schema = TASKS[config.task].schema
+    if not config.data:
+        raise ValueError(f"--data is missing: give JSONL files, such as data/scenes/{config.task}_train.jsonl")
+    paths, beside = expand(config.data)
+    rows = read_rows(paths, schema, config.check, config.skip_bad)
+    if config.val or beside:
+        val = read_rows(config.val or beside, schema, config.check, config.skip_bad)
+    else:
+        rows, val = split_by_group(rows, config.val_share, config.seed)
+        print(f"no val file: {len(val)} of {len(rows) + len(val)} rows are kept apart to choose on")
+    if read_as(config.task) == "pairs":
+        rows, val = by_picture(rows, schema), by_picture(val, schema)
+    return rows, val[:2000]
+
+
+def adapted(
+    config: FineConfig, overrides: dict, rows: list[dict], texts: list[str]
+) -> tuple[Tokenizer, torch.nn.Module, list[str]]:
+    """The tokenizer, the model of the task from a pre-trained checkpoint or from nothing, and what of it is fresh."""
+    if config.init == "none":
+        tokenizer = make_vocabulary(config, texts)
+        shape, kept, answers = new_shape(config, overrides, tokenizer), False, None
+    else:
+        start = runtime.load_checkpoint(config.init)
+        config.objective = start["objective"]
+        tokenizer = with_new_words(Tokenizer(start["vocab"]), texts, config.new_words)
+        shape = shape_from(start, config, overrides) | {"vocab_size": len(tokenizer)}
         # A head that was trained for this task is kept, with the answers that it knows.
-        before = start["head"] if start and "head" in start and not config.new_head else {}
+        before = start["head"] if "head" in start and not config.new_head else {}
         kept = before.get("task") == config.task
-        answers = before["answers"] if kept else answers_of(config.task, self.rows, config.answers)
-        self.check_labels(answers)
-        model = build_task(Head(config.task, answers, config.freeze), self.shape(start, tokenizer, sizes))
-        self.fresh = list(model.state_dict())
-        if start:
-            weights = {name: value for name, value in start["model"].items() if kept or not name.startswith(HEAD)}
-            self.fresh = adopt(model, weights, encoders_of(start["config"]), start["vocab"], tokenizer)
-        return tokenizer, self.frozen(model)
+        answers = before["answers"] if kept else None
+    answers = answers or answers_of(config.task, rows, config.answers)
+    check_labels(config.task, rows, answers)
+    model = build_task(HeadConfig(config.task, answers, config.freeze), shape)
+    if config.init == "none":
+        return tokenizer, model, list(model.state_dict())
+    weights = {name: value for name, value in start["model"].items() if kept or not name.startswith(HEAD_PARAMETERS)}
+    return tokenizer, model, adopt(model, weights, encoders_of(start["config"]), start["vocab"], tokenizer)
 
-    def check_labels(self, answers: list[str]) -> None:
-        """Raise ValueError for a row to learn from whose label a head that is kept does not know."""
-        labelled = "label" in SCHEMAS[TASKS[self.config.task].schema].keys
-        unknown = sorted({right_label(row) for row in self.rows} - set(answers)) if labelled else []
-        if unknown:
-            raise ValueError(
-                f"{len(unknown)} labels of the training rows, {unknown[0]!r} first, are none of the {len(answers)} "
-                "that the head of --init knows: pass --new-head"
-            )
 
-    def words(self, start: dict | None) -> Tokenizer:
-        """The vocabulary: of the checkpoint, with new words where it is a small one; or built from the rows."""
-        if start is None:
-            return Tokenizer(self.vocabulary())
-        old = Tokenizer(start["vocab"])
-        new = old.extended(self.texts(), self.config.new_words if len(old) < 8000 else 0)
-        if len(new) > len(old):
-            print(f"{len(new) - len(old)} words of the training rows are added to the vocabulary of {len(old)}")
-        return new
+def check_labels(task: str, rows: list[dict], answers: list[str]) -> None:
+    """Raise ValueError for a row to learn from whose label a head that is kept does not know."""
+    unknown = (
+        sorted({right_label(row) for row in rows} - set(answers)) if "label" in SCHEMAS[TASKS[task].schema] else []
+    )
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} labels of the training rows, {unknown[0]!r} first, are none of the {len(answers)} "
+            "that the head of --init knows: pass --new-head"
+        )
 
-    def shape(self, start: dict | None, tokenizer: Tokenizer, sizes: dict) -> dict:
-        """Fields of mamo.Config: the checkpoint's, in which resolution, text length and dropout may be others."""
-        if start is None:
-            return self.new_shape(tokenizer, sizes)
-        other = [name for name in sizes if name not in ("image_size", "max_tokens", "dropout")]
-        default = FineConfig()
-        other += [name for name in ("preset", "vocab") if getattr(self.config, name) != getattr(default, name)]
-        if other:
-            raise ValueError(
-                f"--{other[0].replace('_', '-')} is fixed by the checkpoint {self.config.init}: leave it out, or "
-                "train from scratch with --init none"
-            )
-        return start["config"] | sizes | {"vocab_size": len(tokenizer)}
 
-    def frozen(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Under --freeze the encoders take no gradient."""
-        if self.config.freeze:
-            model.student.requires_grad_(False)
-        return model
+def with_new_words(old: Tokenizer, texts: list[str], most: int) -> Tokenizer:
+    """The vocabulary of a checkpoint, with new words of the training rows where it is a small one."""
+    new = old.extended(texts, most if len(old) < 8000 else 0)
+    if len(new) > len(old):
+        print(f"{len(new) - len(old)} words of the training rows are added to the vocabulary of {len(old)}")
+    return new
 
-    def make_optimizer(self) -> torch.optim.AdamW:
-        """The encoders at --lr and the head at --lr-head; from scratch everything at --lr-head."""
-        times = self.config.lr_head / self.config.lr
-        heads = HEAD if self.config.init != "none" else ("",)
-        return make_optimizer(self.model, self.config, lambda name: times if name.startswith(heads) else 1.0)
 
-    def take_up(self, state: dict, path: Path) -> None:
-        """Go on, with what was best so far."""
-        super().take_up(state, path)
-        self.best, self.best_step, self.worse = state["best"]
-        self.settled = 0 < self.config.patience <= self.worse
-
-    @property
-    def script(self) -> str:
-        """The command that takes the run up again."""
-        return f"finetune.py {self.config.task}"
-
-    def name(self) -> str:
-        """What is trained, for the first line."""
-        how = "a linear probe" if self.config.freeze else "fine-tuned"
-        return f"{self.config.task}, {how} from {self.config.init}"
-
-    def texts(self) -> Iterator[str]:
-        """All texts of the training rows."""
-        return (text for row in self.rows for text in texts_of(row, read_as(self.config.task)))
-
-    def announce(self) -> None:
-        """As in train.py, and how much of the right answers the list of answers covers."""
-        super().announce()
-        head = self.model.description
-        if self.config.task == "vqa":
-            shares = [f"{coverage(rows, head.answers):.1f} % of {what}" for what, rows in
-                      (("train", self.rows), ("val", self.val_rows)) if rows]  # fmt: skip
-            print(f"{len(head.answers)} answers to choose from cover {', '.join(shares)}")
-        if self.step == 0 and self.config.init != "none":
-            parts = dict.fromkeys(name.split(".")[0] for name in self.fresh)
-            print(f"not in {self.config.init}, so fresh: {', '.join(parts) or 'nothing'}")
-
-    def batches(self):
-        """Endless batches from the current step on."""
-        config, shape, task = self.config, self.model.config, TASKS[self.config.task]
-        dataset = TaskRows(self.rows, self.model.description, self.tokenizer, shape, config.augment, config.seed)
-        self.order.first = self.step * config.accumulate
-        captions = min(max(len(texts_of(row, dataset.schema)) for row in self.rows), CAPTIONS)
-        length = shape.max_tokens if config.compile else 0
-        collate = TaskCollate(self.tokenizer.pad_id, task.pictures, captions, length)
-        return training_batches(dataset, self.order, collate, config.workers, self.device.type == "cuda")
-
-    def evaluate(self, progress: tqdm) -> dict:
-        """The task's figure on val; the best weights so far are kept in best.pt."""
-        figure = self.figure()
-        progress.write(f"step {self.step}: val {figure:.1f} %")
-        if figure > self.best:
-            self.best, self.best_step, self.worse = figure, self.step, 0
-            self.keep_best()
-        else:
-            self.worse += 1
-            self.settled = 0 < self.config.patience <= self.worse
-        return {"val": figure}
-
-    def figure(self) -> float:
-        """Accuracy in percent; of retrieval and grounding R@1 by matching, the mean of both ways."""
-        if isinstance(self.model, TASKS["retrieval"]):
-            rows = self.val_rows[:500]
-            ways = retrieval(self.model, self.tokenizer, rows, self.device, k=16)["matching"]
-            return sum(way["R@1"] for way in ways.values()) / len(ways)
-        given = classify(self.model, self.tokenizer, self.val_rows, self.device)
-        return 100 * sum(score_answers(self.config.task, self.val_rows, given)) / len(self.val_rows)
-
-    def keep_best(self) -> None:
-        """Weights and what is needed to use them, without the optimiser."""
-        if self.rank == 0:
-            state = {
-                name: value for name, value in self.state().items() if name not in ("optimizer", "scaler", "meter")
-            }
-            runtime.save_checkpoint(self.out / "best.pt", state)
-
-    def state(self) -> dict:
-        """As in train.py, with the head and what was best so far."""
-        return super().state() | {
-            "head": dataclasses.asdict(self.model.description),
-            "best": [self.best, self.best_step, self.worse],
-        }
+def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
+    """Fields of mamo.Config: the checkpoint's, in which resolution, text length and dropout may be others."""
+    other = [name for name in overrides if name not in ("image_size", "max_tokens", "dropout")]
+    default = FineConfig()
+    other += [name for name in ("preset", "vocab") if getattr(config, name) != getattr(default, name)]
+    if other:
+        raise ValueError(
+            f"--{other[0].replace('_', '-')} is fixed by the checkpoint {config.init}: leave it out, or "
+            "train from scratch with --init none"
+        )
+    return start["config"] | overrides
 
 
 def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
@@ -277,6 +232,54 @@ def split_by_group(rows: list[dict], share: float, seed: int) -> tuple[list[dict
     return [row for part in groups.values() for row in part], val
 
 
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+class FineTune(Run):
+    """The loop of train.py on a task; the best step on val is kept."""
+
+    best, best_step, worse = -1.0, 0, 0  # on val: best score, its step, evaluations since
+    fresh: tuple[str, ...] = ()  # names of the parameters that the checkpoint of --init does not have
+
+    def evaluate(self, bar: tqdm) -> dict:
+        """The task's score on val; the best weights so far are kept in best.pt, without the optimiser."""
+        score = self.score()
+        bar.write(f"step {self.step}: val {score:.1f} %")
+        if score > self.best:
+            self.best, self.best_step, self.worse = score, self.step, 0
+            if self.rank == 0:
+                state = {
+                    name: part for name, part in self.state().items() if name not in ("optimizer", "scaler", "meter")
+                }
+                runtime.save_checkpoint(self.out / "best.pt", state)
+        else:
+            self.worse += 1
+            self.settled = 0 < self.config.patience <= self.worse
+        return {"val": score}
+
+    def score(self) -> float:
+        """Accuracy in percent; of retrieval and grounding R@1 by matching, the mean of both ways."""
+        if isinstance(self.model, TASKS["retrieval"]):
+            rows = self.val_rows[:500]
+            ways = retrieval(self.model, self.tokenizer, rows, self.device, k=16)["matching"]
+            return sum(way["R@1"] for way in ways.values()) / len(ways)
+        given = classify(self.model, self.tokenizer, self.val_rows, self.device)
+        return 100 * sum(score_answers(self.config.task, self.val_rows, given)) / len(self.val_rows)
+
+    def state(self) -> dict:
+        """As in train.py, with the head and what was best so far."""
+        return super().state() | {
+            "head": dataclasses.asdict(self.model.head_config),
+            "best": [self.best, self.best_step, self.worse],
+        }
+
+    def load(self, saved: dict) -> None:
+        """Go on, with what was best so far."""
+        super().load(saved)
+        self.best, self.best_step, self.worse = saved["best"]
+        self.settled = 0 < self.config.patience <= self.worse
+
+
 def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
     """Command line -> the run's options and the model's sizes that may be others than the checkpoint's."""
     parser = runtime.Parser(
@@ -287,15 +290,15 @@ def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
     runtime.add_options(parser, Config, skip=("vocab_size", *FROM_TOKENIZER))
     given = vars(parser.parse_args(arguments))
     given.setdefault("out", f"runs/{given['task']}")
-    return resolve(given, FineConfig, Config)
+    return runtime.resolve(given, FineConfig, Config)
 
 
 def main() -> None:
     """Command line: make the run, or take it up again, and train."""
-    config, sizes = parse()
+    config, overrides = parse()
     runtime.keep_memory()
-    with runtime.processes(config.device) as device:
-        run = FineTune(config, sizes, device)
+    with runtime.process_group(config.device) as device:
+        run = start(config, overrides, device)
         run.train()
         if run.best_step:
             print(f"best on val: {run.best:.1f} % at step {run.best_step}, kept in {run.out / 'best.pt'}")

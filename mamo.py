@@ -6,25 +6,28 @@ The idea. Take an image-text pair (I, T). Hide 75 % of the patches (I') or 25 % 
 never both, and recover what is hidden from the other modality:
 
     implicitly   MRM   the fused vectors that a moving-average teacher sees on the whole pair (I, T)
-    explicitly   MIM   the teacher's visual features of the hidden patches
-                 MLM   the hidden words themselves
+    explicitly   MIM   the teacher's visual features of the masked patches
+                 MLM   the masked words themselves
     beside       ITC   contrast between whole images and whole texts
                  ITM   matching: does this text belong to this image?
 
-How to read it. Top to bottom: the sizes, the three encoders, the joint masking, what any vision-language objective
-needs (ITC, ITM, MLM), and last the MAMO objective itself, whose `forward` is the paper's pipeline in the paper's order.
-The file imports nothing of ours and draws no random number: all noise arrives in the batch (see data.py), so that a
-loss is a plain function of parameters and batch.
+How to read it. Top to bottom: the configuration, the three encoders, the joint masking, what any vision-language
+objective needs (ITC, ITM, MLM), and last MAMO itself, whose `forward` is the paper's pipeline in the paper's order: the
+place to begin if you know transformers. The file imports nothing of ours and draws no random number: all noise arrives
+in the batch (data.py makes it), so that a loss is a plain function of parameters and batch.
 
-In lower precision (train.py --precision) the products run in bf16 or fp16 under autocast, while parameters, residual
-sums and what is marked `fp32:` stay in single precision, for the reason that stands there.
+Two marks in comments and docstrings:
+    differs:   the paper does it otherwise, or does not say how it does it, and this is our choice
+    fp32:      stays in single precision when the rest runs in bf16 or fp16 (train.py --precision), and why
 
 One letter, one meaning, in shapes and einops patterns:
-    b batch, n patches, l text tokens, d width, e joint embedding, h heads, v vocabulary, m hidden positions
+    b batch, n patches, l text tokens, d width, e joint embedding, h heads, v vocabulary, m masked positions
 """
 
 import copy
 import math
+import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -35,7 +38,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-# -------------------------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------------------ configuration
 
 
 @dataclass
@@ -55,44 +58,15 @@ class Config:
     w_itc: float = 1.0  # weight of image-text contrast; a loss of weight 0 costs nothing
     w_itm: float = 1.0  # weight of image-text matching
     w_mlm: float = 1.0  # weight of masked language modelling
-    vocab_size: int = 0  # set from the tokenizer
+    vocab_size: int = 109  # set from the tokenizer; 109 spell every word of ASCII, see Tokenizer.build
     mask_id: int = 4  # id of [MASK], set from the tokenizer
-    special_ids: tuple[int, ...] = (0, 1, 2, 3, 4)  # ids that are never hidden, set from the tokenizer
+    special_ids: tuple[int, ...] = (0, 1, 2, 3, 4)  # ids that are never masked, set from the tokenizer
 
     def __post_init__(self):
         self.image_size, self.special_ids = tuple(self.image_size), tuple(self.special_ids)
         if len(self.image_size) == 1:
             self.image_size *= 2  # one number means a square
-        if len(self.image_size) != 2 or self.patch_size < 1:
-            raise ValueError(
-                f"image_size {self.image_size} and patch_size {self.patch_size}: give a height and a width, "
-                "and a patch of 1 pixel or more"
-            )
-        for side in self.image_size:
-            if side % self.patch_size:
-                low = side // self.patch_size * self.patch_size
-                near = " or ".join(str(s) for s in (low, low + self.patch_size) if s)
-                raise ValueError(f"image_size {side} is not a multiple of patch_size {self.patch_size}: use {near}")
-        for name in ("heads", "embed_dim", *(field.name for field in fields(self) if field.name.endswith("_depth"))):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(
-                f"width {self.width} must be a multiple of heads ({self.heads}) and of 4: change one of them"
-            )
-        if self.patches < 2:
-            raise ValueError(f"a picture of {self.image_size} is one patch of {self.patch_size}: use smaller patches")
-        for ratio in fields(self):  # the shares that an objective hides: mask_image, mask_text, ...
-            if ratio.name.startswith("mask_") and ratio.type is float and not 0 < getattr(self, ratio.name) < 1:
-                raise ValueError(
-                    f"{ratio.name} is {getattr(self, ratio.name)}: give a share between 0 and 1, both excluded"
-                )
-        for name, weight in self.weights.items():
-            if not weight >= 0:
-                raise ValueError(f"w_{name} is {weight}: a weight is 0 or more")
-        if not any(self.weights.values()):
-            names = ", ".join(f"w_{name}" for name in self.weights)
-            raise ValueError(f"every loss has weight 0: give at least one of {names} a weight")
+        self.check()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -100,82 +74,133 @@ class Config:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Number n of patches."""
         return self.grid[0] * self.grid[1]
 
     @property
-    def weights(self) -> dict[str, float]:
+    def loss_weights(self) -> dict[str, float]:
         """Weight of each loss in the total: the fields w_*."""
         return {field.name[2:]: getattr(self, field.name) for field in fields(self) if field.name.startswith("w_")}
 
+    @property
+    def shares(self) -> list[str]:
+        """Names of the fields that are a share of patches or words to mask."""
+        return [field.name for field in fields(self) if field.name.startswith("mask_") and field.type is float]
+
+    # What a loss of weight 0 would need is not computed, and a head that nothing trains is not made.
     @property
     def sees_whole(self) -> bool:
         """Whether any loss looks at the student's (I, T)."""
         return self.w_itc > 0 or self.w_itm > 0
 
     @property
-    def hides_patches(self) -> bool:
+    def masks_patches(self) -> bool:
         """Whether any loss looks at an image with patches behind a mask token."""
         return False
 
     @property
-    def hides_words(self) -> bool:
-        """Whether any loss looks at a text with hidden words."""
+    def masks_words(self) -> bool:
+        """Whether any loss looks at a text with masked words."""
         return self.w_mlm > 0
 
     @property
     def fuses(self) -> bool:
         """Whether any loss needs the fusion encoder."""
-        return self.w_itm > 0 or self.hides_patches or self.hides_words
+        return self.w_itm > 0 or self.masks_patches or self.masks_words
+
+    def check(self) -> None:
+        """Raise ValueError, in one sentence, for values that make no model; an objective adds its own rules."""
+        size, p = self.image_size, self.patch_size
+        require(
+            len(size) == 2 and p > 0, f"image_size {size}, patch_size {p}: give height and width, and a patch from 1"
+        )
+        for side in size:
+            near = " or ".join(str(s) for s in (side // p * p, side // p * p + p) if s)
+            require(side % p == 0, f"image_size {side} is not a multiple of patch_size {p}: use {near}")
+        require(self.num_patches > 1, f"a picture of {size} is one patch of {p}: use smaller patches")
+        for name in ("heads", "embed_dim", "image_depth", "text_depth", "fusion_depth"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be at least 1")
+        fits = self.width % self.heads == 0 and self.width % 4 == 0
+        require(fits, f"width {self.width} must be a multiple of heads ({self.heads}) and of 4: change one of them")
+        known = self.vocab_size > max(self.special_ids)
+        require(known, f"vocab_size is {self.vocab_size}: set it to the length of the tokenizer's vocabulary")
+        for name, weight in self.loss_weights.items():
+            require(weight >= 0, f"w_{name} is {weight}: a weight is 0 or more")
+        names = ", ".join(f"w_{name}" for name in self.loss_weights)
+        require(any(self.loss_weights.values()), f"every loss has weight 0: give at least one of {names} a weight")
+        for name in self.shares:
+            share = getattr(self, name)
+            require(0 < share < 1, f"{name} is {share}: give a share between 0 and 1, both excluded")
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Raise ValueError with a sentence unless something holds."""
+    if not holds:
+        raise ValueError(otherwise)
 
 
 @dataclass
 class MAMOConfig(Config):
     """What MAMO adds. Eq. 6 of the paper gives all five losses the weight 1."""
 
-    mask_image: float = 0.75  # share of the patches hidden in I'
-    mask_text: float = 0.25  # share of the words hidden in T'
-    mask_both: bool = False  # hide both at once: one pass (I', T') in place of (I', T) and (I, T')
+    mask_image: float = 0.75  # share of the patches masked in I'
+    mask_text: float = 0.25  # share of the words masked in T'
+    mask_both: bool = False  # mask both at once: one pass (I', T') in place of (I', T) and (I, T')
     w_mrm: float = 1.0  # weight of masked representation modelling
     w_mim: float = 1.0  # weight of masked image modelling
     mim_target: str = "features"  # what MIM recovers: features of the teacher's image encoder, or pixels
     queue_size: int = 0  # past teacher embeddings kept as further ITC candidates; 0 = this batch only
-    ema: float = -1.0  # momentum of the teacher; -1 = from the length of the run, see ema_for
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.mim_target not in ("features", "pixels"):
-            raise ValueError(f"unknown mim_target {self.mim_target!r}: use features or pixels")
-        if self.mask_both and not (self.hides_patches and self.hides_words):
-            raise ValueError("mask_both hides patches and words at once: give w_mrm a weight, or both w_mim and w_mlm")
-        if self.queue_size < 0 or (self.queue_size and not self.w_itc):
-            raise ValueError(f"queue_size is {self.queue_size}: it must be 0 or more, and 0 without ITC (w_itc 0)")
+    ema: float = 0.995  # momentum of the teacher; train.py takes it from the length of the run unless it is given
 
     @property
-    def hides_patches(self) -> bool:
+    def masks_patches(self) -> bool:
         """Whether any loss looks at I'."""
         return self.w_mrm > 0 or self.w_mim > 0
 
     @property
-    def hides_words(self) -> bool:
+    def masks_words(self) -> bool:
         """Whether any loss looks at T'."""
         return self.w_mrm > 0 or self.w_mlm > 0
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether any loss looks at the student's whole image: in (I, T) or in (I, T')."""
+        return self.sees_whole or (self.masks_words and not self.mask_both)
+
+    @property
+    def sees_text(self) -> bool:
+        """Whether any loss looks at the student's whole text: in (I, T) or in (I', T)."""
+        return self.sees_whole or (self.masks_patches and not self.mask_both)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss asks the teacher."""
         return self.w_mrm > 0 or (self.w_mim > 0 and self.mim_target == "features") or self.queue_size > 0
 
+    def check(self) -> None:
+        """As above, and what MAMO adds."""
+        super().check()
+        target, size = self.mim_target, self.queue_size
+        require(target in ("features", "pixels"), f"unknown mim_target {target!r}: use features or pixels")
+        both = self.masks_patches and self.masks_words
+        require(both or not self.mask_both, "mask_both: give w_mrm a weight, or both w_mim and w_mlm")
+        fits = size == 0 or (size > 0 and self.w_itc > 0)
+        require(fits, f"queue_size is {size}: it must be 0 or more, and 0 without ITC (w_itc 0)")
+        require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
+
 
 # `nano` is the demo on two processor cores; `tiny` suits drawings and a laptop; `small` is ViT-S/16 beside a text side
 # of the same width; `base` is the paper's size: ViT-B/16, and BERT-base split into 6 text and 6 fusion blocks.
 SIZES = ("image_size", "patch_size", "width", "heads", "image_depth", "text_depth", "fusion_depth", "embed_dim")
 PRESETS = {
-    "nano": dict(zip(SIZES, ((32, 32), 8, 64, 4, 3, 2, 2, 64), strict=True)),
-    "tiny": dict(zip(SIZES, ((64, 64), 8, 128, 4, 4, 3, 3, 128), strict=True)),
-    "small": dict(zip(SIZES, ((224, 224), 16, 384, 6, 12, 6, 6, 256), strict=True)),
-    "base": dict(zip(SIZES, ((256, 256), 16, 768, 12, 12, 6, 6, 256), strict=True)),
+    name: dict(zip(SIZES, row, strict=True))
+    for name, *row in (
+        ("nano", (32, 32), 8, 64, 4, 3, 2, 2, 64),
+        ("tiny", (64, 64), 8, 128, 4, 4, 3, 3, 128),
+        ("small", (224, 224), 16, 384, 6, 12, 6, 6, 256),
+        ("base", (256, 256), 16, 768, 12, 12, 6, 6, 256),
+    )
 }
 
 
@@ -203,6 +228,8 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """queries (b, m, d), hidden (b, n, d), attention_mask (b, n), True = real token -> (b, m, d)"""
+        boolean = attention_mask is None or attention_mask.dtype == torch.bool  # else it would be taken for a bias
+        require(boolean, "attention_mask holds numbers: give bool, True = real token (mask.bool())")
         q = rearrange(self.query(queries), "b m (h d) -> b h m d", h=self.heads)
         k, v = rearrange(self.key_value(hidden), "b n (two h d) -> two b h n d", two=2, h=self.heads)
         keys = None if attention_mask is None else rearrange(attention_mask, "b n -> b 1 1 n")
@@ -219,12 +246,12 @@ class Attention(nn.Module):
 
 
 @contextmanager
-def record_attention(module: nn.Module):
-    """Inside the block, every Attention in `module` records its maps, in the order of its blocks.
+def record_attention(*modules: nn.Module):
+    """Inside the block, every Attention in the modules records its maps, in their order.
 
     Yields a list of lists: one list per Attention, one map (b, h, queries, n) per call.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Attention)]
     for layer in layers:
         layer.recorded = []
     try:
@@ -249,13 +276,14 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """hidden (b, n, d), attention_mask (b, n), True = real token -> (b, n, d)
 
-        With index (b, m), norm last only, the output is computed at those positions, (b, m, d); they attend to all n.
+        With index (b, m) the output is computed at those positions only, (b, m, d); they attend to all n.
         """
-        if self.norm_first:
-            normed = self.norm1(hidden)
-            hidden = hidden + self.dropout(self.attention(normed, normed, attention_mask))
-            return hidden + self.dropout(self.mlp(self.norm2(hidden)))
         rows = hidden if index is None else at(hidden, index)
+        if self.norm_first:
+            keys = self.norm1(hidden)
+            queries = keys if index is None else self.norm1(rows)
+            rows = rows + self.dropout(self.attention(queries, keys, attention_mask))
+            return rows + self.dropout(self.mlp(self.norm2(rows)))
         rows = self.norm1(rows + self.dropout(self.attention(rows, hidden, attention_mask)))
         return self.norm2(rows + self.dropout(self.mlp(rows)))
 
@@ -294,34 +322,31 @@ class ImageEncoder(nn.Module):
         self.patch_size, self.image_size = p, config.image_size
         self.patch_embedding = nn.Linear(3 * p * p, d)  # a convolution of kernel and stride p, written as a product
         self.class_token = nn.Parameter(torch.zeros(d))
-        self.mask_token = nn.Parameter(torch.zeros(d)) if config.hides_patches else None
+        self.mask_token = nn.Parameter(torch.zeros(d)) if config.masks_patches else None
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         code = torch.cat([sine_code(y.flatten(), d // 2), sine_code(x.flatten(), d // 2)], dim=1)
         self.positions = nn.Parameter(loudness(d) * torch.cat([torch.zeros(1, d), code]))  # learned from there on
         self.blocks = nn.ModuleList(Block(config, norm_first=True) for _ in range(config.image_depth))
         self.norm = nn.LayerNorm(d, eps=1e-6)
 
-    def forward(self, images: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """images (b, 3, height, width), patch_mask (b, n), True = hidden -> (b, 1 + n, d), class token first.
+    def forward(self, images: Tensor, patch_mask: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+        """images (b, 3, height, width) -> (b, 1 + n, d), class token first.
 
-        differs: the paper does not say how a patch is hidden; here a learned token takes its place after the patch
-        embedding and before the positions are added, so that the sequence keeps its length.
+        Args:    patch_mask (b, n)   True = masked: a learned token takes its place, and the sequence keeps its length
+                 kept (b, k)         for the siblings: only these patches enter the blocks -> (b, 1 + k, d)
+        differs: the paper does not say how a patch is masked; here after the patch embedding, before the positions.
         """
-        return self.run_blocks(self.embed(images, patch_mask))
-
-    def embed(self, images: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """The sequence that enters the blocks: class token and patches, with their positions."""
-        if tuple(images.shape[-2:]) != self.image_size:
+        if tuple(images.shape[1:]) != (3, *self.image_size) or not images.is_floating_point():
             raise ValueError(
-                f"pictures of {tuple(images.shape[-2:])} pixels where (height, width) is {self.image_size}"
+                f"images are {images.dtype} of shape {tuple(images.shape)}: expected floats in [-1, 1] of shape "
+                f"(b, 3, {self.image_size[0]}, {self.image_size[1]}), see to_tensor of data.py"
             )
         hidden = self.patch_embedding(patchify(images, self.patch_size))
         if patch_mask is not None:
             hidden = torch.where(patch_mask[..., None], self.mask_token.to(hidden.dtype), hidden)
-        return torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(images)), hidden], dim=1) + self.positions
-
-    def run_blocks(self, hidden: Tensor) -> Tensor:
-        """The blocks and the final norm, on a sequence (b, n, d) of any length."""
+        hidden = torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(images)), hidden], dim=1) + self.positions
+        if kept is not None:
+            hidden = at(hidden, F.pad(1 + kept, (1, 0)))  # 0 is the class token
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)
@@ -363,11 +388,24 @@ class Fused(NamedTuple):
     text: Tensor  # (b, l, d)
 
 
+class View(NamedTuple):
+    """An encoded image and text that are to be fused, and where the fused vectors are wanted."""
+
+    image: Tensor  # (b, 1 + n, d)
+    text: Tensor  # (b, l, d)
+    attention_mask: Tensor  # (b, l), True = real token
+    places: Tensor | None = None  # (b, m) places in the fused sequence, see FusionEncoder; None = everywhere
+
+
 class FusionEncoder(nn.Module):
     """The upper half of a BERT over [text; image]: one stream of self-attention.
 
     It must give a vector at every patch and at every token, because MRM recovers both; cross-attention from the text
     alone, as in ALBEF, has no vector at the patches. differs: the paper's own wiring is not known to us.
+
+    What comes out is one sequence: [CLS], the other tokens, the class token, the patches. Nobody else counts in it:
+    `at_patches`, `unpack` and `text_to_patches` do. To try another fusion, write a class with these methods, with its
+    blocks in `blocks` and the attention by which tokens look at patches in `text_attention`, and name it in Encoders.
     """
 
     def __init__(self, config: Config):
@@ -377,25 +415,44 @@ class FusionEncoder(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Fused:
         """image (b, 1 + n, d), text (b, l, d), attention_mask (b, l), True = real token -> Fused"""
-        hidden = self.last_block(*self.lower_blocks(image, text, attention_mask))
-        length = text.shape[1]
-        return Fused(pair=hidden[:, 0], image=hidden[:, length:], text=hidden[:, :length])
+        (fused,) = self.fuse_views(View(image, text, attention_mask))
+        return self.unpack(fused, text.shape[1])
 
-    def lower_blocks(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """All blocks but the last -> hidden (b, l + 1 + n, d), its attention mask (b, l + 1 + n)"""
-        hidden = torch.cat([text + self.types[0], image + self.types[1]], dim=1)
-        real = torch.cat([attention_mask, attention_mask.new_ones(image.shape[:2])], dim=1)
-        for block in self.blocks[:-1]:
-            hidden = block(hidden, real)
-        return hidden, real
+    def fuse_views(self, *views: View) -> list[Tensor]:
+        """Views of one shape, as one batch -> each (b, l + 1 + n, d), or (b, m, d) at its places.
 
-    def last_block(self, hidden: Tensor, real: Tensor, index: Tensor | None = None) -> Tensor:
-        """The last block on everything, or at the positions index (b, m) only -> (b, m, d)
-
-        Training asks for the hidden positions and [CLS] alone, which spares most of this block: a quarter of the
-        whole step in `nano`.
+        The last block computes the places alone, which spares most of it: a quarter of the whole step in `nano`.
         """
-        return self.blocks[-1](hidden, real, index)
+        text, image = torch.cat([view.text for view in views]), torch.cat([view.image for view in views])
+        attention_mask = torch.cat([view.attention_mask for view in views])
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(image.shape[:2])], dim=1)
+        hidden = torch.cat([text + self.types[0], image + self.types[1]], dim=1)
+        for block in self.blocks[:-1]:
+            hidden = block(hidden, attention_mask)
+        rows = zip(hidden.chunk(len(views)), attention_mask.chunk(len(views)), views, strict=True)
+        return [self.blocks[-1](part, part_mask, view.places) for part, part_mask, view in rows]
+
+    @staticmethod
+    def at_patches(patch_index: Tensor, length: int) -> Tensor:
+        """patch_index (b, m), numbers of patches -> (b, m), their places beside a text of so many tokens; -1 gives the
+        class token. A token's place is its own number, [CLS] is 0."""
+        return length + 1 + patch_index
+
+    @staticmethod
+    def unpack(fused: Tensor, length: int) -> Fused:
+        """fused (b, l + 1 + n, d), with a text of so many tokens -> Fused"""
+        return Fused(pair=fused[:, 0], image=fused[:, length:], text=fused[:, :length])
+
+    @property
+    def text_attention(self) -> list[Attention]:
+        """By block, the attention whose maps text_to_patches reads."""
+        return [block.attention for block in self.blocks]
+
+    @staticmethod
+    def text_to_patches(attention_map: Tensor, length: int) -> Tensor:
+        """A recorded map (b, h, queries, l + 1 + n) -> (b, h, tokens, n): what tokens look at among the patches. In the
+        last block only the places that were asked for have a row."""
+        return attention_map[:, :, :length, length + 1 :]
 
 
 class Encoders(nn.Module):
@@ -422,27 +479,27 @@ class Encoders(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ joint masking
 #
-# Noise becomes a mask by ranking: the positions with the least noise are hidden. The noise comes with the batch and
+# Noise becomes a mask by ranking: the positions with the least noise are masked. The noise comes with the batch and
 # belongs to the sample, so the same sample is masked alike however many workers or processes there are.
 
 
-def hide_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Choose the patches that I' hides: single patches, the same number in every row.
+def mask_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Choose the patches that I' masks: single patches, the same number in every row.
 
     Args:    patch_noise (b, n)   uniform noise
-             ratio                share of the patches to hide
-    Returns: patch_index (b, m)   the hidden patches
-             patch_mask  (b, n)   the same as a mask, True = hidden
-    differs: the paper does not say whether patches are hidden singly or in blocks.
+             ratio                share of the patches to mask
+    Returns: patch_index (b, m)   the masked patches, least noise first
+             patch_mask  (b, n)   the same as a mask, True = masked
+    differs: the paper does not say whether patches are masked singly or in blocks.
     """
     n = patch_noise.shape[1]
-    hidden = min(max(round(ratio * n), 1), n - 1)
-    patch_index = patch_noise.argsort(dim=1)[:, :hidden]
+    count = min(max(round(ratio * n), 1), n - 1)
+    patch_index = patch_noise.argsort(dim=1)[:, :count]
     patch_mask = torch.zeros_like(patch_noise, dtype=torch.bool).scatter(1, patch_index, True)
     return patch_index, patch_mask
 
 
-class HiddenWords(NamedTuple):
+class MaskedWords(NamedTuple):
     """The masked text T' and what to predict in it. The number m of slots is the same in every row: ceil(ratio * l)."""
 
     input_ids: Tensor  # (b, l)  T'
@@ -451,9 +508,9 @@ class HiddenWords(NamedTuple):
     valid: Tensor  # (b, m)  True = a real choice, False = an empty slot of a short row
 
 
-def hide_words(
+def mask_words(
     input_ids: Tensor, attention_mask: Tensor, token_noise: Tensor, replace_noise: Tensor, ratio: float, config: Config
-) -> HiddenWords:
+) -> MaskedWords:
     """Choose ceil(ratio * words) words of each row and replace them as BERT does.
 
     Of the chosen words 80 % become [MASK], 10 % a random word, 10 % stay. Special tokens and padding are never chosen
@@ -463,7 +520,7 @@ def hide_words(
     Args:    input_ids, attention_mask (b, l)   attention_mask: True = real token
              token_noise (b, l)                 uniform noise; the least noisy words are chosen
              replace_noise (b, l)               uniform noise; decides [MASK], random or stay, and which random word
-             ratio                              share of the words to hide
+             ratio                              share of the words to mask
     """
     index, valid = choose_words(input_ids, attention_mask, token_noise, ratio, config)
     return replace_words(input_ids, index, valid, replace_noise, config)
@@ -472,18 +529,18 @@ def hide_words(
 def choose_words(
     input_ids: Tensor, attention_mask: Tensor, token_noise: Tensor, ratio: float, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Where T' differs from T: index (b, m) and valid (b, m) of HiddenWords."""
+    """Where T' differs from T: index (b, m) and valid (b, m) of MaskedWords."""
     special = torch.tensor(config.special_ids, device=input_ids.device)
     ordinary = attention_mask & ~torch.isin(input_ids, special)
-    slots = math.ceil(ratio * input_ids.shape[1])
-    index = token_noise.masked_fill(~ordinary, 2.0).argsort(dim=1, stable=True)[:, :slots]
+    count = math.ceil(ratio * input_ids.shape[1])
+    index = token_noise.masked_fill(~ordinary, 2.0).argsort(dim=1, stable=True)[:, :count]
     chosen = (ratio * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # 0.15 * 100 is 15, not 15.000001
-    return index, torch.arange(slots, device=input_ids.device) < chosen
+    return index, torch.arange(count, device=input_ids.device) < chosen
 
 
 def replace_words(
     input_ids: Tensor, index: Tensor, valid: Tensor, replace_noise: Tensor, config: Config
-) -> HiddenWords:
+) -> MaskedWords:
     """What stands in T' at index (b, m) where valid (b, m), by replace_noise (b, l)."""
     # One number decides both: below 0.8 [MASK], in [0.8, 0.9) a word drawn by where in that stretch it lies.
     draw = replace_noise.gather(1, index)
@@ -494,13 +551,13 @@ def replace_words(
     labels = input_ids.gather(1, index)
     shown = torch.where(draw < 0.8, config.mask_id, torch.where(draw < 0.9, word, labels))
     masked_ids = input_ids.scatter(1, index, torch.where(valid, shown, labels))
-    return HiddenWords(masked_ids, index, labels, valid)
+    return MaskedWords(masked_ids, index, labels, valid)
 
 
 # -------------------------------------------------------------------------------------------------- several processes
 
 
-def world() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of processes: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -523,7 +580,7 @@ class AllGather(torch.autograd.Function):
 
 def gather(rows: Tensor) -> Tensor:
     """(b, ...) of this process -> (processes * b, ...) of all, with gradient to the process each row came from."""
-    return rows if world()[1] == 1 else AllGather.apply(rows)
+    return rows if rank_and_size()[1] == 1 else AllGather.apply(rows)
 
 
 def global_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -535,9 +592,9 @@ def global_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
     if valid is None:
         return values.mean()
     count = valid.sum().to(values.dtype)
-    if world()[1] > 1:
+    if rank_and_size()[1] > 1:
         dist.all_reduce(count)
-        count = count / world()[1]
+        count = count / rank_and_size()[1]
     return (values * valid).sum() / count.clamp(min=1e-6)
 
 
@@ -549,9 +606,7 @@ class VisionLanguageModel(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        if config.vocab_size <= max(config.special_ids):
-            raise ValueError(f"vocab_size is {config.vocab_size}: set it to the length of the tokenizer's vocabulary")
-        self.config = config
+        self.config, self.loss_weights = config, config.loss_weights
         self.student = Encoders(config)
         # ln of ITC's temperature. In logarithm, so that a step of the optimiser changes it by a share of itself.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07))) if config.w_itc > 0 else None
@@ -560,9 +615,12 @@ class VisionLanguageModel(nn.Module):
         if self.itm_head is not None:
             nn.init.normal_(self.itm_head.weight, std=0.02)  # undecided at first
         self.teacher: nn.Module | None = None  # an objective with a teacher makes one, see teacher_of
+        self.watch: dict[str, Tensor] = {}  # scalars of the last step that are no losses and that a log should show
+        self.token: Tensor | None = None  # the class token when `total` saw it last: has the optimiser stepped since?
 
     def make_mlm_head(self) -> None:
-        """The head of MLM, as BERT's; every objective makes it, after its own heads."""
+        """The head of MLM, as BERT's. An objective makes it after its own heads, because fresh weights are drawn in the
+        order in which they are made, and the figures under results/ are of this one."""
         d = self.config.width
         if self.config.w_mlm > 0:
             self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-6)).apply(init_weights)
@@ -581,22 +639,20 @@ class VisionLanguageModel(nn.Module):
         return self.log_temperature.exp()
 
     def encode_image(self, images: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """images (b, 3, height, width), patch_mask (b, n), True = hidden -> (b, 1 + n, d)"""
+        """images (b, 3, height, width), patch_mask (b, n), True = masked -> (b, 1 + n, d)"""
         return self.student.image(images, patch_mask)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (b, l), attention_mask (b, l), True = real token -> (b, l, d)"""
         return self.student.text(input_ids, attention_mask)
 
-    def encode_texts(self, texts: dict[str, Tensor], attention_mask: Tensor) -> dict[str, Tensor]:
-        """Views of the same texts, each input_ids (b, l), in one call -> by name (b, l, d)"""
-        masks = torch.cat([attention_mask] * len(texts))
-        views = self.encode_text(torch.cat(list(texts.values())), masks).chunk(len(texts))
-        return dict(zip(texts, views, strict=True))
-
     def fuse(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Fused:
         """image (b, 1 + n, d), text (b, l, d), attention_mask (b, l), True = real token -> Fused"""
         return self.student.fusion(image, text, attention_mask)
+
+    def fuse_views(self, views: dict[str, View]) -> dict[str, Tensor]:
+        """Views of one shape, in one call -> by name (b, m, d), the fused vectors at the view's places"""
+        return dict(zip(views, self.student.fusion.fuse_views(*views.values()), strict=True)) if views else {}
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Encoded image (b, 1 + n, d) -> unit vector (b, e)"""
@@ -608,8 +664,8 @@ class VisionLanguageModel(nn.Module):
 
     def pair(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded image (b, 1 + n, d) and text (b, l, d) -> (b, d): the fused [CLS] alone"""
-        hidden, real = self.student.fusion.lower_blocks(image, text, attention_mask)
-        return self.student.fusion.last_block(hidden, real, torch.zeros_like(real[:, :1], dtype=torch.long))[:, 0]
+        cls = torch.zeros_like(attention_mask[:, :1], dtype=torch.long)
+        return self.fuse_views({"pair": View(image, text, attention_mask, cls)})["pair"][:, 0]
 
     def match(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded image (b, 1 + n, d) and text (b, l, d) -> (b,): log-odds that the two belong together"""
@@ -627,47 +683,48 @@ class VisionLanguageModel(nn.Module):
             scores["itm"] = self.match(image, text, attention_mask).sigmoid()
         return scores
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weight of each loss that forward gives in the total."""
-        return self.config.weights
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses that forward gives: what training minimises."""
+        if self.training:
+            token = self.student.image.class_token.detach().clone()
+            if self.token is not None and not torch.equal(self.token, token):
+                warnings.warn("the optimiser has stepped without model.after_step() after it", stacklevel=2)
+            self.token = token
+        return sum(self.loss_weights[name] * loss for name, loss in losses.items())
+
+    @torch.no_grad()
+    def after_step(self, progress: float = 0.0) -> None:
+        """Once after each step of the optimiser: keep the temperature in ALBEF's bounds.
+
+        Args:    progress   share of the run that is done, from 0 to 1, for an objective with a schedule
+        """
+        self.token = None
+        if self.log_temperature is not None:
+            self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
 
     def chance(self, candidates: int) -> dict[str, float]:
         """What each loss comes to for a model that knows nothing, for reading a log."""
         levels = {"itc": math.log(candidates), "itm": math.log(3) - 2 / 3 * math.log(2)}
         levels["mlm"] = math.log(self.config.vocab_size)
-        return {name: level for name, level in levels.items() if self.weights.get(name, 0) > 0}
+        return {name: level for name, level in levels.items() if self.loss_weights.get(name, 0) > 0}
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Once per optimiser step: keep the temperature in ALBEF's bounds."""
-        if self.log_temperature is not None:
-            self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
-
-    def whole_pairs(
-        self, image: Tensor, text: Tensor, batch: dict[str, Tensor], keys: tuple | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, tuple], Tensor | None]:
-        """What ITC and ITM, as far as they have a weight, do with encoded images (b, 1 + n, d) and texts (b, l, d).
-
-        Returns: the losses so far, by name; the views that ITM wants fused; and valid, see matching_views
-        Raises:  ValueError for a batch of one, which has no negatives
-        """
-        if self.config.sees_whole and len(image) < 2:
-            raise ValueError(
-                "the batch holds one pair, and contrast and matching need others: use a batch of 2 or more"
-            )
-        losses, views, similarity, valid = {}, {}, None, None
-        if self.config.w_itc > 0:
-            losses["itc"], similarity = self.contrast(image, text, batch, keys)
-        if self.config.w_itm > 0:
-            views, valid = self.matching_views(image, text, batch, similarity)
-        return losses, views, valid
+    def check_batch(self, batch: dict[str, Tensor]) -> None:
+        """Raise ValueError for a batch that lacks something, or is too small to hold negatives."""
+        names = (
+            "images input_ids attention_mask image_id caption_id patch_noise token_noise replace_noise negative_noise"
+        )
+        missing = ", ".join(name for name in names.split() if name not in batch)
+        require(not missing, f"the batch lacks {missing}: make it with make_batch of data.py")
+        dtype, count = batch["attention_mask"].dtype, len(batch["images"])
+        require(dtype == torch.bool, f"attention_mask is {dtype}: give bool, True = real token (mask.bool())")
+        enough = count > 1 or not self.config.sees_whole
+        require(enough, "the batch holds one pair, and contrast and matching need others: use 2 or more")
 
     def contrast(self, image: Tensor, text: Tensor, batch: dict[str, Tensor], keys: tuple | None = None) -> tuple:
         """ITC of encoded images (b, 1 + n, d) and texts (b, l, d), each against the batch of all processes.
 
         Args:    keys   other candidates in the batch's place: same, image_keys, text_keys, see loss_itc
-        Returns: the loss, and the cosines (b, b) of this process's pairs, without gradient, for draw_negatives
+        Returns: the loss, and the cosines (b, b) of this process's pairs, without gradient, for matching_views
         """
         image_embed, text_embed = self.embed_image(image), self.embed_text(text)
         keys = keys or (same_pairs(batch, True), gather(image_embed), gather(text_embed))
@@ -684,13 +741,33 @@ class VisionLanguageModel(nn.Module):
                  image_keys, text_keys (candidates, e)   this batch over all processes, then the queue if there is one
         Returns: scalar, mean over rows and the two directions; chance is ln(candidates)
         """
-        rank, _ = world()
+        rank, _ = rank_and_size()
         partner = torch.arange(len(image), device=image.device) + rank * len(image)
         # fp32: cosines that differ by 0.01 are 0.15 apart after division by the temperature; bf16 cannot tell them.
         with torch.autocast(image.device.type, enabled=False):
             image_to_text = (image @ text_keys.T / self.temperature).masked_fill(same, float("-inf"))
             text_to_image = (text @ image_keys.T / self.temperature).masked_fill(same, float("-inf"))
             return (F.cross_entropy(image_to_text, partner) + F.cross_entropy(text_to_image, partner)) / 2
+
+    def matching_views(self, pair: View, similarity: Tensor | None, same: Tensor, noise: Tensor) -> tuple:
+        """What ITM looks at: each pair, its image beside a hard negative text, its text beside a hard negative image.
+
+        Args:    similarity (b, b)   ITC cosines of images and texts; None without ITC: all are alike
+                 same (b, b)         of image and text, True = the text is right for the image: no negative
+                 noise (2, b, b)     uniform, for the draws
+        Returns: the three views by name, each wanted at [CLS], and valid (2b,), False = no negative could be drawn
+        """
+        image, text, attention_mask, _ = pair
+        similarity = torch.zeros_like(same, dtype=torch.float32) if similarity is None else similarity
+        texts, valid_text = self.draw_negatives(similarity, same, noise[0])
+        images, valid_image = self.draw_negatives(similarity.T, same.T, noise[1])
+        cls = torch.zeros_like(attention_mask[:, :1], dtype=torch.long)
+        views = {
+            "pair": View(image, text, attention_mask, cls),
+            "wrong text": View(image, text[texts], attention_mask[texts], cls),
+            "wrong image": View(image[images], text, attention_mask, cls),
+        }
+        return views, torch.cat([valid_text, valid_image])
 
     @torch.no_grad()
     def draw_negatives(self, similarity: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -707,49 +784,11 @@ class VisionLanguageModel(nn.Module):
         logits = similarity / self.temperature if self.config.w_itc > 0 else similarity
         return (logits + gumbel).masked_fill(same, float("-inf")).argmax(dim=1), ~same.all(dim=1)
 
-    def matching_views(
-        self, image: Tensor, text: Tensor, batch: dict[str, Tensor], similarity: Tensor | None
-    ) -> tuple[dict[str, tuple], Tensor]:
-        """The views of ITM for fuse_views: each pair, its text beside a hard negative image, and the reverse.
-
-        Args:    image (b, 1 + n, d), text (b, l, d)   encoded
-                 similarity (b, b)                     of images and texts; None without ITC: all negatives are alike
-        Returns: the views IT, IT- and I-T, each at its [CLS], and valid (2b,), False = no negative could be drawn
-        """
-        real, noise, same = batch["attention_mask"], batch["negative_noise"], same_pairs(batch)
-        similarity = torch.zeros_like(same, dtype=torch.float32) if similarity is None else similarity
-        captions, valid_text = self.draw_negatives(similarity, same, noise[0])
-        others, valid_image = self.draw_negatives(similarity.T, same, noise[1])
-        pair = torch.zeros_like(batch["input_ids"][:, :1])  # [CLS]
-        views = {
-            "IT": (image, text, real, pair),
-            "IT-": (image, text[captions], real[captions], pair),
-            "I-T": (image[others], text, real, pair),
-        }
-        return views, torch.cat([valid_text, valid_image])
-
-    def fuse_views(self, views: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Fuse views (image, text, attention_mask, index (b, m)) in one call -> by name (b, m, d) at the index.
-
-        The index counts in the fused sequence: [CLS] and the other tokens, then the class token and the patches.
-        """
-        if not views:
-            return {}
-        image, text, real, index = zip(*views.values(), strict=True)
-        hidden = self.student.fusion.lower_blocks(torch.cat(image), torch.cat(text), torch.cat(real))
-        rows = zip(*(part.chunk(len(views)) for part in hidden), index, strict=True)
-        return {name: self.student.fusion.last_block(*row) for name, row in zip(views, rows, strict=True)}
-
-    def matching(self, fused: dict[str, Tensor], valid: Tensor) -> Tensor:
-        """ITM of the fused views of matching_views, which stand first in each: a scalar."""
-        negative = torch.cat([fused["IT-"][:, 0], fused["I-T"][:, 0]])
-        return self.loss_itm(fused["IT"][:, 0], negative, valid)
-
     def loss_itm(self, positive: Tensor, negative: Tensor, valid: Tensor) -> Tensor:
         """Image-text matching: does the text belong to the image?  (as ALBEF)
 
-        Args:    positive (b, d)    pair vectors of (I, T)
-                 negative (2b, d)   pair vectors of (I, T-) and (I-, T)
+        Args:    positive (b, d)    pair vectors of the pairs
+                 negative (2b, d)   of the images beside wrong texts, then of the texts beside wrong images
                  valid (2b,)        False = no negative could be drawn
         Returns: scalar, two-way cross-entropy over the 3b pairs; chance is 0.64, the entropy of 1 : 2
         """
@@ -759,9 +798,9 @@ class VisionLanguageModel(nn.Module):
         return global_mean(F.cross_entropy(logits, labels, reduction="none"), counted)
 
     def loss_mlm(self, at_words: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-        """Masked language modelling: the hidden words themselves.
+        """Masked language modelling: the masked words themselves.
 
-        Args:    at_words (b, m, d)   student's fused vectors at the chosen words
+        Args:    at_words (b, m, d)   student's fused vectors at the masked words
                  labels (b, m)        the words that stood there
                  valid (b, m)         True = a word was chosen for the slot
         Returns: scalar, cross-entropy over the vocabulary; chance is ln(v)
@@ -770,6 +809,14 @@ class VisionLanguageModel(nn.Module):
         logits = F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
         loss = F.cross_entropy(rearrange(logits, "b m v -> (b m) v"), labels.flatten(), reduction="none")
         return global_mean(loss, valid.flatten())
+
+
+def encode_views(encode: Callable, views: dict[str, tuple]) -> dict[str, Tensor]:
+    """Encode views of one shape, each a tuple of arguments, in one call -> by name"""
+    if not views:
+        return {}
+    together = [None if part[0] is None else torch.cat(part) for part in zip(*views.values(), strict=True)]
+    return dict(zip(views, encode(*together).chunk(len(views)), strict=True))
 
 
 def same_pairs(batch: dict[str, Tensor], all_processes: bool = False) -> Tensor:
@@ -781,7 +828,7 @@ def same_pairs(batch: dict[str, Tensor], all_processes: bool = False) -> Tensor:
     if not all_processes:
         return (image_id[:, None] == image_id) | (caption_id[:, None] == caption_id)
     same = (image_id[:, None] == gather(image_id)) | (caption_id[:, None] == gather(caption_id))
-    rank, _ = world()
+    rank, _ = rank_and_size()
     own = torch.arange(len(image_id), device=image_id.device)
     same[own, own + rank * len(image_id)] = False
     return same
@@ -814,7 +861,7 @@ class MAMO(VisionLanguageModel):
             self.mim_head = predictor(d, d if config.mim_target == "features" else 3 * config.patch_size**2)
         self.make_mlm_head()
         if config.needs_teacher:
-            self.teacher = teacher_of(self.student, config.ema)
+            self.teacher = teacher_of(self.student)
         self.queue = Queue(config.queue_size, config.embed_dim) if config.queue_size > 0 else None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -822,93 +869,99 @@ class MAMO(VisionLanguageModel):
 
         Args:    batch   images (b, 3, height, width); input_ids, attention_mask (b, l); image_id, caption_id (b,);
                          patch_noise (b, n); token_noise, replace_noise (b, l); negative_noise (2, b, b)
-        Returns: the unweighted scalar losses by name, and "target_cosine", a watch on the teacher (see spread)
+        Returns: the losses by name, unweighted scalars; `total` weights and adds them
+        Raises:  ValueError for a batch that lacks something, or holds one pair
         """
-        config = self.config
-        input_ids, real = batch["input_ids"], batch["attention_mask"]
+        self.check_batch(batch)
+        config, input_ids, attention_mask = self.config, batch["input_ids"], batch["attention_mask"]
+        losses, views, places, patch_mask, words = {}, {}, {}, None, None
 
-        # 1. Joint masking, and the student's unimodal encoders.
-        image, image_masked, patch_index = self.encode_image_views(batch)
-        text, text_masked, words = self.encode_text_views(batch)
+        # 1. Joint masking: I' lacks 75 % of the patches, T' lacks 25 % of the words.
+        if config.masks_patches:
+            patch_index, patch_mask = mask_patches(batch["patch_noise"], config.mask_image)
+            places["patches"] = self.student.fusion.at_patches(patch_index, input_ids.shape[1])
+        if config.masks_words:
+            noise = batch["token_noise"], batch["replace_noise"]
+            words = mask_words(input_ids, attention_mask, *noise, config.mask_text, config)
+            places["words"] = words.index
 
-        # 2. What to recover: positions in the fused sequence [text; class token, patches].
-        if config.hides_patches:
-            patches = input_ids.shape[1] + 1 + patch_index
+        # 2. The student's unimodal encoders: I and I' in one call, T and T' in another.
+        image, text = self.encode_whole_and_masked(batch, patch_mask, words)
 
-        # 3. The teacher sees the whole pair. One pass gives the targets of MRM (both modalities) and of MIM.
-        teacher = self.teach(batch)
-        if config.w_mrm > 0:
-            targets = self.teacher.fusion.last_block(*teacher["fused"], torch.cat([patches, words.index], dim=1))
+        # 3. The teacher sees the whole pair: the targets of MRM, at all masked places, and of MIM.
+        teacher = self.teach(batch, places)
 
-        # 4. Whole pairs: contrast, and the views for matching.
-        queued = None if self.queue is None else self.queued(batch, teacher)
-        losses, matching, valid = self.whole_pairs(image, text, batch, queued)
+        # 4. Contrast of whole images and whole texts.
+        similarity = None
+        if config.w_itc > 0:
+            keys = None if self.queue is None else self.queued(batch, teacher)
+            losses["itc"], similarity = self.contrast(image["whole"], text["whole"], batch, keys)
 
-        # 5. The student's fusion, up to five views of the pair in one call.
-        views = {}
+        # 5. The student's fusion, up to five views of the pair in one call: one modality masked and the other whole,
+        #    and for matching the pair itself and its hard negatives.
         if config.mask_both:
-            views["I'T'"] = image_masked, text_masked, real, torch.cat([patches, words.index], dim=1)
+            views["both"] = View(image["masked"], text["masked"], attention_mask, torch.cat([*places.values()], dim=1))
         else:
-            if config.hides_patches:
-                views["I'T"] = image_masked, text, real, patches
-            if config.hides_words:
-                views["IT'"] = image, text_masked, real, words.index
-        fused = self.fuse_views(views | matching)
-        if config.mask_both:
-            fused["I'T"], fused["IT'"] = fused["I'T'"].split([patches.shape[1], words.index.shape[1]], dim=1)
-
-        # 6. Matching, and the recovery of what was hidden.
+            if config.masks_patches:
+                views["patches"] = View(image["masked"], text["whole"], attention_mask, places["patches"])
+            if config.masks_words:
+                views["words"] = View(image["whole"], text["masked"], attention_mask, places["words"])
         if config.w_itm > 0:
-            losses["itm"] = self.matching(fused, valid)
+            pair = View(image["whole"], text["whole"], attention_mask)
+            pairs, valid = self.matching_views(pair, similarity, same_pairs(batch), batch["negative_noise"])
+            views |= pairs
+        fused = self.fuse_views(views)
+        if config.mask_both:
+            fused |= parts(fused["both"], places)
+
+        # 6. Matching, and the recovery of what was masked: implicitly by MRM, explicitly by MIM and MLM.
+        if config.w_itm > 0:
+            negative = torch.cat([fused["wrong text"][:, 0], fused["wrong image"][:, 0]])
+            losses["itm"] = self.loss_itm(fused["pair"][:, 0], negative, valid)
         if config.w_mrm > 0:
-            patch_target, word_target = normalised(targets).split([patch_index.shape[1], words.index.shape[1]], dim=1)
-            losses["mrm"] = self.loss_mrm(fused["I'T"], patch_target, fused["IT'"], word_target, words.valid)
-            losses["target_cosine"] = spread(patch_target)
+            target = parts(normalised(teacher["fused"]), places)
+            losses["mrm"] = self.loss_mrm(
+                fused["patches"], target["patches"], fused["words"], target["words"], words.valid
+            )
+            self.watch = {"target_cosine": mean_cosine(target["patches"])}
         if config.w_mim > 0:
             if config.mim_target == "features":
                 target = normalised(at(teacher["image"], 1 + patch_index))
             else:
                 target = at(patchify(batch["images"], config.patch_size), patch_index)
-            losses["mim"] = self.loss_mim(fused["I'T"], target)
+            losses["mim"] = self.loss_mim(fused["patches"], target)
         if config.w_mlm > 0:
-            losses["mlm"] = self.loss_mlm(fused["IT'"], words.labels, words.valid)
+            losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
 
-    def encode_image_views(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """I and I' (b, 1 + n, d) in one call, and the hidden patches (b, m); only what a loss asks for."""
-        config, noise = self.config, batch["patch_noise"]
-        masks, patch_index = [], None
-        if config.sees_whole or (config.hides_words and not config.mask_both):
-            masks.append(torch.zeros_like(noise, dtype=torch.bool))
-        if config.hides_patches:
-            patch_index, patch_mask = hide_patches(noise, config.mask_image)
-            masks.append(patch_mask)
-        images = torch.cat([batch["images"]] * len(masks))
-        views = self.encode_image(images, torch.cat(masks) if config.hides_patches else None).chunk(len(masks))
-        return views[0], views[-1], patch_index
-
-    def encode_text_views(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None, HiddenWords | None]:
-        """T and T' (b, l, d) in one call, and the hidden words; only what a loss asks for."""
-        config, input_ids, real = self.config, batch["input_ids"], batch["attention_mask"]
-        texts, words = {}, None
-        if config.sees_whole or (config.hides_patches and not config.mask_both):
-            texts["T"] = input_ids
-        if config.hides_words:
-            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
-            texts["T'"] = words.input_ids
-        views = self.encode_texts(texts, real)
-        return views.get("T"), views.get("T'"), words
+    def encode_whole_and_masked(
+        self, batch: dict[str, Tensor], patch_mask: Tensor | None, words: MaskedWords | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """I and I' (b, 1 + n, d), T and T' (b, l, d), as "whole" and "masked", as far as a loss asks for them."""
+        config, images, attention_mask = self.config, batch["images"], batch["attention_mask"]
+        image_views, text_views = {}, {}
+        if config.sees_image:
+            image_views["whole"] = images, None if patch_mask is None else torch.zeros_like(patch_mask)
+        if config.masks_patches:
+            image_views["masked"] = images, patch_mask
+        if config.sees_text:
+            text_views["whole"] = batch["input_ids"], attention_mask
+        if config.masks_words:
+            text_views["masked"] = words.input_ids, attention_mask
+        return encode_views(self.encode_image, image_views), encode_views(self.encode_text, text_views)
 
     @torch.no_grad()
-    def teach(self, batch: dict[str, Tensor]) -> dict:
-        """The teacher's view of the pair: "image" (b, 1 + n, d), "text" (b, l, d), "fused" before the last block."""
-        seen = {}
+    def teach(self, batch: dict[str, Tensor], places: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The teacher's view of the whole pair, as far as a loss asks for it: "image" (b, 1 + n, d), "text" (b, l, d),
+        "fused" (b, m, d) at the places (b, m) of the fused sequence, one part behind the other."""
+        seen, config = {}, self.config
         if self.teacher is not None:
             seen["image"] = self.teacher.image(batch["images"])
-        if self.config.w_mrm > 0 or self.queue is not None:
+        if config.w_mrm > 0 or self.queue is not None:
             seen["text"] = self.teacher.text(batch["input_ids"], batch["attention_mask"])
-        if self.config.w_mrm > 0:
-            seen["fused"] = self.teacher.fusion.lower_blocks(seen["image"], seen["text"], batch["attention_mask"])
+        if config.w_mrm > 0:
+            view = View(seen["image"], seen["text"], batch["attention_mask"], torch.cat([*places.values()], dim=1))
+            (seen["fused"],) = self.teacher.fusion.fuse_views(view)
         return seen
 
     def queued(self, batch: dict[str, Tensor], teacher: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -929,11 +982,11 @@ class MAMO(VisionLanguageModel):
     def loss_mrm(
         self, at_patches: Tensor, patch_target: Tensor, at_words: Tensor, word_target: Tensor, valid: Tensor
     ) -> Tensor:
-        """Masked representation modelling: the teacher's fused vectors, at hidden patches and hidden words.
+        """Masked representation modelling: the teacher's fused vectors, at masked patches and masked words.
 
         L = mean over M_I of |g(f(I', T)) - sg f_teacher(I, T)|^2 + the same over M_T with f(I, T')
 
-        Args:    at_patches (b, m, d), at_words (b, m', d)        student's fused vectors at the hidden positions
+        Args:    at_patches (b, m, d), at_words (b, m', d)        student's fused vectors at the masked positions
                  patch_target (b, m, d), word_target (b, m', d)   teacher's, layer-normalised, no gradient
                  valid (b, m')                                    True = a word was chosen for the slot
         Returns: scalar, each half a mean over positions and features; about 2 if the student knows nothing
@@ -944,11 +997,11 @@ class MAMO(VisionLanguageModel):
         return global_mean(patches) + global_mean(words, valid)
 
     def loss_mim(self, at_patches: Tensor, target: Tensor) -> Tensor:
-        """Masked image modelling: the teacher's visual features of the hidden patches, in L1.
+        """Masked image modelling: the teacher's visual features of the masked patches, in L1.
 
         L = mean over M_I of |h(f(I', T)) - sg v_teacher(I)|
 
-        Args:    at_patches (b, m, d)   student's fused vectors at the hidden patches
+        Args:    at_patches (b, m, d)   student's fused vectors at the masked patches
                  target (b, m, d)       teacher's image encoder there, layer-normalised, no gradient; or raw pixels,
                                         which are a weaker target: Table 9
         Returns: scalar, mean over positions and features; about 0.8 if the student knows nothing of the features
@@ -956,9 +1009,9 @@ class MAMO(VisionLanguageModel):
         return global_mean((self.mim_head(at_patches).float() - target).abs())
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Once per optimiser step: as above, then move the teacher towards the student."""
-        super().after_step()
+    def after_step(self, progress: float = 0.0) -> None:
+        """As above, then move the teacher towards the student."""
+        super().after_step(progress)
         if self.teacher is not None:
             move_teacher(self.teacher, self.student, self.config.ema)
 
@@ -972,10 +1025,8 @@ class MAMO(VisionLanguageModel):
         return levels
 
 
-def teacher_of(student: nn.Module, ema: float) -> nn.Module:
+def teacher_of(student: nn.Module) -> nn.Module:
     """A copy of the student, or of a part of it, that takes no gradient and is in evaluation mode."""
-    if not 0 <= ema <= 1:
-        raise ValueError(f"ema is {ema}: give the teacher a momentum in [0, 1], such as ema_for(steps)")
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
@@ -1000,7 +1051,12 @@ def normalised(target: Tensor) -> Tensor:
     return F.layer_norm(target.float(), target.shape[-1:])
 
 
-def spread(target: Tensor) -> Tensor:
+def parts(vectors: Tensor, places: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors (b, m + m', d) at places that stand one behind the other -> by the name of the places"""
+    return dict(zip(places, vectors.split([index.shape[1] for index in places.values()], dim=1), strict=True))
+
+
+def mean_cosine(target: Tensor) -> Tensor:
     """Mean cosine of targets (b, m, d), pair by pair: near 1 a teacher is fresh, or, if it climbs back, collapsed."""
     unit = F.normalize(rearrange(target, "b m d -> (b m) d"), dim=-1)
     count = len(unit)

@@ -7,19 +7,20 @@ program wrote, or that was mended by hand, is scored by the same code.
     grounding                    {"row": 0, "point": [x, y], "proposal": [x, y, w, h], "box": [...], "grid": [4, 4]}
     retrieval                    {"way": "contrast", "direction": "image_to_text", "query": ..., "found": [ten best]}
 
-Every figure comes with n, with chance, and with a 95 % interval: the middle 95 % of 1,000 resamples, in which what
+Every estimate comes with n, with chance, and with a 95 % interval: the middle 95 % of 1,000 resamples, in which what
 belongs together (a group, or else a picture) is drawn together.
 """
 
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 import runtime
-from data import ENTAILMENT_LABELS, captions_of, parse_object, pictures_of, size_of
+from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, size_of
 
 RESAMPLES = 1000
 # Labels that a task always has, in the order of its classes; another task with labels takes those of its training rows.
@@ -50,21 +51,21 @@ def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
     Raises:  ValueError for a line that is none, for rows missing or predicted twice, and where a text is another
     """
     found: dict[int, dict] = {}
-    for number, prediction in read_lines(path):
+    for place, prediction in read_lines(path):
         row = prediction.get("row")
         if type(row) is not int or not 0 <= row < len(rows):
-            raise ValueError(f"{path}:{number}: row is {row!r}: expected a number from 0 to {len(rows) - 1}")
+            raise ValueError(f"{place}: row is {row!r}: expected a number from 0 to {len(rows) - 1}")
         if row in found:
-            raise ValueError(f"{path}:{number}: row {row} is predicted twice: keep one line for each row")
+            raise ValueError(f"{place}: row {row} is predicted twice: keep one line for each row")
         if prediction.get("text", text_of(rows[row])) != text_of(rows[row]):
             raise ValueError(
-                f"{path}:{number}: row {row} is {prediction['text']!r} there and {text_of(rows[row])!r} in the data: "
+                f"{place}: row {row} is {prediction['text']!r} there and {text_of(rows[row])!r} in the data: "
                 "the predictions belong to other data"
             )
         try:
             check_prediction(rows[row], prediction)
         except ValueError as fault:
-            raise ValueError(f"{path}:{number}: {fault}") from fault
+            raise ValueError(f"{place}: {fault}") from fault
         found[row] = prediction
     missing = [row for row in range(len(rows)) if row not in found]
     if missing:
@@ -88,24 +89,17 @@ def check_prediction(row: dict, prediction: dict) -> None:
             raise ValueError(f"{name} is {value!r}: expected {length} numbers")
 
 
-def read_lines(path: Path) -> list[tuple[int, dict]]:
-    """Line numbers and objects of a JSONL file."""
+def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", object) of a file of predictions."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: write it with --checkpoint first, or give another --predictions")
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            try:
-                lines.append((number, parse_object(line)))
-            except ValueError as fault:
-                raise ValueError(f"{path}:{number}: {fault}") from fault
-    return lines
+    return json_lines(path)
 
 
-# ------------------------------------------------------------------------------------------------- figure and interval
+# ------------------------------------------------------------------------------------------------ estimate and interval
 
 
-def figure(values, clusters: list, chance: float) -> dict:
+def estimate(values, clusters: list, chance: float) -> dict:
     """Mean of values in [0, 1] as percent -> {"n", "value", "low", "high", "chance"}
 
     low and high: the middle 95 % of means over resampled clusters.
@@ -156,11 +150,11 @@ def constant(task: str, rows: list[dict]) -> float:
 
 
 def judge_answers(task: str, rows: list[dict], answers: list[str]) -> dict:
-    """The figures of vqa, reasoning or entailment.
+    """The estimates of vqa, reasoning or entailment.
 
-    Returns: {"accuracy": figure, "types": {type: figure}}; chance of a type is its best constant answer, and chance
-             over all is that of one who knows the types. Reasoning with groups: {"consistency": figure}, all rows of a
-             group right; chance is a coin for each row. Entailment: {"confusion": {label: {answer: rows}}}
+    Returns: {"accuracy": estimate, "types": {type: the same}}; chance of a type is its best constant answer, and chance
+             over all is that of one who knows the types. Reasoning with groups: {"consistency": estimate}, all rows of
+             a group right; chance is a coin for each row. Entailment: {"confusion": {label: {answer: rows}}}
     Raises:  ValueError for an answer that is no label
     """
     if labels := LABELS.get(task):
@@ -174,16 +168,16 @@ def judge_answers(task: str, rows: list[dict], answers: list[str]) -> dict:
     parts = {}
     for name, numbers in sorted(of_type.items()):
         those = [rows[number] for number in numbers]
-        parts[name] = figure([scores[n] for n in numbers], list(map(cluster_of, those)), constant(task, those))
+        parts[name] = estimate([scores[n] for n in numbers], list(map(cluster_of, those)), constant(task, those))
     chance = sum(part["chance"] * part["n"] for part in parts.values()) / len(rows) / 100
-    result = {"accuracy": figure(scores, list(map(cluster_of, rows)), chance)}
+    result = {"accuracy": estimate(scores, list(map(cluster_of, rows)), chance)}
     result["types"] = parts if len(parts) > 1 else {}
     if task == "reasoning" and any("group" in row for row in rows):
         groups: dict[str, list[float]] = {}
         for row, score in zip(rows, scores, strict=True):
             groups.setdefault(cluster_of(row), []).append(score)
         coin = sum(0.5 ** len(group) for group in groups.values()) / len(groups)
-        result["consistency"] = figure([min(group) for group in groups.values()], list(groups), coin)
+        result["consistency"] = estimate([min(group) for group in groups.values()], list(groups), coin)
     if task == "entailment":
         pairs = Counter(zip(map(right_label, rows), answers, strict=True))
         result["confusion"] = {a: {b: pairs[a, b] for b in ENTAILMENT_LABELS} for a in ENTAILMENT_LABELS}
@@ -223,9 +217,9 @@ def inside(centres: list[tuple[float, float]], boxes: list[list[float]]) -> list
 
 
 def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
-    """The figures of grounding, none of which counts a row without a prediction as anything but wrong.
+    """The estimates of grounding, none of which counts a row without a prediction as anything but wrong.
 
-    Returns: {"pointing": figure, "ceiling", "box": figure} and where rows have proposals {"proposals": figure}
+    Returns: {"pointing": estimate, "ceiling", "box": estimate} and where rows have proposals {"proposals": estimate}
              pointing    the point lies in a right box; chance: a patch at random; ceiling: the best patch
              proposals   the chosen proposal fits a right box (IoU >= 0.5); chance: a proposal at random
              box         the box fits a right one; chance: the same box anywhere in the picture
@@ -246,15 +240,15 @@ def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
         else:
             anywhere.append(0.0)
     result = {
-        "pointing": figure(points, clusters, float(np.mean([np.mean(one) for one in patches]))),
+        "pointing": estimate(points, clusters, float(np.mean([np.mean(one) for one in patches]))),
         "ceiling": 100 * float(np.mean([any(one) for one in patches])),
-        "box": figure(boxes, clusters, float(np.mean(anywhere))),
+        "box": estimate(boxes, clusters, float(np.mean(anywhere))),
     }
     if all("proposals" in row for row in rows):
         chosen = [p.get("proposal") for p in predictions]
         hits = [fits(box, row["boxes"]) for box, row in zip(chosen, rows, strict=True)]
         lucky = [np.mean([fits(box, row["boxes"]) for box in row["proposals"]]) for row in rows]
-        result["proposals"] = figure(hits, clusters, float(np.mean(lucky)))
+        result["proposals"] = estimate(hits, clusters, float(np.mean(lucky)))
     return result
 
 
@@ -291,7 +285,7 @@ def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
 
 def recall_intervals(rank: np.ndarray) -> dict[str, list[float]]:
     """Places of the first right answers (queries,) -> 95 % intervals of R@1, R@5 and R@10 in percent."""
-    found = {k: figure(rank < k, range(len(rank)), 0.0) for k in (1, 5, 10)}
+    found = {k: estimate(rank < k, range(len(rank)), 0.0) for k in (1, 5, 10)}
     return {f"R@{k}": [one["low"], one["high"]] for k, one in found.items()}
 
 
@@ -302,7 +296,7 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
     """
     right = right_answers(rows)
     place = {(way, side): {} for way in ("contrast", "matching") for side in SIDES}
-    for number, one in read_lines(path):
+    for where, one in read_lines(path):
         key, query = (one.get("way"), one.get("direction")), one.get("query")
         if (
             key not in place
@@ -311,11 +305,11 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
             or not isinstance(one.get("found"), list)
         ):
             raise ValueError(
-                f"{path}:{number}: {key[0]!r}, {key[1]!r}, {query!r}: expected contrast or matching, a direction, a "
+                f"{where}: {key[0]!r}, {key[1]!r}, {query!r}: expected contrast or matching, a direction, a "
                 "query of the data and a list of what was found"
             )
         if query in place[key]:
-            raise ValueError(f"{path}:{number}: the query {query!r} is ranked twice: keep one line for each query")
+            raise ValueError(f"{where}: the query {query!r} is ranked twice: keep one line for each query")
         hits = [at for at, name in enumerate(one["found"]) if name in right[key[1]][query]]
         place[key][query] = hits[0] if hits else 10  # beyond the ten best
     result = {"images": len(right[SIDES[0]]), "texts": len(right[SIDES[1]]), "k": "as predicted"}

@@ -21,9 +21,11 @@ import typing
 import warnings
 from pathlib import Path
 
+import einops
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -77,6 +79,7 @@ def shown(default) -> str:
     return " ".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
 
 
+@functools.cache
 def field_comments(config_class: type) -> dict[str, str]:
     """The comment behind each field of a dataclass: it is written once, beside the field, and is the help text too."""
     comments = {}
@@ -86,6 +89,42 @@ def field_comments(config_class: type) -> dict[str, str]:
         if colon and name.isidentifier() and "# " in rest:
             comments[name] = rest.split("# ", 1)[1].replace("%", "%%")
     return comments
+
+
+# Options that may change when a run goes on, because they do not change what it computes, up to rounding.
+FREE_ON_RESUME = {"out", "workers", "device", "precision", "compile", "grad_checkpointing", "check", "resume"}
+FREE_ON_RESUME |= {"log_every", "eval_every", "save_every"}
+
+
+def resolve(given: dict, config_class: type, model_class: type) -> tuple:
+    """What was given on the command line -> the run's options, and fields of the model's Config that override others.
+
+    A resumed run takes its options from its checkpoint.
+    """
+    run_fields = {field.name for field in dataclasses.fields(config_class)}
+    options = {name: value for name, value in given.items() if name in run_fields}
+    overrides = {name: value for name, value in given.items() if name not in run_fields}
+    path = Path(options.get("out", config_class.out)) / "checkpoint.pt"
+    if options.get("resume") and path.is_file():
+        saved = load_checkpoint(path)
+        if ("task" in saved["train"]) != ("task" in run_fields):
+            command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
+            raise ValueError(f"{path} is a run of {command}: take it up with that, or give another --out")
+        # The defaults come first, for options that are younger than the checkpoint.
+        before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
+        changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]
+        if changed:
+            was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
+            raise ValueError(
+                f"a resumed run keeps its options, and these differ: {was}; leave them out or use another --out"
+            )
+        options = saved["train"] | {name: value for name, value in options.items() if name in FREE_ON_RESUME}
+    return config_class(**options), overrides
+
+
+def plain(value):
+    """A saved tuple and a list from the command line are the same value."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def fail(message: object) -> typing.NoReturn:
@@ -114,7 +153,7 @@ def guarded(main) -> None:
 
 
 @contextlib.contextmanager
-def processes(device_name: str):
+def process_group(device_name: str):
     """Around a whole command: join the other processes if torchrun started this one, and say which device is ours.
 
     Yields the device. Only the first process speaks: the others print nothing and draw no bars, but every process
@@ -190,6 +229,36 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
         raise ValueError(f"unknown precision {name!r}: use auto, {', '.join(PRECISIONS)}")
     slow = name != "fp32" and device.type == "cpu"
     return name, "as asked" + ("; on a CPU it can be hundreds of times slower than fp32" if slow else "")
+
+
+def autocast(device: torch.device, precision: str):
+    """Around a forward pass: products in bf16 or fp16, where that is asked for; mamo.py marks what stays in fp32."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def recompute_blocks(model: torch.nn.Module) -> None:
+    """Gradient checkpointing: each block but the teacher's keeps its input only and runs again in the backward pass.
+
+    Blocks are what an encoder holds in its list `blocks`. Raises ValueError for an encoder without one.
+    """
+    for name, encoder in model.student.named_children():
+        if isinstance(encoder, torch.nn.Linear):
+            continue  # a projection
+        if not len(getattr(encoder, "blocks", [])):
+            raise ValueError(f"grad_checkpointing: the {name} encoder has no list `blocks` of what could be run again")
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "blocks" and not name.startswith("teacher."):
+            for block in module:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_step(model: torch.nn.Module) -> None:
+    """Compile the model's forward pass, and with it the backward pass, for batches of one shape."""
+    # einops keeps a list of the kinds of tensor it has met, and a list that grows would compile the step twice.
+    for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
+        einops.rearrange(known, "d -> d")
+    model.compile(dynamic=False)
 
 
 def any_process(flag: bool) -> bool:
@@ -273,6 +342,19 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
     return state
+
+
+def saved_run(config) -> dict | None:
+    """The checkpoint in the folder of a run that goes on, or None for a new one.
+
+    Raises:  ValueError if there is one and config.resume is not given: hours of work are in it
+    """
+    path = Path(config.out) / "checkpoint.pt"
+    if not path.is_file():
+        return None
+    if not config.resume:
+        raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
+    return load_checkpoint(path)
 
 
 def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> None:

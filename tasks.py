@@ -30,16 +30,16 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data import SCHEMAS, Pictures, captions_of, pad, pictures_of, stable_id
-from mamo import Config, VisionLanguageModel, gather, global_mean, init_weights, world
+from data import SCHEMAS, Pictures, captions_of, pictures_of, stable_id
+from mamo import Config, View, VisionLanguageModel, gather, global_mean, init_weights, rank_and_size
 from metrics import LABELS, right_label
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, pad
 
 CAPTIONS = 5  # captions of a picture that a step of retrieval looks at, as COCO has them; of more, some at random
 
 
 @dataclass
-class Head:
+class HeadConfig:
     """What a task adds to the encoders; it travels inside the checkpoint."""
 
     task: str  # a key of TASKS
@@ -59,20 +59,16 @@ class Retrieval(VisionLanguageModel):
     schema, pictures = "pairs", 1
     losses = ("w_itc", "w_itm")
 
-    def __init__(self, config: Config, head: Head):
+    def __init__(self, config: Config, head: HeadConfig):
         super().__init__(config)
-        self.description = head
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Both losses count alike."""
-        return {"itc": 1.0, "itm": 1.0}
+        self.head_config, self.loss_weights = head, {"itc": 1.0, "itm": 1.0}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: images, picture, given, input_ids, attention_mask; caption_id (b, c); chosen (b,), the caption that
         matching takes; negative_noise (2, b, b) -> {"itc", "itm"}"""
-        given, real = batch["given"], batch["attention_mask"]
-        image, text = self.encode_image(batch["images"])[batch["picture"]], self.encode_text(batch["input_ids"], real)
+        given, attention_mask = batch["given"], batch["attention_mask"]
+        image = self.encode_image(batch["images"])[batch["picture"]]
+        text = self.encode_text(batch["input_ids"], attention_mask)
         image_embed, text_embed = self.embed_image(image), self.embed_text(text)
         losses = {"itc": self.loss_contrast(image_embed, text_embed, batch["caption_id"], given)}
 
@@ -83,16 +79,11 @@ class Retrieval(VisionLanguageModel):
         right = lists(batch["caption_id"], given, chosen_id)
         with torch.autocast(image.device.type, enabled=False):  # fp32: as in the contrast
             similarity = (image_embed @ text_embed[chosen].T).detach()
-        texts, valid_text = self.draw_negatives(similarity, right, batch["negative_noise"][0])
-        others, valid_image = self.draw_negatives(similarity.T, right.T, batch["negative_noise"][1])
-        text, real = text[chosen], real[chosen]
-        pairs = self.pair(
-            torch.cat([image, image, image[others]]),
-            torch.cat([text, text[texts], text]),
-            torch.cat([real, real[texts], real]),
-        )
-        positive, negative = pairs.split([len(image), 2 * len(image)])
-        losses["itm"] = self.loss_itm(positive, negative, torch.cat([valid_text, valid_image]))
+        pair = View(image, text[chosen], attention_mask[chosen])
+        views, valid = self.matching_views(pair, similarity, right, batch["negative_noise"])
+        images, texts, masks, _ = zip(*views.values(), strict=True)
+        positive, negative = self.pair(*map(torch.cat, (images, texts, masks))).split([len(image), 2 * len(image)])
+        losses["itm"] = self.loss_itm(positive, negative, valid)
         return losses
 
     def loss_contrast(self, image: Tensor, text: Tensor, caption_id: Tensor, given: Tensor) -> Tensor:
@@ -104,15 +95,17 @@ class Retrieval(VisionLanguageModel):
                  caption_id, given (b, c)     given: True = a caption; t is the count of True
         Returns: scalar, mean over pictures and captions of all processes, and over the two directions
         """
-        spread = text.new_zeros(given.numel(), text.shape[1])  # one shape on every process, so that it can be gathered
-        spread[given.flatten()] = text
-        all_image, all_text = gather(image), gather(spread)
-        all_id, all_given = (gather(caption_id), gather(given.float()) > 0) if world()[1] > 1 else (caption_id, given)
+        padded = text.new_zeros(given.numel(), text.shape[1])  # one shape on every process, so that it can be gathered
+        padded[given.flatten()] = text
+        all_image, all_text = gather(image), gather(padded)
+        all_id, all_given = (
+            (gather(caption_id), gather(given.float()) > 0) if rank_and_size()[1] > 1 else (caption_id, given)
+        )
         flat_id, flat_given = all_id.flatten(), all_given.flatten()
         # fp32: as in mamo.py
         with torch.autocast(image.device.type, enabled=False):
             i2t = (image @ all_text.T / self.temperature).masked_fill(~flat_given, float("-inf"))
-            t2i = spread @ all_image.T / self.temperature
+            t2i = padded @ all_image.T / self.temperature
             to_texts = log_of_right(i2t, lists(caption_id, given, flat_id) & flat_given)
             to_images = log_of_right(t2i, lists(all_id, all_given, caption_id.flatten()).T)
             return -(to_texts.mean() + global_mean(to_images, given.flatten())) / 2
@@ -148,9 +141,9 @@ class Classifier(VisionLanguageModel):
     pictures = 1
     losses = ("w_itm",)  # the fusion encoder, whose other heads are left out
 
-    def __init__(self, config: Config, head: Head):
+    def __init__(self, config: Config, head: HeadConfig):
         super().__init__(config)
-        self.itm_head, self.description = None, head
+        self.itm_head, self.head_config, self.loss_weights = None, head, {head.task: 1.0}
         d, p, classes = config.width, self.pictures, len(head.answers)
         if classes < 2:
             raise ValueError(f"{head.task} has {classes} answers to choose from: expected two or more")
@@ -158,20 +151,15 @@ class Classifier(VisionLanguageModel):
         middle = [nn.Linear(p * d, 2 * d), nn.LayerNorm(2 * d, eps=1e-6), nn.GELU(), nn.Linear(2 * d, classes)]
         self.head = (nn.Linear(p * d, classes) if head.linear else nn.Sequential(*middle)).apply(init_weights)
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """One loss, named after the task."""
-        return {self.description.task: 1.0}
-
     def decide(self, image: Tensor, shown: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded image (k, 1 + n, d), shown (b, p), encoded text (b, l, d), attention_mask (b, l) -> logits (b, a)"""
         row = shown.nonzero()[:, 0]  # whose picture each of the k is
         vectors = self.pair(image, text[row], attention_mask[row])
         if self.pictures == 1:
             return self.head(vectors).float()
-        slots = repeat(self.absent.to(vectors.dtype), "d -> b p d", b=len(shown), p=self.pictures).clone()
-        slots[shown] = vectors
-        return self.head(rearrange(slots, "b p d -> b (p d)")).float()
+        both = repeat(self.absent.to(vectors.dtype), "d -> b p d", b=len(shown), p=self.pictures).clone()
+        both[shown] = vectors
+        return self.head(rearrange(both, "b p d -> b (p d)")).float()
 
     def match(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """The logit of the answer that is given to encoded image (k, 1 + n, d) and text (k, l, d) -> (1,)
@@ -186,7 +174,7 @@ class Classifier(VisionLanguageModel):
         image = self.encode_image(batch["images"])[batch["picture"]]
         text = self.encode_text(batch["input_ids"], batch["attention_mask"])
         logits = self.decide(image, batch["shown"], text, batch["attention_mask"])
-        return {self.description.task: self.loss(logits, batch["target"])}
+        return {self.head_config.task: self.loss(logits, batch["target"])}
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy: logits (b, a), target (b,) the place of the right class."""
@@ -194,7 +182,7 @@ class Classifier(VisionLanguageModel):
 
     def chance(self, candidates: int) -> dict[str, float]:
         """What the loss comes to for a model that knows nothing."""
-        return {self.description.task: math.log(len(self.description.answers))}
+        return {self.head_config.task: math.log(len(self.head_config.answers))}
 
 
 class VQA(Classifier):
@@ -208,7 +196,7 @@ class VQA(Classifier):
 
     def chance(self, candidates: int) -> dict[str, float]:
         """With every logit at 0."""
-        return {"vqa": math.log(2) * len(self.description.answers)}
+        return {"vqa": math.log(2) * len(self.head_config.answers)}
 
 
 class Reasoning(Classifier):
@@ -231,7 +219,7 @@ def read_as(task: str) -> str:
     return "pairs" if issubclass(TASKS[task], Retrieval) else TASKS[task].schema
 
 
-def build_task(head: Head, shape: dict) -> Retrieval | Classifier:
+def build_task(head: HeadConfig, shape: dict) -> Retrieval | Classifier:
     """A fresh model of a task from the fields of the Config that its encoders were pre-trained with."""
     return TASKS[head.task](encoders_of(shape, TASKS[head.task].losses), head)
 
@@ -267,7 +255,7 @@ def texts_of(row: dict, schema: str) -> list[str]:
     """The texts that a row of a schema is read with, whatever other keys it has."""
     if schema == "pairs":
         return captions_of(row)
-    return [row["question" if "question" in SCHEMAS[schema].keys else "text"]]
+    return [row["question" if "question" in SCHEMAS[schema] else "text"]]
 
 
 def by_picture(rows: list[dict], schema: str) -> list[dict]:
@@ -327,7 +315,9 @@ def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 class TaskRows(Dataset):
     """Rows of a task as training samples; a sample's key is (epoch, row), and all its randomness follows from it."""
 
-    def __init__(self, rows: list[dict], head: Head, tokenizer: Tokenizer, config: Config, augment: str, seed: int):
+    def __init__(
+        self, rows: list[dict], head: HeadConfig, tokenizer: Tokenizer, config: Config, augment: str, seed: int
+    ):
         self.rows, self.head, self.tokenizer, self.seed = rows, head, tokenizer, seed
         self.schema = read_as(head.task)
         self.max_tokens, self.pictures = config.max_tokens, Pictures(config.image_size, augment)

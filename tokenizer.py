@@ -1,4 +1,4 @@
-"""WordPiece tokenizer with BERT's uncased normalisation, in the standard library alone.
+"""WordPiece tokenizer with BERT's uncased normalisation.
 
 It gives the ids that BERT's own tokenizer gives for the same vocab.txt (Devlin et al., arXiv:1810.04805), and it can
 build a small vocabulary from captions. The one difference: "[MASK]", "[SEP]" or another special token written out in a
@@ -15,6 +15,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 UNK = "[UNK]"
@@ -179,6 +182,11 @@ class Tokenizer:
         pieces = self.tokenize(text)[: None if max_tokens is None else max_tokens - 2]
         return [self.cls_id, *(self._ids[piece] for piece in pieces), self.sep_id]
 
+    def __call__(self, texts: str | list[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """One text or several -> input_ids (b, l), attention_mask (b, l), True = real token; l is the longest's"""
+        texts = [texts] if isinstance(texts, str) else texts
+        return pad([self.encode(text, max_tokens) for text in texts], self.pad_id)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, lower-case, pieces joined to words, without [PAD] [CLS] [SEP]. Raises ValueError for no id."""
         words = []
@@ -192,3 +200,11 @@ class Tokenizer:
             else:
                 words.append(self.vocab[i])
         return " ".join(words)
+
+
+def pad(sequences: list[list[int]], pad_id: int, length: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> input_ids (b, l), attention_mask (b, l), True = real token; l = the longest, or length."""
+    length = max(length, *map(len, sequences))
+    input_ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in sequences])
+    attention_mask = torch.tensor([[True] * len(ids) + [False] * (length - len(ids)) for ids in sequences])
+    return input_ids, attention_mask

@@ -8,8 +8,11 @@
     python train.py --out runs/mine --resume                    go on after Ctrl-C or a crash
     torchrun --nproc-per-node 8 train.py --preset base ...      the same run on eight GPUs
 
-A run folder holds config.json, log.csv and checkpoint.pt. The loop below is in the order of events: learning rate,
-forward, finite check, backward, clip, step, teacher, log, evaluate, save.
+A run folder holds config.json, log.csv and checkpoint.pt.
+
+How to read it: `Run.one_step` is one step of the optimiser, in the order of events: learning rate, forward, finite
+check, backward, clip, step, teacher. `Run.train`, right below, repeats it, logs, evaluates and saves. Before them come
+the options, and `start`, which makes all that the loop needs; finetune.py has a `start` of its own and the same loop.
 
 On several processes (torchrun, one node or many) the batch is shared, so the run is the same run: the same batches,
 masks and steps, the contrast over the whole batch, means over all its positions. Only ITM differs: a process draws
@@ -19,25 +22,25 @@ negatives from its own pairs. A run may be taken up again by another number of p
 import argparse
 import contextlib
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import einops
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import runtime
 from data import Collate, Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
 from eval import retrieval
-from mamo import PRESETS, Block, Config, ema_for, world
+from mamo import PRESETS, VisionLanguageModel, ema_for, rank_and_size
 from siblings import OBJECTIVES, build_model, model_of
 from tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------------------------------ options
 
 
 @dataclass
@@ -76,6 +79,10 @@ class TrainConfig:
     resume: bool = False  # go on from the checkpoint in the run folder, if there is one
 
     def __post_init__(self):
+        if isinstance(self.data, str) or isinstance(self.val, str):
+            raise ValueError(
+                f'data is {self.data!r} and val {self.val!r}: give lists of paths, such as ["pairs.jsonl"]'
+            )
         choices = {
             "objective": OBJECTIVES,
             "preset": PRESETS,
@@ -95,10 +102,75 @@ class TrainConfig:
             raise ValueError(f"batch_size is {self.batch_size}: contrast and matching need at least 2 pairs")
 
 
-# Options that may change when a run goes on, because they do not change what it computes, up to rounding.
-FREE_ON_RESUME = {"out", "workers", "device", "precision", "compile", "grad_checkpointing", "check", "resume"}
-FREE_ON_RESUME |= {"log_every", "eval_every", "save_every"}
 FROM_TOKENIZER = ("mask_id", "special_ids", "continuation_ids")  # fields of a Config that are no options, as vocab_size
+
+
+def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
+    """Command line -> the run's options, and the fields of the model's Config that override the preset's."""
+    config_class = model_of(objective_of(arguments)).config_class
+    parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runtime.add_options(parser, TrainConfig)
+    runtime.add_options(parser, config_class, skip=("vocab_size", *FROM_TOKENIZER))
+    return runtime.resolve(vars(parser.parse_args(arguments)), TrainConfig, config_class)
+
+
+def objective_of(arguments: list[str] | None) -> str:
+    """The objective that a command line names, or that of the run which it takes up: it decides what options there
+    are."""
+    first = runtime.Parser(add_help=False)
+    first.add_argument("--objective", default=TrainConfig.objective)
+    first.add_argument("--out", default=TrainConfig.out)
+    first.add_argument("--resume", action="store_true")
+    given, _ = first.parse_known_args(arguments)
+    checkpoint = Path(given.out) / "checkpoint.pt"
+    if given.resume and checkpoint.is_file():
+        return runtime.load_checkpoint(checkpoint)["objective"]
+    return given.objective
+
+
+# -------------------------------------------------------------------------------------------- before the first step
+
+
+def start(config: TrainConfig, overrides: dict, device: torch.device | None = None) -> "Run":
+    """Make a run, or take it up again where config.resume says so and its folder holds a checkpoint.
+
+    Args:    overrides   fields of the model's Config that override the preset's
+             device      this process's
+    """
+    saved = runtime.saved_run(config)
+    rows = read_rows(config.data, "pairs", config.check, config.skip_bad)
+    beside = Path(config.data[0]).with_name("pairs_val.jsonl")
+    val_paths = config.val or ([beside] if beside.is_file() else [])
+    val_rows = read_rows(val_paths, "pairs", config.check, config.skip_bad)[:1000] if val_paths else []
+    order = make_order(config, rows, saved)
+
+    texts = [caption for row in rows for caption in captions_of(row)]
+    tokenizer = Tokenizer(saved["vocab"]) if saved else make_vocabulary(config, texts)
+    runtime.seed_everything(config.seed)
+    model = build_model(config.objective, saved["config"] if saved else new_shape(config, overrides, tokenizer))
+    device = device or runtime.pick_device(config.device)
+    model = model.to(device)
+
+    length = model.config.max_tokens if config.compile else 0  # one shape for all batches: compiled once
+    dataset, collate = (
+        Pairs(rows, tokenizer, model.config, config.augment, config.seed),
+        Collate(tokenizer.pad_id, length),
+    )
+    optimizer = make_optimizer(model, config)
+    run = Run(config, device, tokenizer, model, optimizer, rows, val_rows, order, dataset, collate, saved)
+    teacher = "no teacher" if model.teacher is None else f"teacher {model.config.ema:.4f}"
+    run.announce(f"{config.objective} {config.preset}, {teacher}", texts)
+    return run
+
+
+def make_order(config: TrainConfig, rows: list[dict], saved: dict | None) -> TwinBatches:
+    """Which rows share a batch; config.parts and, from --epochs, config.steps are set here."""
+    rank, processes = rank_and_size()
+    config.parts = config.parts or parts_for(config.batch_size, processes)
+    order = TwinBatches(rows, config.batch_size, config.seed, rank=rank, processes=processes, parts=config.parts)
+    if config.epochs and not saved:
+        config.steps = max(round(config.epochs * order.batches_per_epoch / config.accumulate), 1)
+    return order
 
 
 def parts_for(batch_size: int, processes: int) -> int:
@@ -108,16 +180,26 @@ def parts_for(batch_size: int, processes: int) -> int:
     return parts if parts % processes == 0 else processes
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from lr to lr * lr_end at the last step; step counts from 0."""
-    warm = max(round(config.warmup * config.steps), 1)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    progress = (step - warm) / max(config.steps - 1 - warm, 1)
-    return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+def make_vocabulary(config: TrainConfig, texts: list[str]) -> Tokenizer:
+    """From --vocab, else built from the training texts."""
+    return Tokenizer.from_file(config.vocab) if config.vocab else Tokenizer.build(texts)
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale=lambda name: 1.0) -> torch.optim.AdamW:
+def new_shape(config: TrainConfig, overrides: dict, tokenizer: Tokenizer) -> dict:
+    """Fields of the model's Config: the preset's, the objective's, the user's, and what follows from the tokenizer and
+    the length of the run."""
+    shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | overrides
+    shape["vocab_size"] = len(tokenizer)
+    has = {field.name for field in dataclasses.fields(model_of(config.objective).config_class)}
+    shape |= {name: getattr(tokenizer, name) for name in FROM_TOKENIZER if name in has}
+    if "ema" in has and "ema" not in overrides:
+        shape["ema"] = ema_for(config.steps)
+    return shape
+
+
+def make_optimizer(
+    model: torch.nn.Module, config: TrainConfig, scale: Callable = lambda name: 1.0
+) -> torch.optim.AdamW:
     """AdamW; matrices decay, while norms, biases, positions, single tokens and the temperature do not.
 
     scale: the name of a parameter -> its learning rate as a multiple of the run's
@@ -136,216 +218,127 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale=lambda nam
     )
 
 
-def recompute_blocks(model: torch.nn.Module) -> None:
-    """Gradient checkpointing: each block but the teacher's keeps its input only and runs again in the backward pass."""
-    for name, block in model.named_modules():
-        if isinstance(block, Block) and not name.startswith("teacher."):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from lr to lr * lr_end at the last step; step counts from 0."""
+    warm = max(round(config.warmup * config.steps), 1)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    progress = (step - warm) / max(config.steps - 1 - warm, 1)
+    return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
 
 
-def compile_step(model: torch.nn.Module) -> None:
-    """Compile the model's forward pass, and with it the backward pass, for batches of one shape."""
-    # einops keeps a list of the kinds of tensor it has met, and a list that grows would compile the step twice.
-    for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
-        einops.rearrange(known, "d -> d")
-    model.compile(dynamic=False)
+# ------------------------------------------------------------------------------------------------------------ the loop
 
 
+@dataclass
 class Run:
-    """One training run: what is made before the first step, and the loop."""
+    """A training run: what `start` has made, and the loop."""
 
-    script = "train.py"  # the command that takes a run up again
+    config: TrainConfig
+    device: torch.device  # this process's
+    tokenizer: Tokenizer
+    model: VisionLanguageModel
+    optimizer: torch.optim.Optimizer
+    rows: list[dict]  # to train on
+    val_rows: list[dict]  # to evaluate on
+    order: TwinBatches
+    dataset: Dataset
+    collate: Callable
+    saved: dataclasses.InitVar[dict | None]  # the checkpoint to go on from
+    script: str = "train.py"  # the command that takes the run up again
 
-    def __init__(self, config: TrainConfig, sizes: dict, device: torch.device | None = None):
-        """config: the run's options; sizes: fields of the model's Config that override the preset's; device: this
-        process's"""
-        self.config, self.out, self.device = config, Path(config.out), device or runtime.pick_device(config.device)
-        self.rank, self.world = world()
-        path = self.out / "checkpoint.pt"
-        if path.is_file() and not config.resume:
-            raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
-        state = runtime.load_checkpoint(path) if path.is_file() else None
-        self.rows, self.val_rows = self.read()
-        config.parts = config.parts or parts_for(config.batch_size, self.world)
-        self.order = TwinBatches(
-            self.rows, config.batch_size, config.seed, rank=self.rank, world=self.world, parts=config.parts
-        )
-        if config.epochs and not state:
-            config.steps = max(round(config.epochs * self.order.batches_per_epoch / config.accumulate), 1)
-        self.tokenizer, model = self.build(state, sizes)
-        self.model = model.to(self.device)
-        self.optimizer = self.make_optimizer()
+    def __post_init__(self, saved: dict | None):
+        config, self.out = self.config, Path(self.config.out)
+        self.rank, self.processes = rank_and_size()
         self.precision, self.why = runtime.pick_precision(config.precision, self.device)
         # fp16 has no room for small gradients: the loss is scaled up for the backward pass, and they down again after.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.step, self.meter, self.settled = 0, {}, False
-        if state:
-            self.take_up(state, path)
-        self.shared = self.prepare_step()
+        self.step, self.meter = 0, {}  # meter: sums since the last row of the log
+        self.stopped = self.settled = False  # by Ctrl-C; because it no longer gets better
+        if saved:
+            self.load(saved)
+        if config.grad_checkpointing:
+            runtime.recompute_blocks(self.model)
+        if config.compile:
+            runtime.compile_step(self.model)
+        self.parallel = self.model
+        if self.processes > 1:
+            # Queue and teacher are equal everywhere because what feeds them is: there is nothing to broadcast.
+            self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.rank == 0:
             self.log = runtime.CsvLog(self.out / "log.csv", self.step)
             runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
-        self.announce()
 
-    def read(self) -> tuple[list[dict], list[dict]]:
-        """Rows to train on, and rows to evaluate on, at most 1,000: --val, or pairs_val.jsonl beside the training data,
-        or none."""
-        config = self.config
-        rows = read_rows(config.data, "pairs", config.check, config.skip_bad)
-        beside = Path(config.data[0]).with_name("pairs_val.jsonl")
-        paths = config.val or ([beside] if beside.is_file() else [])
-        return rows, read_rows(paths, "pairs", config.check, config.skip_bad)[:1000] if paths else []
+    def one_step(self, batches: Iterator[dict]) -> float:
+        """One step of the optimiser -> the weighted total of the losses."""
+        config, model, summed = self.config, self.model.train(), 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(self.step, config)
 
-    def build(self, state: dict | None, sizes: dict) -> tuple[Tokenizer, torch.nn.Module]:
-        """The tokenizer and a fresh model, of the shape in the checkpoint where there is one."""
-        tokenizer = Tokenizer(state["vocab"] if state else self.vocabulary())
-        runtime.seed_everything(self.config.seed)
-        shape = state["config"] if state else self.new_shape(tokenizer, sizes)
-        return tokenizer, build_model(self.config.objective, shape)
-
-    def make_optimizer(self) -> torch.optim.AdamW:
-        """One learning rate for everything."""
-        return make_optimizer(self.model, self.config)
-
-    def take_up(self, state: dict, path: Path) -> None:
-        """Go on from a checkpoint of this run."""
-        runtime.load_weights(self.model, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler.is_enabled() and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.meter = state["step"], state["meter"]
-
-    def prepare_step(self) -> torch.nn.Module:
-        """The model as a step calls it: with checkpointed blocks, compiled, its gradients averaged over processes."""
-        if self.config.grad_checkpointing:
-            recompute_blocks(self.model)
-        if self.config.compile:
-            compile_step(self.model)
-        if self.world == 1:
-            return self.model
-        # Queue and teacher are equal everywhere because what feeds them is: there is nothing to broadcast.
-        return DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def vocabulary(self) -> list[str]:
-        """From --vocab, else built from the training captions."""
-        if self.config.vocab:
-            return Tokenizer.from_file(self.config.vocab).vocab
-        return Tokenizer.build(self.texts()).vocab
-
-    def new_shape(self, tokenizer: Tokenizer, sizes: dict) -> dict:
-        """Fields of the model's Config: the preset's, the objective's, the user's, and what follows from the tokenizer
-        and the length of the run."""
-        config = self.config
-        shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | sizes
-        shape["vocab_size"] = len(tokenizer)
-        has = {field.name for field in dataclasses.fields(model_of(config.objective).config_class)}
-        shape |= {name: getattr(tokenizer, name) for name in FROM_TOKENIZER if name in has}
-        if "ema" in has and shape.get("ema", -1) < 0:
-            shape["ema"] = ema_for(config.steps)
-        return shape
-
-    def name(self) -> str:
-        """What is trained, for the first line."""
-        teacher = "no teacher" if self.model.teacher is None else f"teacher {self.model.config.ema:.4f}"
-        return f"{self.config.objective} {self.config.preset}, {teacher}"
-
-    def texts(self) -> Iterator[str]:
-        """All texts of the training rows."""
-        return (caption for row in self.rows for caption in captions_of(row))
-
-    def announce(self) -> None:
-        """Say what is about to run, and what a model that knows nothing would score."""
-        config, model = self.config, self.model
-        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        where = f"{self.device}, {self.world} processes" if self.world > 1 else f"{self.device}"
-        print(f"{self.name()}: {millions:.2f} M parameters on {where}, {len(self.rows)} rows")
-        pairs = f"{config.batch_size} x {config.accumulate}"
-        print(f"{config.steps} steps of {pairs}, {self.precision}: {self.why}")
-        if self.order.never:
-            print(f"{self.order.never} rows are left out: no batch of {config.batch_size} has room for their twins")
-        cut = count_truncated(self.texts(), self.tokenizer, model.config.max_tokens)
-        if cut:
-            print(f"{cut} texts are longer than max_tokens {model.config.max_tokens} and lose their end")
-        chance = ", ".join(f"{name} {level:.2f}" for name, level in model.chance(config.batch_size).items())
-        print(f"losses of a model that knows nothing: {chance}")
-
-    def batches(self):
-        """Endless batches from the current step on."""
-        config, shape = self.config, self.model.config
-        dataset = Pairs(
-            self.rows, self.tokenizer, shape.image_size, shape.patches, shape.max_tokens, config.augment, config.seed
-        )
-        self.order.first = self.step * config.accumulate
-        length = shape.max_tokens if config.compile else 0  # one shape for all batches: compiled once
-        collate = Collate(self.tokenizer.pad_id, length)
-        return training_batches(dataset, self.order, collate, config.workers, self.device.type == "cuda")
-
-    def train(self, stop_at: int | None = None) -> None:
-        """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
-        config = self.config
-        batches = self.batches()
-        stop_at = min(stop_at or config.steps, config.steps)
-        bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
-        with runtime.Interrupt() as interrupt, bar as progress:
-            since = (time.perf_counter(), self.step)
-            self.stopped = False
-            while self.step < stop_at and not self.stopped and not self.settled:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = group.get("scale", 1.0) * learning_rate(self.step, config)
-                total = self.one_step(batches)
-                progress.update()
-                progress.set_postfix(loss=f"{total:.3f}", refresh=False)
-                row = {}
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    steps = self.step - since[1]
-                    row |= self.means(steps * config.batch_size * config.accumulate / (time.perf_counter() - since[0]))
-                if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
-                    row |= self.evaluate(progress)
-                if row:
-                    if self.rank == 0:
-                        self.log.write({"step": self.step} | row)
-                    since = (time.perf_counter(), self.step)
-                self.stopped = runtime.any_process(interrupt.asked)
-                if self.step % config.save_every == 0 or self.step == stop_at or self.stopped or self.settled:
-                    self.save()
-        if self.stopped:
-            print(f"stopped at step {self.step} and saved; go on with: python {self.script} --out {self.out} --resume")
-
-    def one_step(self, batches) -> float:
-        """Forward, finite check, backward, clip, step, teacher. Returns the weighted total of the losses."""
-        config, model, weights = self.config, self.model, self.model.weights
-        model.train()
-        summed = 0.0
         for part in range(config.accumulate):
             batch = {name: value.to(self.device, non_blocking=True) for name, value in next(batches).items()}
             batch["negative_noise"] = self.negative_noise(part, len(batch["images"]))
-            # Gradients are exchanged once per optimiser step, in the backward pass of its last part.
-            waits = self.world > 1 and part < config.accumulate - 1
-            with self.shared.no_sync() if waits else contextlib.nullcontext():
-                losses = self.forward(batch)
-                total = sum(weights[name] * loss for name, loss in losses.items() if name in weights)
+            # Processes exchange gradients once per step, in the backward pass of its last part.
+            waits = self.processes > 1 and part < config.accumulate - 1
+            with self.parallel.no_sync() if waits else contextlib.nullcontext():
+                with runtime.autocast(self.device, self.precision):
+                    losses = self.parallel(batch)
+                total = model.total(losses)
                 if not torch.isfinite(total):
-                    bad = [name for name, loss in losses.items() if name in weights and not torch.isfinite(loss)]
-                    raise ValueError(f"the loss {', '.join(bad)} is {self.not_made()}")
+                    bad = ", ".join(name for name, loss in losses.items() if not torch.isfinite(loss))
+                    raise ValueError(f"the loss {bad} is {self.not_finite()}")
                 self.scaler.scale(total / config.accumulate).backward()
             summed += total.item() / config.accumulate
-            for name, loss in losses.items():
-                self.count(name, loss.detach() / config.accumulate)
+            for name, value in (losses | model.watch).items():
+                self.count(name, value.detach() / config.accumulate)
+
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         finite = bool(torch.isfinite(norm))
         # In fp16 a gradient that is not finite is expected now and then: the step is skipped and the scale halved.
         if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
-            raise ValueError(f"the gradient is {self.not_made()}")
+            raise ValueError(f"the gradient is {self.not_finite()}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if finite:  # a skipped step moved nobody, so the teacher has nothing to follow
-            self.count("grad_norm", norm)
-            model.after_step()
         self.step += 1
         self.count("steps", 1)
+        if finite:  # a skipped step moved nobody, so the teacher has nothing to follow
+            self.count("grad_norm", norm)
+            model.after_step(self.step / config.steps)
         return summed
+
+    def train(self, stop_at: int | None = None) -> None:
+        """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
+        config, batches = self.config, self.batches()
+        last = min(stop_at or config.steps, config.steps)
+        bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
+        with runtime.Interrupt() as interrupt, bar:
+            since, self.stopped = (time.perf_counter(), self.step), False
+            while self.step < last and not self.stopped and not self.settled:
+                total = self.one_step(batches)
+                bar.update()
+                bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+                row = {}
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    row |= self.means(since)
+                if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
+                    row |= self.evaluate(bar)
+                if row:
+                    if self.rank == 0:
+                        self.log.write({"step": self.step} | row)
+                    since = time.perf_counter(), self.step
+                self.stopped = runtime.any_process(interrupt.asked)
+                if self.step % config.save_every == 0 or self.step == last or self.stopped or self.settled:
+                    self.save()
+        if self.stopped:
+            print(f"stopped at step {self.step} and saved; go on with: python {self.script} --out {self.out} --resume")
+
+    def batches(self) -> Iterator[dict]:
+        """Endless batches from the current step on."""
+        self.order.first = self.step * self.config.accumulate
+        pin_memory = self.device.type == "cuda"
+        return training_batches(self.dataset, self.order, self.collate, self.config.workers, pin_memory)
 
     def negative_noise(self, part: int, rows: int) -> torch.Tensor:
         """Noise (2, rows, rows) for ITM's draws among this process's rows, from (seed, step, part, rank).
@@ -355,13 +348,7 @@ class Run:
         runtime.seed_everything(self.config.seed, self.step, part, self.rank)
         return torch.rand(2, rows, rows).to(self.device)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The losses, in lower precision where that is asked for; mamo.py marks what stays in fp32."""
-        dtype = runtime.PRECISIONS[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return self.shared(batch)
-
-    def not_made(self) -> str:
+    def not_finite(self) -> str:
         """The end of the sentence for a number that is not finite."""
         return (
             f"not finite at step {self.step + 1}; the step was not made and the last checkpoint is whole: "
@@ -376,8 +363,8 @@ class Run:
         """From the sums of this process to the mean over processes, as plain numbers."""
         self.meter = runtime.mean_over_processes({name: float(value) for name, value in self.meter.items()})
 
-    def means(self, rate: float) -> dict:
-        """The log's row: means since the last one, so that a curve is smooth."""
+    def means(self, since: tuple[float, int]) -> dict:
+        """The log's row: means since the last one, so that a curve is smooth. since: its time and step"""
         self.share_meter()
         steps = self.meter.pop("steps")
         row = {"lr": learning_rate(self.step - 1, self.config)}
@@ -385,26 +372,28 @@ class Run:
         self.meter = {}
         if self.model.log_temperature is not None:
             row["temperature"] = self.model.temperature.item()
+        pairs = (self.step - since[1]) * self.config.batch_size * self.config.accumulate
+        rate = pairs / (time.perf_counter() - since[0])
         return row | {"pairs_per_s": rate, "peak_memory_mb": runtime.peak_memory_mb(self.device)}
 
-    def evaluate(self, progress: tqdm) -> dict:
+    def evaluate(self, bar: tqdm) -> dict:
         """Zero-shot retrieval by contrast on val; the test set is not touched while training."""
         if self.model.config.w_itc <= 0:
             return {}
         scores = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=0)["contrast"]
         i2t, t2i = scores["image_to_text"]["R@1"], scores["text_to_image"]["R@1"]
-        progress.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image, by contrast")
+        bar.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image, by contrast")
         return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
 
     def save(self) -> None:
         """Everything that the next step depends on, as plain tensors and plain values; the first process writes it."""
         self.share_meter()
-        if self.rank > 0:
-            return
-        runtime.save_checkpoint(self.out / "checkpoint.pt", self.state())
+        if self.rank == 0:
+            runtime.save_checkpoint(self.out / "checkpoint.pt", self.state())
 
     def state(self) -> dict:
-        """The content of a checkpoint."""
+        """The content of a checkpoint, which is what --resume keeps: weights of student and teacher, queue, optimiser,
+        step, vocabulary and all options. Order, masks and noise follow from the seed and the step."""
         return {
             "objective": self.config.objective,
             "config": dataclasses.asdict(self.model.config),
@@ -417,64 +406,35 @@ class Run:
             "meter": self.meter,
         }
 
+    def load(self, saved: dict) -> None:
+        """Go on from the content of a checkpoint."""
+        runtime.load_weights(self.model, saved["model"], self.out / "checkpoint.pt")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled() and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.meter = saved["step"], saved["meter"]
 
-def plain(value):
-    """A saved tuple and a list from the command line are the same value."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
-    """Command line -> the run's options and the model's sizes that override the preset's."""
-    config_class = model_of(objective_of(arguments)).config_class
-    parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runtime.add_options(parser, TrainConfig)
-    runtime.add_options(parser, config_class, skip=("vocab_size", *FROM_TOKENIZER))
-    return resolve(vars(parser.parse_args(arguments)), TrainConfig, config_class)
-
-
-def objective_of(arguments: list[str] | None) -> str:
-    """The objective that a command line names, or that of the run which it takes up: it decides what options there
-    are."""
-    first = runtime.Parser(add_help=False)
-    first.add_argument("--objective", default=TrainConfig.objective)
-    first.add_argument("--out", default=TrainConfig.out)
-    first.add_argument("--resume", action="store_true")
-    given, _ = first.parse_known_args(arguments)
-    checkpoint = Path(given.out) / "checkpoint.pt"
-    if given.resume and checkpoint.is_file():
-        return runtime.load_checkpoint(checkpoint)["objective"]
-    return given.objective
-
-
-def resolve(given: dict, config_class: type[TrainConfig], model_class: type[Config]) -> tuple[TrainConfig, dict]:
-    """What was given on the command line -> options and sizes; a resumed run takes its options from its checkpoint."""
-    run_fields = {f.name for f in dataclasses.fields(config_class)}
-    options = {name: value for name, value in given.items() if name in run_fields}
-    sizes = {name: value for name, value in given.items() if name not in run_fields}
-    checkpoint = Path(options.get("out", config_class.out)) / "checkpoint.pt"
-    if options.get("resume") and checkpoint.is_file():
-        saved = runtime.load_checkpoint(checkpoint)
-        if ("task" in saved["train"]) != ("task" in run_fields):
-            command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
-            raise ValueError(f"{checkpoint} is a run of {command}: take it up with that, or give another --out")
-        # The defaults come first, for options that are younger than the checkpoint.
-        before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
-        changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]
-        if changed:
-            was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
-            raise ValueError(
-                f"a resumed run keeps its options, and these differ: {was}; leave them out or use another --out"
-            )
-        options = saved["train"] | {name: value for name, value in options.items() if name in FREE_ON_RESUME}
-    return config_class(**options), sizes
+    def announce(self, what: str, texts: list[str]) -> None:
+        """Say what is about to run, and what a model that knows nothing would score."""
+        config, model = self.config, self.model
+        millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        where = f"{self.device}, {self.processes} processes" if self.processes > 1 else f"{self.device}"
+        print(f"{what}: {millions:.2f} M parameters on {where}, {len(self.rows)} rows")
+        print(f"{config.steps} steps of {config.batch_size} x {config.accumulate}, {self.precision}: {self.why}")
+        if self.order.never:
+            print(f"{self.order.never} rows are left out: no batch of {config.batch_size} has room for their twins")
+        if cut := count_truncated(texts, self.tokenizer, model.config.max_tokens):
+            print(f"{cut} texts are longer than max_tokens {model.config.max_tokens} and lose their end")
+        chance = ", ".join(f"{name} {level:.2f}" for name, level in model.chance(config.batch_size).items())
+        print(f"losses of a model that knows nothing: {chance}")
 
 
 def main() -> None:
     """Command line: make the run, or take it up again, and train."""
-    config, sizes = parse()
+    config, overrides = parse()
     runtime.keep_memory()
-    with runtime.processes(config.device) as device:
-        run = Run(config, sizes, device)
+    with runtime.process_group(config.device) as device:
+        run = start(config, overrides, device)
         if run.step >= run.config.steps:
             print(f"{run.out} is already trained to its last step, {run.config.steps}")
         run.train()

@@ -18,7 +18,7 @@ import torch
 
 from mamo import PRESETS, Config, MAMOConfig, ema_for, replace_words
 from siblings import OBJECTIVES
-from tools.costs import table
+from tools.costs import flops_of_step, table
 from tools.prepare import scores
 from train import TrainConfig
 
@@ -131,7 +131,7 @@ def facts() -> tuple[str, ...]:
         f"`tiny` ({sizes['tiny'].image_size[0]} px)",
         f"ViT-S/16, {sizes['small'].image_size[0]} px",
         f"{base.image_size[0]} px: the paper's size",
-        f"`base` has {base.patches} patches beside 30 tokens. `nano` has {nano.patches} beside 14",
+        f"`base` has {base.num_patches} patches beside 30 tokens. `nano` has {nano.num_patches} beside 14",
         f"ITC and its gradient to {exact}, all losses of {steps} steps",
         f"limits after {learning} steps",
         f"to {loose}. One thing differs",
@@ -159,9 +159,16 @@ def objective_facts() -> list[str]:
         for ratio in (f"{100 * ratio:.0f} %" for ratio in ratios if type(ratio) is float):
             result += [f"words {ratio}", f"patches {ratio}", f"patches {ratio} dropped", f"{ratio} of the units"]
             result += [f"{ratio} mask token", f"{ratio} whole words"]
-        weights = {f"{weight:g}" for weight in config.weights.values() if 0 < weight < 1}
+        weights = {f"{weight:g}" for weight in config.loss_weights.values() if 0 < weight < 1}
         result += [f"NCE ({weight} + {weight})" for weight in weights]
     result += table().splitlines()
+    base = MAMOConfig(**PRESETS["base"], vocab_size=30522)
+    alone = [
+        dataclasses.replace(base, **{f"w_{name}": float(name == loss) for name in base.loss_weights})
+        for loss in base.loss_weights
+    ]
+    together, *apart = (sum(flops_of_step(config, 64, 30).values()) for config in (base, *alone))
+    result += [f"in `base` is {together / sum(apart):.2f} of five steps with one loss each"]
     result += ["`nano`, 14 tokens | `base`, 30 tokens", "batches of 64"]  # as the costs above
     return [*result, f"words {bert}", f"BERT's {bert}", f", {bert}"]
 
@@ -306,7 +313,7 @@ def test_every_number_stands_in_a_file_of_results_or_follows_from_the_code(page)
         ("docs/results.md", "| glscl | 1.69 | 1.83 |", "| glscl | 1.69 | 1.87 |"),
         ("docs/objectives.md", "patches 60 % in units", "patches 65 % in units"),
         ("docs/running.md", "ITC and its gradient to 1e-6", "ITC and its gradient to 1e-7"),
-        ("docs/data.md", "a million rows in 22 to 32 MB", "a million rows in 22 to 33 MB"),
+        ("docs/data.md", "captions 1.3 GB", "captions 1.4 GB"),
     ],
 )
 def test_a_wrong_digit_is_found(page, right, wrong):

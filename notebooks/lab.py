@@ -28,10 +28,11 @@ from data import Collate, Pairs, TwinBatches, read_rows  # noqa: E402
 from eval import load_model  # noqa: E402
 from mamo import VisionLanguageModel  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools.diagrams import HIDDEN  # noqa: E402
+from tools.figures import MASKED  # noqa: E402
 from train import parts_for  # noqa: E402
 
 WORLD = Path("data/scenes")  # paths are relative to the repository, as on the command line
+FOUND = "#d9822b"  # the colour of what a model found, beside MASKED
 BRIEF_STEPS = 400  # about a minute on two cores: enough to see where things go, not how good they get
 
 
@@ -84,7 +85,7 @@ def batch_of(demo: Demo, size: int = 64, number: int = 0) -> dict[str, Tensor]:
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar is nothing to keep in a notebook
         rows = read_rows([demo.world / "pairs_train.jsonl"], "pairs")
     config, seed = demo.model.config, demo.state["train"]["seed"]
-    pairs = Pairs(rows, demo.tokenizer, config.image_size, config.patches, config.max_tokens, seed=seed)
+    pairs = Pairs(rows, demo.tokenizer, config, seed=seed)
     order = TwinBatches(rows, size, seed, first=number, parts=parts_for(size, 1))
     batch = Collate(demo.tokenizer.pad_id)([pairs[key] for key in next(iter(order))])
     runtime.seed_everything(seed, number, 0, 0)
@@ -103,7 +104,7 @@ def show_veiled(axes: Axes, image: Tensor, light: Tensor, title: str = "") -> No
     height, width = image.shape[1:]
     rows = round((len(light) * height / width) ** 0.5)
     seen = F.interpolate(light.detach().float().reshape(1, 1, rows, -1), size=(height, width))[0]
-    veil = 2 * torch.tensor(to_rgb(HIDDEN))[:, None, None] - 1
+    veil = 2 * torch.tensor(to_rgb(MASKED))[:, None, None] - 1
     show(axes, seen * image + (1 - seen) * veil, title)
 
 

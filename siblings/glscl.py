@@ -5,14 +5,14 @@ answer to "recover what?" is: the meaning, as another pass of the same network s
 
     MGSC   global: the image's class token from (I', T), where I' lacks 80 % of its patches, shall be that from (I, T'),
            and the text's [CLS] from (I, T'), where T' lacks 40 % of its words, shall be that from (I', T)
-    MLTC   local: so shall the tokens at hidden patches, from (I'', T), and those at hidden words, from (I, T')
+    MLTC   local: so shall the tokens at masked patches, from (I'', T), and those at masked words, from (I, T')
     MLM    15 % of the words, whole ones. ITC, ITM as everywhere.
 
 Each pass has whole what the other one lacks, so the two are each other's target, detached, and no teacher is needed.
 What differs from MAMO's MRM: the target is this network itself in place of its moving average, on a pair with the other
 half hidden in place of a whole pair, and the distance is contrast: being near to the target is worth nothing where all
-targets are near to it. In a small batch there is little to tell the target from. MLTC compares all hidden tokens
-of a batch: with 77 hidden patches a picture, as in `base`, 64 pairs on each of 8 processes make matrices of 0.8 GB.
+targets are near to it. In a small batch there is little to tell the target from. MLTC compares all masked tokens
+of a batch: with 77 masked patches a picture, as in `base`, 64 pairs on each of 8 processes make matrices of 0.8 GB.
 
 How this differs from the paper and its release, so that a comparison isolates the objective:
     - one stream of fusion in place of co-attention; a shared, fresh text and image encoder in place of RoBERTa and CLIP
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamo import Config, VisionLanguageModel, hide_patches, hide_words
-from siblings.masking import drop_patches, encode_visible, hide_whole_words, nce
+from mamo import Config, View, VisionLanguageModel, encode_views, mask_patches, mask_words, require
+from siblings.masking import drop_patches, mask_whole_words, matched, nce, whole_pairs
 
 
 @dataclass
@@ -39,8 +39,8 @@ class GLSCLConfig(Config):
 
     mask_drop: float = 0.8  # share of the patches dropped from I', for MGSC
     mask_image: float = 0.3  # share of the patches behind a mask token in I'', for MLTC
-    mask_completion: float = 0.4  # share of the words hidden in T', for MGSC and MLTC
-    mask_text: float = 0.15  # share of the words hidden for MLM
+    mask_completion: float = 0.4  # share of the words masked in T', for MGSC and MLTC
+    mask_text: float = 0.15  # share of the words masked for MLM
     completion_temperature: float = 0.03  # of MGSC and MLTC, fixed
     w_mgsc: float = 1.0  # weight of masked global semantic completion
     w_mltc: float = 0.2  # weight of masked local token completion; 0 makes it SCL
@@ -49,8 +49,12 @@ class GLSCLConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         self.continuation_ids = tuple(self.continuation_ids)
-        if not self.completion_temperature > 0:
-            raise ValueError(f"completion_temperature is {self.completion_temperature}: give more than 0")
+
+    def check(self) -> None:
+        """As every Config, and what GLSCL adds."""
+        super().check()
+        temperature = self.completion_temperature
+        require(temperature > 0, f"completion_temperature is {temperature}: give more than 0")
 
     @property
     def completes(self) -> bool:
@@ -58,13 +62,13 @@ class GLSCLConfig(Config):
         return self.w_mgsc > 0 or self.w_mltc > 0
 
     @property
-    def hides_patches(self) -> bool:
+    def masks_patches(self) -> bool:
         """Whether any loss looks at I''."""
         return self.w_mltc > 0
 
     @property
-    def hides_words(self) -> bool:
-        """Whether any loss looks at a text with hidden words."""
+    def masks_words(self) -> bool:
+        """Whether any loss looks at a text with masked words."""
         return self.completes or self.w_mlm > 0
 
 
@@ -82,59 +86,62 @@ class GLSCL(VisionLanguageModel):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step; batch as for MAMO -> the unweighted scalar losses by name."""
-        config, images, input_ids, real = self.config, batch["images"], batch["input_ids"], batch["attention_mask"]
+        self.check_batch(batch)
+        config, images, input_ids = self.config, batch["images"], batch["input_ids"]
+        attention_mask, length = batch["attention_mask"], input_ids.shape[1]
         noise = batch["token_noise"], batch["replace_noise"]
 
-        # 1. What is hidden where, and the unimodal encoders: I and I'' in one call, all texts in another, I' by itself.
+        # 1. What is masked where, and the unimodal encoders: I and I'' in one call, all texts in another, I' by itself.
         texts = {}
         if config.sees_whole or config.completes:
-            texts["T"] = input_ids
+            texts["whole"] = input_ids, attention_mask
         if config.completes:  # replace_noise 0 = every chosen word becomes [MASK]
-            missing = hide_words(input_ids, real, noise[0], 0 * noise[1], config.mask_completion, config)
-            texts["T'"] = missing.input_ids
+            missing = mask_words(input_ids, attention_mask, noise[0], 0 * noise[1], config.mask_completion, config)
+            texts["missing"] = missing.input_ids, attention_mask
         if config.w_mlm > 0:
             continues = self.continues[input_ids]
-            words = hide_whole_words(input_ids, real, *noise, config.mask_text, config, continues)
-            texts["MLM"] = words.input_ids
-        text = self.encode_texts(texts, real)
+            words = mask_whole_words(input_ids, attention_mask, *noise, config.mask_text, config, continues)
+            texts["masked"] = words.input_ids, attention_mask
+        text = encode_views(self.encode_text, texts)
+        image_views = {"whole": (images,)}
         if config.w_mltc > 0:
-            patch_index, hidden = hide_patches(batch["patch_noise"], config.mask_image)
-            masks = torch.cat([torch.zeros_like(hidden), hidden])
-            image, image_masked = self.encode_image(torch.cat([images, images]), masks).chunk(2)
-        else:
-            image = self.encode_image(images)
+            patch_index, patch_mask = mask_patches(batch["patch_noise"], config.mask_image)
+            image_views = {"whole": (images, torch.zeros_like(patch_mask)), "masked": (images, patch_mask)}
+        image = encode_views(self.encode_image, image_views)
 
         # 2. Whole pairs: contrast, and the views for matching.
-        losses, views, valid = self.whole_pairs(image, text.get("T"), batch)
+        losses, views, valid = whole_pairs(self, image["whole"], text.get("whole"), batch)
 
         # 3. The masked views: a = (I', T), shorter than the others and so fused by itself, and b = (I, T') among them.
         if config.completes:
-            length = input_ids.shape[1]
-            wanted = [torch.tensor([0, length], device=images.device).expand(len(images), -1)]  # [CLS] and class token
+            fusion = self.student.fusion
+            class_token = fusion.at_patches(torch.full_like(input_ids[:, :1], -1), length)
+            places = [torch.zeros_like(class_token), class_token]  # [CLS] and class token
             if config.w_mltc > 0:
-                wanted.append(missing.index)
+                places.append(missing.index)
             kept = drop_patches(batch["patch_noise"], config.mask_drop)[1]
-            visible = encode_visible(self.student.image, images, kept)
-            a = self.fuse_views({"I'T": (visible, text["T"], real, torch.cat(wanted, dim=1))})["I'T"]
+            visible = self.student.image(images, kept=kept)
+            view = View(visible, text["whole"], attention_mask, torch.cat(places, dim=1))
+            a = self.fuse_views({"visible": view})["visible"]
             if config.w_mltc > 0:
-                views["I''T"] = image_masked, text["T"], real, length + 1 + patch_index
-                wanted.append(length + 1 + patch_index)
-            views["IT'"] = image, text["T'"], real, torch.cat(wanted, dim=1)
+                places.append(fusion.at_patches(patch_index, length))
+                views["patches"] = View(image["masked"], text["whole"], attention_mask, places[-1])
+            views["missing"] = View(image["whole"], text["missing"], attention_mask, torch.cat(places, dim=1))
         if config.w_mlm > 0:
-            views["MLM"] = image, text["MLM"], real, words.index
+            views["words"] = View(image["whole"], text["masked"], attention_mask, words.index)
         fused = self.fuse_views(views)
 
         # 4. Matching, completion, words.
         if config.w_itm > 0:
-            losses["itm"] = self.matching(fused, valid)
+            losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_mgsc > 0:
-            b = fused["IT'"]
+            b = fused["missing"]
             losses["mgsc"] = self.loss_mgsc(a[:, 1], b[:, 1], b[:, 0], a[:, 0])
         if config.w_mltc > 0:
-            _, at_words, at_patches = fused["IT'"].split([part.shape[1] for part in wanted], dim=1)
-            losses["mltc"] = self.loss_mltc(fused["I''T"], at_patches, at_words, a[:, 2:], missing.valid)
+            *_, at_words, at_patches = fused["missing"].split([part.shape[1] for part in places], dim=1)
+            losses["mltc"] = self.loss_mltc(fused["patches"], at_patches, at_words, a[:, 2:], missing.valid)
         if config.w_mlm > 0:
-            losses["mlm"] = self.loss_mlm(fused["MLM"], words.labels, words.valid)
+            losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
 
     def loss_mgsc(self, image: Tensor, image_target: Tensor, text: Tensor, text_target: Tensor) -> Tensor:
@@ -145,10 +152,10 @@ class GLSCL(VisionLanguageModel):
     def loss_mltc(
         self, patches: Tensor, patch_target: Tensor, words: Tensor, word_target: Tensor, valid: Tensor
     ) -> Tensor:
-        """Masked local token completion: a token among all hidden tokens of the batch, those of its own image included.
+        """Masked local token completion: a token among all masked tokens of the batch, those of its own image included.
 
-        Args:    patches, patch_target (b, m, d)   (I'', T) and (I, T') at the hidden patches
-                 words, word_target (b, m', d)     (I, T') and (I', T) at the hidden words; valid (b, m')
+        Args:    patches, patch_target (b, m, d)   (I'', T) and (I, T') at the masked patches
+                 words, word_target (b, m', d)     (I, T') and (I', T) at the masked words; valid (b, m')
         """
         tau = self.config.completion_temperature
         return nce(patches, patch_target, tau) + nce(words, word_target, tau, valid)

@@ -1,6 +1,6 @@
-"""What the sibling objectives share and MAMO does without: other ways to hide, and other things to recover.
+"""What the sibling objectives share and MAMO does without: other ways to mask, and other things to recover.
 
-    hide      blank     the pixels of chosen patches, before the image encoder sees them             MaskVLM
+    mask      blank     the pixels of chosen patches, before the image encoder sees them             MaskVLM
               drop      patches never enter the image encoder, which makes its sequence shorter      GLSCL, VLMAE
               words     chosen as a whole, all pieces of a word or none                              GLSCL
     recover   pixels    by a decoder that is thrown away after pre-training                          MaskVLM, VLMAE
@@ -19,39 +19,41 @@ from torch import Tensor, nn
 from mamo import (
     Config,
     FusionEncoder,
-    HiddenWords,
-    ImageEncoder,
-    at,
+    MaskedWords,
+    View,
+    VisionLanguageModel,
     choose_words,
     gather,
     global_mean,
-    hide_patches,
+    mask_patches,
+    rank_and_size,
     replace_words,
-    world,
+    same_pairs,
 )
 
-# --------------------------------------------------------------------------------------------------------------- hide
+# --------------------------------------------------------------------------------------------------------------- mask
 
 
-def hide_units(patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: int) -> tuple[Tensor, Tensor]:
-    """As hide_patches, but squares of unit x unit patches are hidden as a whole.
+def mask_units(patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: int) -> tuple[Tensor, Tensor]:
+    """As mask_patches, but squares of unit x unit patches are masked as a whole.
 
     Args:    patch_noise (b, n)   uniform noise; a unit takes that of its first patch
-             ratio                share of the units to hide
+             ratio                share of the units to mask
              grid                 rows and columns of patches, both multiples of unit
-    Returns: patch_index (b, m)   the hidden patches, row by row
-             patch_mask  (b, n)   the same as a mask, True = hidden
+    Returns: patch_index (b, m)   the masked patches, unit by unit, least noise first
+             patch_mask  (b, n)   the same as a mask, True = masked
     """
     sides = {"y": grid[0] // unit, "u": unit, "v": unit}
     unit_noise = rearrange(patch_noise, "b (y u x v) -> b (y x) (u v)", **sides)[..., 0]
-    unit_index, unit_mask = hide_patches(unit_noise, ratio)
-    patch_mask = repeat(unit_mask, "b (y x) -> b (y u x v)", **sides)
-    hidden_first = patch_mask.byte().argsort(dim=1, descending=True, stable=True)
-    return hidden_first[:, : unit_index.shape[1] * unit**2], patch_mask
+    unit_index, unit_mask = mask_patches(unit_noise, ratio)
+    patches = torch.arange(patch_noise.shape[1], device=patch_noise.device)
+    patches_of_unit = rearrange(patches, "(y u x v) -> (y x) (u v)", **sides)
+    patch_index = rearrange(patches_of_unit[unit_index], "b k patches -> b (k patches)")
+    return patch_index, repeat(unit_mask, "b (y x) -> b (y u x v)", **sides)
 
 
 def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
-    """images (b, 3, height, width) with the pixels of hidden patches, patch_mask (b, n), set to 0, mid grey."""
+    """images (b, 3, height, width) with the pixels of masked patches, patch_mask (b, n), set to 0, mid grey."""
     rows = images.shape[2] // patch_size
     pixels = repeat(patch_mask, "b (y x) -> b 1 (y p) (x q)", y=rows, p=patch_size, q=patch_size)
     return images.masked_fill(pixels, 0.0)
@@ -59,13 +61,8 @@ def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
 
 def drop_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k)."""
-    dropped, _ = hide_patches(patch_noise, ratio)
+    dropped, _ = mask_patches(patch_noise, ratio)
     return dropped, patch_noise.argsort(dim=1)[:, dropped.shape[1] :]
-
-
-def encode_visible(encoder: ImageEncoder, images: Tensor, kept: Tensor) -> Tensor:
-    """Encode the patches kept (b, k) alone, each with the position that it has in the whole image -> (b, 1 + k, d)."""
-    return encoder.run_blocks(at(encoder.embed(images), with_class_token(kept)))
 
 
 def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
@@ -74,16 +71,11 @@ def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tenso
     positions (1 + n, d) are added everywhere, because a mask token must know where it stands.
     """
     whole = repeat(mask_token, "d -> b n d", b=len(visible), n=len(positions)).to(visible.dtype)
-    index = repeat(with_class_token(kept), "b k -> b k d", d=visible.shape[-1])
+    index = repeat(F.pad(1 + kept, (1, 0)), "b k -> b k d", d=visible.shape[-1])
     return whole.scatter(1, index, visible) + positions
 
 
-def with_class_token(kept: Tensor) -> Tensor:
-    """Places of patches among patches, (b, k) -> places in the sequence that begins with the class token, (b, 1 + k)"""
-    return F.pad(1 + kept, (1, 0))
-
-
-def hide_whole_words(
+def mask_whole_words(
     input_ids: Tensor,
     attention_mask: Tensor,
     token_noise: Tensor,
@@ -91,11 +83,11 @@ def hide_whole_words(
     ratio: float,
     config: Config,
     continues: Tensor,
-) -> HiddenWords:
-    """As hide_words, but the pieces of a word are chosen together. continues (b, l): True = goes on with a word (##).
+) -> MaskedWords:
+    """As mask_words, but the pieces of a word are chosen together. continues (b, l): True = goes on with a word (##).
 
     The ratio counts pieces: words are taken, least noise first, while they fit. A word that no longer fits stays; where
-    it is the first, as many of its pieces are hidden as may be. What stands in its place is drawn piece by piece.
+    it is the first, as many of its pieces are masked as may be. What stands in its place is drawn piece by piece.
     """
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
     word = torch.where(continues, 0, place).cummax(dim=1).values  # (b, l) where the token's word begins
@@ -108,11 +100,35 @@ def hide_whole_words(
     return replace_words(input_ids, index, valid, replace_noise, config)
 
 
+# --------------------------------------------------------------------------------------------------------- whole pairs
+
+
+def whole_pairs(
+    model: VisionLanguageModel, image: Tensor | None, text: Tensor | None, batch: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, View], Tensor | None]:
+    """What every sibling does with encoded images (b, 1 + n, d) and texts (b, l, d), as MAMO's forward does it.
+
+    Returns: the loss of contrast, by name; the views that matching wants fused; and valid, see matching_views
+    """
+    losses, views, similarity, valid = {}, {}, None, None
+    if model.config.w_itc > 0:
+        losses["itc"], similarity = model.contrast(image, text, batch)
+    if model.config.w_itm > 0:
+        pair = View(image, text, batch["attention_mask"])
+        views, valid = model.matching_views(pair, similarity, same_pairs(batch), batch["negative_noise"])
+    return losses, views, valid
+
+
+def matched(fused: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The fused views of matching_views -> positive (b, d) and negative (2b, d) pair vectors, for loss_itm"""
+    return fused["pair"][:, 0], torch.cat([fused["wrong text"][:, 0], fused["wrong image"][:, 0]])
+
+
 # ------------------------------------------------------------------------------------------------------------ recover
 
 
 class PixelDecoder(nn.Module):
-    """The pixels of hidden patches, from an image and a text: a few more fusion blocks, and a linear map."""
+    """The pixels of masked patches, from an image and a text: a few more fusion blocks, and a linear map."""
 
     def __init__(self, config: Config, depth: int):
         super().__init__()
@@ -121,9 +137,10 @@ class PixelDecoder(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, attention_mask: Tensor, patch_index: Tensor) -> Tensor:
         """image (b, 1 + n, d), text (b, l, d), attention_mask (b, l) -> pixels (b, m, 3 * patch_size ** 2) at the
-        hidden patches, patch_index (b, m)"""
-        hidden, real = self.stream.lower_blocks(image, text, attention_mask)
-        return self.pixels(self.stream.last_block(hidden, real, text.shape[1] + 1 + patch_index))
+        masked patches, patch_index (b, m)"""
+        places = self.stream.at_patches(patch_index, text.shape[1])
+        (fused,) = self.stream.fuse_views(View(image, text, attention_mask, places))
+        return self.pixels(fused)
 
 
 def nce(prediction: Tensor, target: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
@@ -155,7 +172,7 @@ def among_all(ours: Tensor, theirs: Tensor, valid: Tensor) -> tuple[Tensor, list
 
     Returns: own (r,), the place of this process's rows among all, and the three gathered; what fills up is not valid
     """
-    rank, processes = world()
+    rank, processes = rank_and_size()
     if processes == 1:
         return torch.arange(len(valid), device=valid.device), [ours, theirs, valid]
     most = torch.tensor(len(valid), device=valid.device)

@@ -2,8 +2,8 @@
 
 The paper: Kwon et al., ICLR 2023, arXiv 2208.02131. Its answer to "recover what?" is: the signal itself.
 
-    MIM   the raw pixels of hidden patches, from the other patches and the whole text (I', T), by a decoder
-    MLM   the hidden words, from the other words and the whole image (I, T')
+    MIM   the raw pixels of masked patches, from the other patches and the whole text (I', T), by a decoder
+    MLM   the masked words, from the other words and the whole image (I, T')
     ITC, ITM on whole pairs, as everywhere. No teacher: targets that are pixels and words need none.
 
 One modality is masked at a time, as in MAMO: in the paper's Table 6 that retrieves better than both at once. What
@@ -14,7 +14,7 @@ How this differs from the paper, so that a comparison isolates the objective:
     - one stream of fusion over [text; image] in place of two streams of cross-attention; the decoder is more of it
     - ITM reads the fused [CLS], not the product of two class tokens, and reads whole pairs (the paper's is not known)
     - the text encoder is ours and not RoBERTa, all weights are fresh, and one learning rate serves all of them
-    - that patches are blanked before the encoder is how a re-implementation reads the paper; 80/10/10 for hidden words
+    - that patches are blanked before the encoder is how a re-implementation reads the paper; 80/10/10 for masked words
       and 0, mid grey, for blanked pixels are our choices
     - `nano` has 4 x 4 patches, so a unit of 2 x 2 is a quarter of the picture and 60 % of four units are two
 """
@@ -24,26 +24,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamo import Config, VisionLanguageModel, at, global_mean, hide_words, init_weights, patchify
-from siblings.masking import PixelDecoder, blank, hide_units
+from mamo import (
+    Config,
+    View,
+    VisionLanguageModel,
+    at,
+    encode_views,
+    global_mean,
+    init_weights,
+    mask_words,
+    patchify,
+    require,
+)
+from siblings.masking import PixelDecoder, blank, mask_units, matched, whole_pairs
 
 
 @dataclass
 class MaskVLMConfig(Config):
     """What MaskVLM adds. The paper gives all four losses the weight 1 (App. A.2)."""
 
-    mask_image: float = 0.6  # share of the units of patches hidden in I'
-    mask_text: float = 0.3  # share of the words hidden in T'
-    mask_unit: int = 2  # side of a unit in patches, which are hidden together
+    mask_image: float = 0.6  # share of the units of patches masked in I'
+    mask_text: float = 0.3  # share of the words masked in T'
+    mask_unit: int = 2  # side of a unit in patches, which are masked together
     decoder_depth: int = 3  # blocks of the decoder of pixels
     w_mim: float = 1.0  # weight of masked image modelling
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.mask_unit < 1 or self.grid[0] % self.mask_unit or self.grid[1] % self.mask_unit:
-            raise ValueError(f"mask_unit is {self.mask_unit}: the grid of patches {self.grid} is no multiple of it")
-        if self.patches == self.mask_unit**2:
-            raise ValueError(f"mask_unit is {self.mask_unit}: a grid of {self.grid} is one unit; use a smaller one")
+    def check(self) -> None:
+        """As every Config, and what MaskVLM adds."""
+        super().check()
+        require(self.mask_unit > 0, f"mask_unit is {self.mask_unit}: it must be at least 1")
+        require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
+        unit, grid = self.mask_unit, self.grid
+        fits = grid[0] % unit == 0 and grid[1] % unit == 0
+        require(fits, f"mask_unit is {unit}: the grid of patches {grid} is no multiple of it")
+        require(self.num_patches > unit**2, f"mask_unit is {unit}: a grid of {grid} is one unit; use a smaller one")
 
     @property
     def fuses(self) -> bool:
@@ -64,48 +78,51 @@ class MaskVLM(VisionLanguageModel):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step; batch as for MAMO -> the unweighted scalar losses by name."""
-        config, pixels, input_ids, real = self.config, batch["images"], batch["input_ids"], batch["attention_mask"]
+        self.check_batch(batch)
+        config, pixels, input_ids = self.config, batch["images"], batch["input_ids"]
+        attention_mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
 
         # 1. Masking, one modality at a time, and the unimodal encoders: I and I' in one call, T and T' in another.
         images, texts = {}, {}
         if config.sees_whole or config.w_mlm > 0:
-            images["I"] = pixels
+            images["whole"] = (pixels,)
         if config.sees_whole or config.w_mim > 0:
-            texts["T"] = input_ids
+            texts["whole"] = input_ids, attention_mask
         if config.w_mim > 0:
-            patch_index, patch_mask = hide_units(batch["patch_noise"], config.mask_image, config.grid, config.mask_unit)
-            images["I'"] = blank(pixels, patch_mask, config.patch_size)
+            patch_index, patch_mask = mask_units(batch["patch_noise"], config.mask_image, config.grid, config.mask_unit)
+            images["masked"] = (blank(pixels, patch_mask, config.patch_size),)
         if config.w_mlm > 0:
-            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
-            texts["T'"] = words.input_ids
-        encoded = self.encode_image(torch.cat(list(images.values()))).chunk(len(images))
-        image, text = dict(zip(images, encoded, strict=True)), self.encode_texts(texts, real)
+            noise = batch["token_noise"], batch["replace_noise"]
+            words = mask_words(input_ids, attention_mask, *noise, config.mask_text, config)
+            texts["masked"] = words.input_ids, attention_mask
+        image, text = encode_views(self.encode_image, images), encode_views(self.encode_text, texts)
 
         # 2. Whole pairs: contrast, and the views for matching. Then the masked views, fused with them in one call.
-        losses, views, valid = self.whole_pairs(image.get("I"), text.get("T"), batch)
+        losses, views, valid = whole_pairs(self, image.get("whole"), text.get("whole"), batch)
         if config.w_mim > 0:
-            everywhere = torch.arange(1 + config.patches, device=pixels.device) + input_ids.shape[1]
-            views["I'T"] = image["I'"], text["T"], real, everywhere.expand(len(pixels), -1)
+            places = torch.arange(-1, config.num_patches, device=pixels.device).expand(len(pixels), -1)
+            places = self.student.fusion.at_patches(places, length)  # the decoder reads class token and all patches
+            views["patches"] = View(image["masked"], text["whole"], attention_mask, places)
         if config.w_mlm > 0:
-            views["IT'"] = image["I"], text["T'"], real, words.index
+            views["words"] = View(image["whole"], text["masked"], attention_mask, words.index)
         fused = self.fuse_views(views)
 
         # 3. Matching, pixels, words.
         if config.w_itm > 0:
-            losses["itm"] = self.matching(fused, valid)
+            losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_mim > 0:
-            predicted = self.decoder(fused["I'T"], text["T"], real, patch_index)
+            predicted = self.decoder(fused["patches"], text["whole"], attention_mask, patch_index)
             losses["mim"] = self.loss_mim(predicted, at(patchify(pixels, config.patch_size), patch_index))
         if config.w_mlm > 0:
-            losses["mlm"] = self.loss_mlm(fused["IT'"], words.labels, words.valid)
+            losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
 
     def loss_mim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
-        """Masked image modelling: raw pixels of the hidden patches, not normalised, in L1.
+        """Masked image modelling: raw pixels of the masked patches, not normalised, in L1.
 
-        L = 1 / number of hidden values * |decoder(f(I', T)) - I| over M_I
+        L = 1 / number of masked values * |decoder(f(I', T)) - I| over M_I
 
-        Args:    predicted, pixels (b, m, 3 * patch_size ** 2)   at the hidden patches, values about -1 to 1
-        Returns: scalar, mean over the values of all hidden patches
+        Args:    predicted, pixels (b, m, 3 * patch_size ** 2)   at the masked patches, values about -1 to 1
+        Returns: scalar, mean over the values of all masked patches
         """
         return global_mean((predicted.float() - pixels).abs())  # fp32: as in MAMO's

@@ -31,17 +31,20 @@ from torch import Tensor, nn
 from mamo import (
     Block,
     Config,
+    View,
     VisionLanguageModel,
     at,
+    encode_views,
     global_mean,
-    hide_words,
     init_weights,
+    mask_words,
     move_teacher,
     normalised,
     patchify,
+    require,
     teacher_of,
 )
-from siblings.masking import PixelDecoder, drop_patches, encode_visible, put_back
+from siblings.masking import PixelDecoder, drop_patches, matched, put_back, whole_pairs
 
 
 @dataclass
@@ -49,16 +52,19 @@ class VLMAEConfig(Config):
     """What our proposal adds."""
 
     mask_image: float = 0.5  # share of the patches that are dropped
-    mask_text: float = 0.15  # share of the words hidden for MLM
+    mask_text: float = 0.15  # share of the words masked for MLM
     decoder_depth: int = 2  # blocks of the decoder of pixels
     w_rmim: float = 1.0  # weight of regional masked image modelling
     w_ifr: float = 1.0  # weight of image feature reconstruction
-    ema: float = -1.0  # momentum of the teacher; -1 = from the length of the run, see ema_for
+    ema: float = 0.995  # momentum of the teacher; train.py takes it from the length of the run unless it is given
 
-    def __post_init__(self):
-        super().__post_init__()
-        if [name for name, weight in self.weights.items() if weight] == ["ifr"]:
-            raise ValueError("w_ifr alone trains no text encoder: give another loss a weight too")
+    def check(self) -> None:
+        """As every Config, and what our proposal adds."""
+        super().check()
+        require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
+        require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
+        alone = [name for name, weight in self.loss_weights.items() if weight] == ["ifr"]
+        require(not alone, "w_ifr alone trains no text encoder: give another loss a weight too")
 
     @property
     def fuses(self) -> bool:
@@ -81,41 +87,43 @@ class VLMAE(VisionLanguageModel):
             self.feature_token = nn.Parameter(torch.zeros(d))
             self.feature_block = Block(config, norm_first=False).apply(init_weights)
             self.feature_head = nn.Linear(d, d).apply(init_weights)
-            self.teacher = teacher_of(self.student.image, config.ema)
+            self.teacher = teacher_of(self.student.image)
         self.make_mlm_head()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step; batch as for MAMO -> the unweighted scalar losses by name."""
-        config, images, input_ids, real = self.config, batch["images"], batch["input_ids"], batch["attention_mask"]
+        self.check_batch(batch)
+        config, images, input_ids = self.config, batch["images"], batch["input_ids"]
+        attention_mask = batch["attention_mask"]
 
         # 1. The visible patches, T and T'.
         dropped, kept = drop_patches(batch["patch_noise"], config.mask_image)
-        visible = encode_visible(self.student.image, images, kept)
+        visible = self.student.image(images, kept=kept)
         texts = {}
         if config.sees_whole or config.w_rmim > 0:
-            texts["T"] = input_ids
+            texts["whole"] = input_ids, attention_mask
         if config.w_mlm > 0:
-            words = hide_words(input_ids, real, batch["token_noise"], batch["replace_noise"], config.mask_text, config)
-            texts["T'"] = words.input_ids
-        text = self.encode_texts(texts, real)
+            noise = batch["token_noise"], batch["replace_noise"]
+            words = mask_words(input_ids, attention_mask, *noise, config.mask_text, config)
+            texts["masked"] = words.input_ids, attention_mask
+        text = encode_views(self.encode_text, texts)
 
         # 2. Pairs: contrast, and the views for matching. RMIM needs all of (I_vis, T), of which matching reads [CLS].
-        losses, views, valid = self.whole_pairs(visible, text.get("T"), batch)
+        losses, views, valid = whole_pairs(self, visible, text.get("whole"), batch)
         if config.w_rmim > 0:
-            everywhere = torch.arange(input_ids.shape[1] + visible.shape[1], device=images.device)
-            views["IT"] = visible, text["T"], real, everywhere.expand(len(images), -1)
+            views["pair"] = View(visible, text["whole"], attention_mask)
         if config.w_mlm > 0:
-            views["IT'"] = visible, text["T'"], real, words.index
+            views["words"] = View(visible, text["masked"], attention_mask, words.index)
         fused = self.fuse_views(views)
 
-        # 3. Matching, and the recovery of what was dropped or hidden.
+        # 3. Matching, and the recovery of what was dropped or masked.
         positions = self.student.image.positions
         if config.w_itm > 0:
-            losses["itm"] = self.matching(fused, valid)
+            losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_rmim > 0:
-            fused_text, fused_image = fused["IT"].split([input_ids.shape[1], visible.shape[1]], dim=1)
-            whole = put_back(fused_image, kept, self.pixel_token, positions)
-            predicted = self.decoder(whole, fused_text, real, dropped)
+            pair = self.student.fusion.unpack(fused["pair"], input_ids.shape[1])
+            whole = put_back(pair.image, kept, self.pixel_token, positions)
+            predicted = self.decoder(whole, pair.text, attention_mask, dropped)
             losses["rmim"] = self.loss_rmim(predicted, at(patchify(images, config.patch_size), dropped))
         if config.w_ifr > 0:
             with torch.no_grad():
@@ -123,7 +131,7 @@ class VLMAE(VisionLanguageModel):
             whole = put_back(visible, kept, self.feature_token, positions)
             losses["ifr"] = self.loss_ifr(self.feature_head(self.feature_block(whole, index=1 + dropped)), target)
         if config.w_mlm > 0:
-            losses["mlm"] = self.loss_mlm(fused["IT'"], words.labels, words.valid)
+            losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
 
     def loss_rmim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
@@ -139,8 +147,8 @@ class VLMAE(VisionLanguageModel):
         return global_mean(F.smooth_l1_loss(predicted.float(), normalised(target), reduction="none"))
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Once per optimiser step: as above, then move the teacher towards the student's image encoder."""
-        super().after_step()
+    def after_step(self, progress: float = 0.0) -> None:
+        """As above, then move the teacher towards the student's image encoder."""
+        super().after_step(progress)
         if self.teacher is not None:
             move_teacher(self.teacher, self.student.image, self.config.ema)

@@ -1,7 +1,6 @@
 """What the tests share: a very small model, batches of random but valid pairs, and eval.py as a command."""
 
 import dataclasses
-import functools
 import sys
 
 import pytest
@@ -15,9 +14,6 @@ from siblings import OBJECTIVES
 
 # The models of the tests are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
-
-# The help texts are read from the source, which stays as it is while the tests parse a thousand command lines.
-runtime.field_comments = functools.cache(runtime.field_comments)
 
 # Special ids that are neither the first ones nor neighbours, so that code which only works for 0 to 4 fails.
 PAD, CLS, SEP, UNK, MASK = 0, 2, 3, 7, 11
@@ -90,7 +86,7 @@ def tiny_batch(config: MAMOConfig, b: int = 5, l: int = 11, seed: int = 0) -> di
         "attention_mask": input_ids != PAD,
         "image_id": torch.randint(2**62, (b,), generator=draw),
         "caption_id": torch.randint(2**62, (b,), generator=draw),
-        "patch_noise": torch.rand(b, config.patches, generator=draw),
+        "patch_noise": torch.rand(b, config.num_patches, generator=draw),
         "token_noise": torch.rand(b, l, generator=draw),
         "replace_noise": torch.rand(b, l, generator=draw),
         "negative_noise": torch.rand(2, b, b, generator=draw),
@@ -119,7 +115,7 @@ def lengthen(batch: dict[str, Tensor], extra: int) -> dict[str, Tensor]:
 
 def total(model: MAMO, losses: dict[str, Tensor]) -> Tensor:
     """The weighted sum that a trainer minimises."""
-    return sum(weight * losses[name] for name, weight in model.config.weights.items() if weight > 0)
+    return sum(weight * losses[name] for name, weight in model.config.loss_weights.items() if weight > 0)
 
 
 @pytest.fixture

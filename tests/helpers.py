@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+import metrics
 import train
+
+# Resampling a few rows a thousand times is half of the time of an evaluation; tests of intervals do so all the same.
+RESAMPLES, metrics.RESAMPLES = metrics.RESAMPLES, 100
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -112,12 +116,12 @@ def options(data: Path, out: Path, *more: str) -> list[str]:
 
 def new_run(data: Path, out: Path, *more: str) -> train.Run:
     """A run as the command line would make it."""
-    return train.Run(*train.parse(options(data, out, *more)))
+    return train.start(*train.parse(options(data, out, *more)))
 
 
 def resumed_run(out: Path, *more: str) -> train.Run:
     """The same run, made again from its folder."""
-    return train.Run(*train.parse(["--out", str(out), "--resume", *more]))
+    return train.start(*train.parse(["--out", str(out), "--resume", *more]))
 
 
 def read_log(out: Path) -> list[dict[str, str]]:

@@ -18,12 +18,11 @@ import runtime
 import train
 from data import read_rows
 from eval import load_model, retrieval
-from finetune import FineTune
 
 # A server that has imported everything once forks each worker: a fresh interpreter would take seconds, and so would
 # torch._dynamo, which the first step of an optimiser imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "train", "helpers", "processes"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "train", "finetune", "helpers"])
 
 
 def start(world: int, folder: Path, task, *arguments) -> list:
@@ -57,7 +56,7 @@ def work(rank: int, world: int, port: int, folder: Path, task, arguments: tuple)
         torch.set_num_threads(1)
 
         def main() -> None:
-            with runtime.processes("cpu"):
+            with runtime.process_group("cpu"):
                 task(*arguments)
 
         try:
@@ -77,7 +76,7 @@ def watched(run: train.Run) -> dict:
             yield batch
 
     run.batches = noting
-    if run.world > 1:
+    if run.processes > 1:
 
         def hook(state, bucket):
             if len(seen["exchanges"]) <= run.step:
@@ -85,14 +84,14 @@ def watched(run: train.Run) -> dict:
             seen["exchanges"][run.step] += 1
             return allreduce_hook(state, bucket)
 
-        run.shared.register_comm_hook(None, hook)
+        run.parallel.register_comm_hook(None, hook)
     return seen
 
 
 def train_some(arguments: list[str], folder: Path, stop_at: int | None = None) -> None:
     """Train a new run, or one to resume, and leave what each process saw and the state it ended with."""
     config, sizes = train.parse(arguments)
-    run = train.Run(config, sizes)
+    run = train.start(config, sizes)
     seen = watched(run)
     run.train(stop_at)
     (folder / f"seen-{run.rank}.json").write_text(json.dumps(seen))
@@ -109,7 +108,7 @@ def go_on(out: Path, folder: Path) -> None:
 
 def fine_tune(arguments: list[str], folder: Path) -> None:
     """Fine-tune from the command line's arguments, and leave what each process ended with."""
-    run = FineTune(*finetune.parse(arguments))
+    run = finetune.start(*finetune.parse(arguments))
     run.train()
     torch.save({"model": run.model.state_dict(), "best": [run.best, run.best_step]}, folder / f"ended-{run.rank}.pt")
 
@@ -123,7 +122,7 @@ def gradients_of(model, batch: dict, folder: Path) -> None:
     size = len(batch["images"]) // world
     mine = {name: value[rank * size : (rank + 1) * size] for name, value in batch.items() if name != "negative_noise"}
     losses = shared(mine | {"negative_noise": batch["negative_noise"][:, :size, :size]})
-    sum(weight * losses[name] for name, weight in model.config.weights.items() if weight > 0).backward()
+    sum(weight * losses[name] for name, weight in model.config.loss_weights.items() if weight > 0).backward()
     found = {"losses": {name: loss.detach() for name, loss in losses.items()}}
     found["gradients"] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.save(found, folder / f"found-{rank}.pt")

@@ -1,6 +1,7 @@
 """The benchmark compares like with like, and its formula counts what a step does."""
 
 import json
+import re
 from itertools import product
 
 import pytest
@@ -10,10 +11,10 @@ from helpers import write_squares
 from torch.utils.flop_counter import FlopCounterMode
 
 import runtime
-from mamo import MAMO, MAMOConfig, record_attention
+from mamo import MAMO, Encoders, FusionEncoder, record_attention
 from siblings import OBJECTIVES
-from tools import benchmark
-from tools.benchmark import backward, random_batch, ratios, row_of, separate_losses
+from tools import benchmark, costs
+from tools.benchmark import random_batch, ratios, row_of
 from tools.costs import flops_of_step
 
 SIZES = {"image_size": (16, 16), "patch_size": 8, "width": 16, "heads": 2, "embed_dim": 8}
@@ -70,23 +71,8 @@ def test_the_formula_counts_the_operations_that_torch_counts(objective, changes)
     model = tiny_objective(objective, **changes)
     batch = random_batch(model.config, 5, 11)
     with record_attention(model), FlopCounterMode(display=False) as counter:
-        backward(model(batch), model.config)
+        model.total(model(batch)).backward()
     assert sum(flops_of_step(model.config, 5, 11).values()) == counter.get_total_flops()
-
-
-def test_separate_passes_give_the_same_losses_and_gradients():
-    torch.manual_seed(0)
-    config = MAMOConfig(image_size=(16, 16), patch_size=4, width=16, heads=2, embed_dim=8, vocab_size=60, ema=0.9)
-    model, batch = MAMO(config), random_batch(config, 6, 9)
-    found = []
-    for losses in (model(batch), separate_losses(model, batch, "passes"), separate_losses(model, batch)):
-        model.zero_grad()
-        sum(loss for name, loss in losses.items() if name in config.weights).backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        found.append((torch.stack([losses[name] for name in config.weights]), gradient))
-    for values, gradient in found[1:]:
-        torch.testing.assert_close(values, found[0][0])
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-6)
 
 
 def test_a_ratio_is_the_median_of_the_rounds():
@@ -103,10 +89,8 @@ def test_utilisation_is_against_the_rate_of_the_same_round():
 
 
 def test_step_reports_every_variant_as_table_and_as_json(monkeypatch, capsys, tmp_path):
-    data, out = write_squares(tmp_path / "pairs.jsonl"), tmp_path / "step.json"
-    run(
-        monkeypatch, "step", *SMALL.split(), "--sharing", "--grad-checkpointing", "--data", str(data), "--out", str(out)
-    )
+    out = tmp_path / "step.json"
+    run(monkeypatch, "step", *SMALL.split(), "--grad-checkpointing", "--out", str(out))
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert {"command", "hardware", "date", "rounds", "device", "precision", "threads"} <= report.keys()
     mamo, control = report["rows"]
@@ -118,20 +102,11 @@ def test_step_reports_every_variant_as_table_and_as_json(monkeypatch, capsys, tm
         assert row["utilisation"]["median"] == pytest.approx(rate / row["product_gflop_per_s"])
         assert 0 < row["utilisation"]["median"] < 1 and row["peak_memory_so_far_mb"] > 0
         assert f"{row['ms_per_step']:.1f}" in printed
-    found = {name.split(": ")[1]: ratio["median"] for name, ratio in report["ratios"].items()}
-    assert found["mamo / control"] == pytest.approx(mamo["ms_per_step"] / control["ms_per_step"])
-    assert found.keys() == {
-        "mamo / control",
-        "mamo / separate passes",
-        "mamo / separate losses",
-        "loading / mamo",
-        "loading / control",
-        "loading and decoding / mamo",
-        "loading and decoding / control",
-    }
+    name, ratio = "nano, batch 4: mamo / control", mamo["ms_per_step"] / control["ms_per_step"]
+    assert report["ratios"].keys() == {name} and report["ratios"][name]["median"] == pytest.approx(ratio)
     assert all(f"{name}: {ratio['median']:.3f}" in printed for name, ratio in report["ratios"].items())
     formula = mamo["gflop"]["step"] / control["gflop"]["step"]
-    assert report["by_formula"] == {"nano, batch 4: mamo / control": pytest.approx(formula)}
+    assert report["by_formula"] == {name: pytest.approx(formula)}
     assert f"by formula {formula:.3f}" in printed and mamo["gflop_per_pair"] == mamo["gflop"]["step"] / 4
 
 
@@ -153,11 +128,32 @@ def test_a_variant_without_room_ends_itself_and_not_the_run(monkeypatch, capsys,
     assert "out of memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["sharing", "loader"])
-def test_the_other_commands_report_their_ratios(command, monkeypatch, tmp_path):
+class OtherFusion(FusionEncoder):
+    """Somebody's own fusion."""
+
+
+def test_operations_of_a_fusion_that_is_not_counted_are_not_quoted(monkeypatch, capsys, tmp_path):
+    """Times are, and one sentence says why there is no more; the table of costs is refused as a whole."""
+    monkeypatch.setattr("mamo.FusionEncoder", OtherFusion)
+    assert "OtherFusion" in costs.uncounted(Encoders(costs.MAMOConfig()).fusion)
+    out = tmp_path / "step.json"
+    run(monkeypatch, "step", *SMALL.split(), "--out", str(out))
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    for row in report["rows"]:
+        assert row["ms_per_step"] > 0 and "OtherFusion" in row["not_quoted"]
+        assert not {"gflop", "gflop_per_pair", "utilisation"} & row.keys()
+    assert len(report["ratios"]) == 1 and report["by_formula"] == {}
+    assert printed.count("OtherFusion") == 1 and "by formula" not in printed
+    with pytest.raises(SystemExit):
+        runtime.guarded(costs.main)
+    output = capsys.readouterr()
+    assert not output.out and re.fullmatch(r"error: .*OtherFusion.*\n", output.err)
+
+
+def test_loader_reports_its_ratio(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "DATA", str(write_squares(tmp_path / "pairs.jsonl")))
     out = tmp_path / "ratios.json"
-    run(monkeypatch, command, *SMALL.split(), "--out", str(out))
+    run(monkeypatch, "loader", *SMALL.split(), "--out", str(out))
     report = json.loads(out.read_text())
     assert list(report) == ["command", "hardware", "date", "ratios"]
     assert all(ratio["rounds"] == 1 and ratio["median"] > 0 for ratio in report["ratios"].values())
@@ -174,13 +170,14 @@ def test_the_other_commands_report_their_ratios(command, monkeypatch, tmp_path):
         ("--vocab-size 5", "vocab_size is 5"),
         ("--rounds 0", "rounds is 0"),
         ("--precision int8", "unknown precision"),
-        ("--sharing --objectives control", "ask for mamo"),
-        ("--data nowhere.jsonl", "nowhere.jsonl"),
         ("--rounds 3 --lenght 9", "did you mean --length"),
+        ("loader --data nowhere.jsonl", "nowhere.jsonl"),
+        ("loader --batch-size 4 8", "loader takes one of batch_size"),
     ],
 )
 def test_a_mistake_ends_with_one_sentence(arguments, words, monkeypatch, capsys):
+    command = [] if arguments.startswith("loader") else ["step"]
     with pytest.raises(SystemExit):
-        run(monkeypatch, "step", *SMALL.split(), *arguments.split())
+        run(monkeypatch, *command, *SMALL.split(), *arguments.split())
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -12,22 +12,25 @@ import torch
 from helpers import caption, square, write_rows, write_squares
 from PIL import Image
 
-from augment import boxes, drawing, photo
 from data import (
     Collate,
     Pairs,
     TwinBatches,
     captions_of,
     count_truncated,
+    drawing,
     load_image,
     pad,
+    photo,
     pictures_of,
     read_rows,
+    shuffle_boxes,
     size_of,
     stable_id,
     to_tensor,
     training_batches,
 )
+from mamo import Config
 from tokenizer import Tokenizer
 
 PER_SAMPLE = ("images", "image_id", "caption_id", "patch_noise")
@@ -76,11 +79,11 @@ def test_a_missing_key_is_named_with_file_line_and_what_was_found(tmp_path, miss
         ('["a.png", "a red square"]', "found list"),
         ("3", "found int"),
         ("null", "found NoneType"),
-        ('{"image": 3, "caption": "a square"}', "image must be a path"),
-        ('{"image": "a.png", "caption": ""}', "caption is empty"),
-        ('{"image": "a.png", "caption": " \\t"}', "caption is empty"),
-        ('{"image": "a.png", "caption": []}', "caption is empty"),
-        ('{"image": "a.png", "caption": ["a square", " "]}', "caption is empty"),
+        ('{"image": 3, "caption": "a square"}', "image is 3: expected a path relative to this file"),
+        ('{"image": "a.png", "caption": ""}', "expected a text that is not empty"),
+        ('{"image": "a.png", "caption": " \\t"}', "expected a text that is not empty"),
+        ('{"image": "a.png", "caption": []}', "expected a text that is not empty"),
+        ('{"image": "a.png", "caption": ["a square", " "]}', "expected a text that is not empty"),
         ('{"image": "a.png", "caption": ["a square", 3]}', "caption"),
         ('{"image": "a.png", "caption": null}', "caption"),
     ],
@@ -141,26 +144,26 @@ def test_rows_of_every_task_can_be_read(tmp_path, task):
         ("vqa", {"answers": {"red": float("nan")}}, "score from 0 to 1"),
         ("vqa", {"answers": "red"}, "answers is 'red': expected"),
         ("vqa", {"answers": ["red"]}, "answers is ['red']: expected"),
-        ("vqa", {"question": "  "}, "question is empty"),
-        ("vqa", {"question": 3}, "question is empty"),
-        ("vqa", {"image": ["a.png"]}, "image must be a path"),
-        ("reasoning", {"images": ["a.png"] * 3}, "found 3 images: reasoning is about one or two"),
-        ("reasoning", {"images": []}, "found 0 images: reasoning is about one or two"),
-        ("reasoning", {"images": "a.png"}, "images must be a list"),
-        ("reasoning", {"images": ["a.png", 3]}, "image must be a path"),
+        ("vqa", {"question": "  "}, "expected a text that is not empty"),
+        ("vqa", {"question": 3}, "expected a text that is not empty"),
+        ("vqa", {"image": ["a.png"]}, "image is ['a.png']: expected a path"),
+        ("reasoning", {"images": ["a.png"] * 3}, "expected a list of one or two paths"),
+        ("reasoning", {"images": []}, "expected a list of one or two paths"),
+        ("reasoning", {"images": "a.png"}, "expected a list of one or two paths"),
+        ("reasoning", {"images": ["a.png", 3]}, "expected a list of one or two paths"),
         ("reasoning", {"label": "yes"}, "label is 'yes': expected true or false"),
         ("reasoning", {"label": "true"}, "label is 'true': expected true or false"),
         ("reasoning", {"label": 1}, "label is 1: expected true or false"),
-        ("reasoning", {"text": ""}, "text is empty"),
+        ("reasoning", {"text": ""}, "expected a text that is not empty"),
         ("entailment", {"label": "maybe"}, "label is 'maybe': expected entailment, neutral, contradiction"),
         ("entailment", {"label": None}, "label is None: expected"),
         ("entailment", {"label": ["neutral"]}, "label is ['neutral']: expected"),
-        ("entailment", {"text": ["it is red"]}, "text is empty"),
-        ("phrases", {"text": " "}, "text is empty"),
-        ("phrases", {"text": None}, "text is empty"),
-        ("grounding", {"boxes": [[0, 0, 12]]}, "boxes must be"),
-        ("grounding", {"proposals": [[0, 0, 0, 8]]}, "proposals must be"),
-        ("grounding", {"proposals": "all"}, "proposals must be"),
+        ("entailment", {"text": ["it is red"]}, "expected a text that is not empty"),
+        ("phrases", {"text": " "}, "expected a text that is not empty"),
+        ("phrases", {"text": None}, "expected a text that is not empty"),
+        ("grounding", {"boxes": [[0, 0, 12]]}, "at least one, none of them empty"),
+        ("grounding", {"proposals": [[0, 0, 0, 8]]}, "at least one, none of them empty"),
+        ("grounding", {"proposals": "all"}, "at least one, none of them empty"),
     ],
 )
 def test_rows_of_every_task_are_checked(tmp_path, task, change, says):
@@ -208,7 +211,7 @@ def test_boxes_must_lie_inside_their_picture(tmp_path, name):
 def test_a_box_whose_place_is_no_number_is_refused(tmp_path):
     """JSON as Python writes it may hold NaN."""
     path = one_picture(tmp_path, GOOD["grounding"] | {"boxes": [[0, float("nan"), 5, 5]]})
-    with pytest.raises(ValueError, match="boxes must be"):
+    with pytest.raises(ValueError, match="boxes is"):
         read_rows([path], "grounding")
 
 
@@ -480,14 +483,14 @@ def test_boxes_augmentation_puts_three_boxes_in_any_order(width):
     pixels = torch.randint(256, (3, 10, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before, box, step, orders = pixels.clone(), width // 4, 3 * width // 8, Counter()
     for seed in range(300):
-        moved = boxes(pixels, np.random.default_rng(seed))
+        moved = shuffle_boxes(pixels, np.random.default_rng(seed))
         assert moved.shape == pixels.shape and moved.dtype == torch.uint8 and torch.equal(pixels, before)
         for gap in (box, step + box):
             assert torch.equal(moved[:, :, gap : gap + width // 8], pixels[:, :, gap : gap + width // 8])
         shown = [moved[:, :, place * step : place * step + box] for place in range(3)]
         given = [pixels[:, :, place * step : place * step + box] for place in range(3)]
         orders[tuple([torch.equal(part, one) for one in given].index(True) for part in shown)] += 1
-        assert torch.equal(moved, boxes(pixels, np.random.default_rng(seed)))
+        assert torch.equal(moved, shuffle_boxes(pixels, np.random.default_rng(seed)))
     assert orders.keys() == set(permutations(range(3))) and min(orders.values()) > 25, orders
 
 
@@ -516,7 +519,7 @@ def test_boxes_augmentation_belongs_to_seed_epoch_and_row(tmp_path):
 @pytest.mark.parametrize("width", [20, 12, 401, 399])
 def test_boxes_of_a_width_that_is_no_multiple_of_8_are_one_sentence(width):
     with pytest.raises(ValueError, match=f"--augment boxes .* width is {width}: use a multiple of 8") as error:
-        boxes(torch.zeros(3, 8, width, dtype=torch.uint8), np.random.default_rng(0))
+        shuffle_boxes(torch.zeros(3, 8, width, dtype=torch.uint8), np.random.default_rng(0))
     assert "\n" not in str(error.value)
 
 
@@ -526,7 +529,8 @@ def test_boxes_of_a_width_that_is_no_multiple_of_8_are_one_sentence(width):
 def dataset(rows: list[dict], seed: int = 0, augment: str = "none", max_tokens: int = 16) -> Pairs:
     """Training samples for pictures of 2 x 3 patches."""
     tokenizer = Tokenizer.build(text for row in rows for text in captions_of(row))
-    return Pairs(rows, tokenizer, (16, 24), 6, max_tokens, augment, seed)
+    config = Config(image_size=(16, 24), patch_size=8, max_tokens=max_tokens)
+    return Pairs(rows, tokenizer, config, augment, seed)
 
 
 def equal(one: dict, other: dict) -> bool:
@@ -737,7 +741,7 @@ def test_processes_share_the_batches_of_one(world):
     rows = groups_of(*[1, 2, 3, 4] * 30)
     alone = list(islice(TwinBatches(rows, 32, seed=1, parts=4), 20))
     assert alone[-1][0][0] >= 2, "the test is to see several epochs"
-    shares = [TwinBatches(rows, 32, seed=1, rank=rank, world=world, parts=4) for rank in range(world)]
+    shares = [TwinBatches(rows, 32, seed=1, rank=rank, processes=world, parts=4) for rank in range(world)]
     assert {share.batches_per_epoch for share in shares} == {TwinBatches(rows, 32, seed=1, parts=4).batches_per_epoch}
     seen = [list(islice(share, 20)) for share in shares]
     for step, batch in enumerate(alone):
@@ -751,7 +755,7 @@ def test_processes_share_the_batches_of_one(world):
                 if "twin" in row and row["twin"] in {rows[n].get("twin") for n in numbers}
             }
             assert twins <= numbers
-    later = [TwinBatches(rows, 32, seed=1, first=5, rank=rank, world=world, parts=4) for rank in range(world)]
+    later = [TwinBatches(rows, 32, seed=1, first=5, rank=rank, processes=world, parts=4) for rank in range(world)]
     assert [list(islice(share, 4)) for share in later] == [share[5:9] for share in seen]
 
 

@@ -17,9 +17,10 @@ from eval import load_model
 from explain import (
     check_layer,
     choose_layer,
-    draw_heat,
+    draw_heats,
     ground,
     heat_maps,
+    heats_of,
     hits_by_layer,
     hot_box,
     middle_layer,
@@ -28,10 +29,9 @@ from explain import (
     token_maps,
     warmth,
 )
-from finetune import FineTune
 from mamo import record_attention
 from metrics import judge_grounding, patch_centres
-from tasks import Head, build_task
+from tasks import HeadConfig, build_task
 from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -72,11 +72,11 @@ def naive_heat(model, images, input_ids, real, rows, logit_of) -> torch.Tensor:
     logit.backward()
     layers = []
     for (attention,) in recorded:
-        heat = torch.zeros(len(images), model.config.patches)
+        heat = torch.zeros(len(images), model.config.num_patches)
         for picture in range(len(images)):
             for head in range(attention.shape[1]):
                 for token in range(min(length, attention.shape[2])):
-                    for patch in range(model.config.patches):
+                    for patch in range(model.config.num_patches):
                         place = picture, head, token, length + 1 + patch  # behind the text and the class token
                         if rows[0, token] and attention.grad[place] > 0:
                             heat[picture, patch] += (attention[place] * attention.grad[place]).detach()
@@ -93,7 +93,7 @@ def test_heat_maps_equal_a_loop_over_pairs_heads_tokens_and_patches():
     rows[:, 2] = False  # a phrase need not be the whole text
     heat = heat_maps(model, batch["images"], batch["input_ids"], real, rows)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert heat.shape == (3, 4, config.patches) and not heat.requires_grad
+    assert heat.shape == (3, 4, config.num_patches) and not heat.requires_grad
     assert (heat >= 0).all() and (heat.amax(dim=2) > 0).any()
     for i in range(4):
         one = batch["images"][i : i + 1], batch["input_ids"][i : i + 1], real[i : i + 1], rows[i : i + 1]
@@ -108,7 +108,7 @@ def test_the_map_of_a_task_explains_the_answer_that_is_given(task, pictures):
     batch = tiny_batch(tiny_config(), b=pictures)
     for seed in range(3):
         torch.manual_seed(seed)
-        model = moved(build_task(Head(task, answers), dataclasses.asdict(tiny_config())).eval(), 0.3)
+        model = moved(build_task(HeadConfig(task, answers), dataclasses.asdict(tiny_config())).eval(), 0.3)
         texts = [batch[name][:1].expand(pictures, -1) for name in ("input_ids", "attention_mask", "attention_mask")]
         shown = torch.tensor([[place < pictures for place in range(model.pictures)]])
 
@@ -154,7 +154,7 @@ def test_one_pass_gives_the_map_of_every_token():
         one[:, token] = True
         expected = heat_maps(model, *pair, one)
         for layer, maps in enumerate(layers):
-            found = maps[:, token] if token < maps.shape[1] else torch.zeros(4, config.patches)
+            found = maps[:, token] if token < maps.shape[1] else torch.zeros(4, config.num_patches)
             torch.testing.assert_close(found, expected[layer], rtol=0, atol=0)
     read = batch["attention_mask"]
     assert all(maps[read].any() and not maps[~read].any() and not maps.requires_grad for maps in layers[:2])
@@ -337,7 +337,7 @@ def judging(grounding, tmp_path_factory):
         path, out = write_rows(grounding.with_name(f"{task}.jsonl"), own), tmp_path_factory.mktemp(task)
         given = f"{task} --init none --data {path} --val {path} --out {out} --steps 8 --batch-size 4 --lr-head 0.02"
         with kept_signals():
-            FineTune(*finetune.parse([*given.split(), "--device", "cpu", *SIZES.split()])).train()
+            finetune.start(*finetune.parse([*given.split(), "--device", "cpu", *SIZES.split()])).train()
         made[task] = out / "best.pt"
     return made
 
@@ -479,34 +479,33 @@ def test_explain_lays_the_map_over_the_picture(grounding, checkpoint, command, t
         heat = explain.maps_of(model, tokenizer, [phrase], CPU)[layer, 0]
         width, height = 480, 320
         centres = patch_centres((2, 3), width, height)
-        green = [sheet.getpixel((24 + width + int(x), 12 + int(y)))[1] for x, y in centres]
-        plain = [sheet.getpixel((12 + int(x), 12 + int(y))) for x, y in centres]
+        green = [sheet.getpixel((24 + width + int(x), 46 + int(y)))[1] for x, y in centres]
+        plain = [sheet.getpixel((12 + int(x), 46 + int(y))) for x, y in centres]
         assert plain[5] == (255, 255, 255), "the left half is the picture itself"
         white = [i for i in range(6) if plain[i] == (255, 255, 255)]
         hot, cold = max(white, key=lambda i: heat[i]), min(white, key=lambda i: heat[i])
         assert heat[hot] == heat[cold] or green[hot] < green[cold]
 
 
-def test_two_pictures_are_drawn_side_by_side_each_with_its_map(grounding):
-    """Of reasoning; and what the model answers is in the line below."""
+def test_two_pictures_are_drawn_side_by_side_each_with_its_map(grounding, tmp_path):
+    """Of reasoning."""
     rows = read_rows([grounding], "grounding")[:2]
     words = Tokenizer.build([row["text"] for row in rows] * 9)
     special = {"vocab_size": len(words), "mask_id": words.mask_id, "special_ids": words.special_ids}
     torch.manual_seed(0)
-    model = build_task(Head("reasoning", ["false", "true"]), dataclasses.asdict(tiny_config(**special))).eval()
+    model = build_task(HeadConfig("reasoning", ["false", "true"]), dataclasses.asdict(tiny_config(**special))).eval()
     paths, text = [row["image"] for row in rows], rows[0]["text"]
-    both = draw_heat(model, words, paths, text, text, 0, CPU)
-    assert both.size == (4 * 480 + 5 * 12, 320 + 56)
-    for number, path in enumerate(paths):
+    heats = heats_of(model, words, paths, text, text, 0, CPU)
+    draw_heats(heats, tmp_path / "heat.png", "a line")
+    both = Image.open(tmp_path / "heat.png").convert("RGB")
+    assert both.size == (4 * 492 + 12, 46 + 332)
+    for number, (heat, path) in enumerate(zip(heats, paths, strict=True)):
         left = 12 + 2 * number * 492
         picture = Image.open(path).resize((480, 320), Image.Resampling.NEAREST)
-        assert both.crop((left, 12, left + 480, 332)).tobytes() == picture.tobytes()
-        laid = both.crop((left + 492, 12, left + 972, 332))
+        assert both.crop((left, 46, left + 480, 366)).tobytes() == picture.tobytes()
+        laid = both.crop((left + 492, 46, left + 972, 366))
+        assert laid.tobytes() == heat.image().tobytes() and heat.values.shape == model.config.grid
         assert max(red - green for _, (red, green, _) in laid.getcolors(1 << 18)) > 100, "the hottest place is red"
-    said = draw_heat(model, words, paths, text, text, 0, CPU, "   true")
-    assert (
-        said.crop((0, 0, both.width, 332)).tobytes() == both.crop((0, 0, both.width, 332)).tobytes() != said.tobytes()
-    )
 
 
 def test_grounding_reports_the_layer_that_was_given_or_chosen(grounding, checkpoint, command):
@@ -531,14 +530,14 @@ def test_grounding_reports_the_layer_that_was_given_or_chosen(grounding, checkpo
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"boxes": []}, "boxes must be"),
-        ({"boxes": [[0, 0, 0, 5]]}, "boxes must be"),
-        ({"boxes": [[0, 0, 5]]}, "boxes must be"),
-        ({"boxes": [[-1, 0, 5, 5]]}, "boxes must be"),
-        ({"boxes": [[True, 0, 5, 5]]}, "boxes must be"),
-        ({"text": " "}, "text is empty"),
-        ({"proposals": []}, "proposals must be"),
-        ({"proposals": [[0, 0, 5, 5], [0, 0, 5]]}, "proposals must be"),
+        ({"boxes": []}, "boxes is .*: expected"),
+        ({"boxes": [[0, 0, 0, 5]]}, "boxes is .*: expected"),
+        ({"boxes": [[0, 0, 5]]}, "boxes is .*: expected"),
+        ({"boxes": [[-1, 0, 5, 5]]}, "boxes is .*: expected"),
+        ({"boxes": [[True, 0, 5, 5]]}, "boxes is .*: expected"),
+        ({"text": " "}, "text is .*: expected a text"),
+        ({"proposals": []}, "proposals is .*: expected"),
+        ({"proposals": [[0, 0, 5, 5], [0, 0, 5]]}, "proposals is .*: expected"),
         ({"boxes": [[0, 0, 8, 8], [40, 0, 9, 8]]}, r"the box \[40, 0, 9, 8\] reaches outside the picture of 48 x 32"),
         ({"proposals": [[0, 25, 8, 8]]}, r"the box \[0, 25, 8, 8\] reaches outside the picture of 48 x 32"),
     ],

@@ -19,14 +19,13 @@ from test_losses import (
 )
 from torch import Tensor, nn
 
-from mamo import hide_patches, hide_words
+from mamo import mask_patches, mask_words
 from siblings.masking import (
     PixelDecoder,
     blank,
     drop_patches,
-    encode_visible,
-    hide_units,
-    hide_whole_words,
+    mask_units,
+    mask_whole_words,
     nce,
     put_back,
 )
@@ -43,11 +42,11 @@ def random_noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def naive_units(noise: Tensor, ratio: float, grid: tuple[int, int], unit: int) -> list[int]:
-    """The patches, in order, of the units of least noise; the noise of a unit is that of its upper left patch."""
+    """The patches of the units of least noise, unit by unit; the noise of a unit is that of its upper left patch."""
     rows, columns = grid
     corners = [y * columns + x for y in range(0, rows, unit) for x in range(0, columns, unit)]
     units = naive_patches(noise[corners], ratio)
-    return sorted(corners[u] + v * columns + w for u in units for v in range(unit) for w in range(unit))
+    return [corners[u] + v * columns + w for u in units for v in range(unit) for w in range(unit)]
 
 
 def naive_whole_words(
@@ -101,7 +100,7 @@ def words_of_pieces(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def whole_words(batch: dict[str, Tensor], ratio: float, continued: list[int] = CONTINUED):
     names = ("input_ids", "attention_mask", "token_noise", "replace_noise")
     continues = torch.isin(batch["input_ids"], torch.tensor(continued))
-    return hide_whole_words(*(batch[name] for name in names), ratio, tiny_config(), continues)
+    return mask_whole_words(*(batch[name] for name in names), ratio, tiny_config(), continues)
 
 
 # ----------------------------------------------------------------------------------------------------- units of patches
@@ -110,26 +109,26 @@ def whole_words(batch: dict[str, Tensor], ratio: float, continued: list[int] = C
 @pytest.mark.parametrize(("grid", "unit"), GRIDS)
 @pytest.mark.parametrize("ratio", [0.01, 0.3, 0.6, 0.99])
 def test_whole_units_of_least_noise_are_hidden(grid: tuple, unit: int, ratio: float):
-    """As by loops: the units of least noise, all patches of each, in order, and at least one unit but never all."""
+    """As by loops: the units of least noise, all patches of each, least noise first, and at least one but never all."""
     noise = random_noise(20, grid[0] * grid[1])
-    index, mask = hide_units(noise, ratio, grid, unit)
+    index, mask = mask_units(noise, ratio, grid, unit)
     units = grid[0] * grid[1] // unit**2
     assert index.shape == (20, min(max(round(ratio * units), 1), units - 1) * unit**2) and mask.dtype == torch.bool
     for row in range(20):
         assert index[row].tolist() == naive_units(noise[row], ratio, grid, unit)
-        assert mask[row].nonzero().flatten().tolist() == index[row].tolist()
+        assert mask[row].nonzero().flatten().tolist() == sorted(index[row].tolist())
 
 
 def test_a_unit_of_one_patch_is_a_patch():
     noise = random_noise(30, 24)
-    index, mask = hide_units(noise, 0.6, (4, 6), 1)
-    patches, patch_mask = hide_patches(noise, 0.6)
-    assert torch.equal(mask, patch_mask) and torch.equal(index, patches.sort(dim=1).values)
+    index, mask = mask_units(noise, 0.6, (4, 6), 1)
+    patches, patch_mask = mask_patches(noise, 0.6)
+    assert torch.equal(mask, patch_mask) and torch.equal(index, patches)
 
 
 def test_every_unit_is_hidden_equally_often():
     """3 of 6 units in each of 4,000 rows: each unit in a half of them, each two units together in a fifth."""
-    _, mask = hide_units(random_noise(4000, 24), 0.5, (4, 6), 2)
+    _, mask = mask_units(random_noise(4000, 24), 0.5, (4, 6), 2)
     units = mask[:, [0, 2, 4, 12, 14, 16]].float()
     together = units.T @ units / 4000
     for i in range(6):
@@ -140,7 +139,7 @@ def test_every_unit_is_hidden_equally_often():
 def test_blank_sets_hidden_pixels_to_zero_and_no_other():
     images, (rows, columns), p = random_noise(3, 3, 16, 24) + 0.5, (4, 6), 4
     before = images.clone()
-    _, mask = hide_units(random_noise(3, 24), 0.5, (4, 6), 2)
+    _, mask = mask_units(random_noise(3, 24), 0.5, (4, 6), 2)
     blanked = blank(images, mask, p)
     for i in range(3):
         for y in range(rows):
@@ -156,10 +155,10 @@ def test_blank_sets_hidden_pixels_to_zero_and_no_other():
 
 @pytest.mark.parametrize("ratio", [0.01, 0.5, 0.8, 0.99])
 def test_patches_are_either_dropped_or_kept(ratio: float):
-    """Both together are all patches, each once; those of least noise are dropped, as hide_patches would hide them."""
+    """Both together are all patches, each once; those of least noise are dropped, as mask_patches would hide them."""
     noise = random_noise(20, 24)
     dropped, kept = drop_patches(noise, ratio)
-    assert torch.equal(dropped, hide_patches(noise, ratio)[0])
+    assert torch.equal(dropped, mask_patches(noise, ratio)[0])
     for row in range(20):
         assert dropped[row].tolist() == naive_patches(noise[row], ratio)
         assert sorted(dropped[row].tolist() + kept[row].tolist()) == list(range(24))
@@ -170,7 +169,7 @@ def test_with_all_patches_visible_the_encoder_is_the_whole_one():
     model = tiny_objective("vlmae").double()
     images = tiny_batch(model.config)["images"].double()
     kept = random_noise(5, 24).argsort(dim=1)
-    whole, visible = model.student.image(images), encode_visible(model.student.image, images, kept)
+    whole, visible = model.student.image(images), model.student.image(images, kept=kept)
     torch.testing.assert_close(visible[:, 0], whole[:, 0])
     for i in range(5):
         for slot, k in enumerate(kept[i].tolist()):
@@ -181,7 +180,7 @@ def test_the_order_of_the_visible_patches_is_that_of_the_result():
     model = tiny_objective("vlmae").double()
     images = tiny_batch(model.config)["images"].double()
     kept, order = drop_patches(random_noise(5, 24), 0.5)[1], torch.tensor([3, 0, 11, 7, 1, 2, 10, 4, 9, 5, 8, 6])
-    one, other = (encode_visible(model.student.image, images, x) for x in (kept, kept[:, order]))
+    one, other = (model.student.image(images, kept=x) for x in (kept, kept[:, order]))
     torch.testing.assert_close(one[:, 0], other[:, 0])
     torch.testing.assert_close(one[:, 1:][:, order], other[:, 1:])
 
@@ -191,12 +190,12 @@ def test_dropped_patches_are_not_seen():
     model = tiny_objective("vlmae")
     images = tiny_batch(model.config)["images"]
     dropped, kept = drop_patches(random_noise(5, 24), 0.5)
-    before = encode_visible(model.student.image, images, kept)
+    before = model.student.image(images, kept=kept)
     mask = torch.zeros(5, 24, dtype=torch.bool).scatter(1, dropped, True)
     assert before.shape == (5, 13, 16)
-    assert torch.equal(before, encode_visible(model.student.image, blank(images, mask, 4), kept))
+    assert torch.equal(before, model.student.image(blank(images, mask, 4), kept=kept))
     seen = torch.zeros(5, 24, dtype=torch.bool).scatter(1, kept[:, :1], True)
-    after = encode_visible(model.student.image, blank(images, seen, 4), kept)
+    after = model.student.image(blank(images, seen, 4), kept=kept)
     assert ((before - after).abs().amax(dim=-1) > 1e-6).all()
 
 
@@ -274,7 +273,7 @@ def test_words_of_single_pieces_are_hidden_as_by_hide_words():
     batch = tiny_batch(tiny_config(), b=40, l=14)
     names = ("input_ids", "attention_mask", "token_noise", "replace_noise")
     for ratio in (0.15, 0.5):
-        expected = hide_words(*(batch[name] for name in names), ratio, tiny_config())
+        expected = mask_words(*(batch[name] for name in names), ratio, tiny_config())
         for ours, theirs in zip(whole_words(batch, ratio, []), expected, strict=True):
             assert torch.equal(ours, theirs)
 

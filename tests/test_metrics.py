@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import moved, tiny_config
-from helpers import COLOURS, PLACES, caption, write_rows, write_squares
+from helpers import COLOURS, PLACES, RESAMPLES, caption, write_rows, write_squares
 from PIL import Image, ImageDraw
 
+import metrics
 import runtime
 from data import captions_of, load_image, pictures_of, read_rows, size_of, to_tensor
 from eval import ANSWERING, best_first, classify, load_model, ranks, retrieval
 from mamo import MAMO
 from metrics import (
-    RESAMPLES,
     cluster_of,
     constant,
-    figure,
+    estimate,
     fits,
     inside,
     iou,
@@ -36,12 +36,18 @@ from metrics import (
     score_answers,
     write_predictions,
 )
-from tasks import TASKS, Head, build_task
+from tasks import TASKS, HeadConfig, build_task
 from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 SIDES = ("image_to_text", "text_to_image")
 LABELS = ("entailment", "neutral", "contradiction")
+
+
+@pytest.fixture(autouse=True)
+def resamples(monkeypatch):
+    """Intervals are here those of every evaluation outside of the tests."""
+    monkeypatch.setattr(metrics, "RESAMPLES", RESAMPLES)
 
 
 def percent(values) -> float:
@@ -80,7 +86,7 @@ def test_an_interval_holds_the_mean_and_equals_a_loop_over_resamples():
         clusters = draw.integers(0, names, count).tolist()
         level = draw.random(names)
         values = [float(draw.random() < level[cluster]) * draw.choice([0.3, 1.0]) for cluster in clusters]
-        found = figure(values, clusters, 0.25)
+        found = estimate(values, clusters, 0.25)
         check(found, count, percent(values), 25.0)
         low, high = naive_interval(values, clusters)
         assert found["low"] == pytest.approx(low, abs=1.5) and found["high"] == pytest.approx(high, abs=1.5)
@@ -91,7 +97,7 @@ def test_an_interval_holds_the_mean_and_equals_a_loop_over_resamples():
 def test_rows_that_stand_alone_have_the_interval_of_a_binomial(n, p):
     """Half of it is 1.96 standard errors."""
     values = [number < round(n * p) for number in range(n)]
-    found = figure(values, range(n), 0.5)
+    found = estimate(values, range(n), 0.5)
     assert (found["high"] - found["low"]) / 2 == pytest.approx(196 * (p * (1 - p) / n) ** 0.5, rel=0.1)
     assert found["value"] == pytest.approx(100 * p)
 
@@ -99,25 +105,25 @@ def test_rows_that_stand_alone_have_the_interval_of_a_binomial(n, p):
 def test_rows_that_share_a_cluster_widen_the_interval():
     """Ten equal values are worth one: the interval is wider by the root of ten. Clusters of unequal values are not."""
     values = [number < 120 for number in range(400)]
-    alone = figure(values, range(400), 0.0)
-    tens = figure(values, [number // 10 for number in range(400)], 0.0)
-    mixed = figure(values, [number % 40 for number in range(400)], 0.0)
+    alone = estimate(values, range(400), 0.0)
+    tens = estimate(values, [number // 10 for number in range(400)], 0.0)
+    mixed = estimate(values, [number % 40 for number in range(400)], 0.0)
     assert tens["value"] == mixed["value"] == alone["value"]
     width = alone["high"] - alone["low"]
     assert (tens["high"] - tens["low"]) / width == pytest.approx(10**0.5, rel=0.1)
     assert mixed["high"] - mixed["low"] < 0.2 * width
-    assert figure([1, 1, 0], ["a", "a", "a"], 0.0)["low"] == pytest.approx(200 / 3), "one cluster has no spread"
+    assert estimate([1, 1, 0], ["a", "a", "a"], 0.0)["low"] == pytest.approx(200 / 3), "one cluster has no spread"
 
 
 def test_an_interval_is_the_same_every_time():
     """Whoever drew random numbers before does not matter, and neither do the names of the clusters."""
     values, clusters = [0, 1, 1, 0, 1, 0.5, 0.3], [0, 0, 1, 2, 2, 2, 3]
     np.random.seed(1)
-    one = figure(values, clusters, 0.5)
+    one = estimate(values, clusters, 0.5)
     np.random.seed(2)
-    assert figure(values, clusters, 0.5) == one
-    assert figure(values, [f"picture {cluster}" for cluster in clusters], 0.5) == one
-    assert figure([1.0] * 5, range(5), 0.5) == {"n": 5, "value": 100, "low": 100, "high": 100, "chance": 50}
+    assert estimate(values, clusters, 0.5) == one
+    assert estimate(values, [f"picture {cluster}" for cluster in clusters], 0.5) == one
+    assert estimate([1.0] * 5, range(5), 0.5) == {"n": 5, "value": 100, "low": 100, "high": 100, "chance": 50}
     assert RESAMPLES == 1000
 
 
@@ -276,10 +282,10 @@ def test_questions_about_a_picture_or_of_a_group_are_drawn_together(task, key):
     rows, answers = random_rows(task, random.Random(3), 60)
     scores = score_answers(task, rows, answers)
     found = judge_answers(task, rows, answers)
-    drawn = figure(scores, [row[key] for row in rows], 0.0)
+    drawn = estimate(scores, [row[key] for row in rows], 0.0)
     assert (found["accuracy"]["low"], found["accuracy"]["high"]) == (drawn["low"], drawn["high"])
     those = [number for number, row in enumerate(rows) if row["type"] == "count"]
-    drawn = figure([scores[number] for number in those], [rows[number][key] for number in those], 0.0)
+    drawn = estimate([scores[number] for number in those], [rows[number][key] for number in those], 0.0)
     assert (found["types"]["count"]["low"], found["types"]["count"]["high"]) == (drawn["low"], drawn["high"])
 
 
@@ -436,7 +442,7 @@ def test_grounding_equals_loops(pictures):
     assert found["ceiling"] == pytest.approx(percent([any(one) for one in patches]))
     assert found["box"]["chance"] == pytest.approx(np.mean(anywhere), abs=2) and np.mean(anywhere) > 10
     check(found["box"], 45, percent(boxed), found["box"]["chance"])
-    drawn = figure(hits, [row["image"] for row in rows], 0.0)
+    drawn = estimate(hits, [row["image"] for row in rows], 0.0)
     assert (found["pointing"]["low"], found["pointing"]["high"]) == (drawn["low"], drawn["high"])
 
 
@@ -560,7 +566,7 @@ def world(tmp_path_factory) -> Path:
     config = tiny_config(**sizes, **special)
     for task in (*TASKS, "pre-training"):
         torch.manual_seed(3)
-        head = Head(task, ANSWERS.get(task, []))
+        head = HeadConfig(task, ANSWERS.get(task, []))
         model = MAMO(config) if task == "pre-training" else build_task(head, dataclasses.asdict(config))
         model = moved(model, 0.3)
         state = {"objective": "mamo", "config": dataclasses.asdict(model.config), "vocab": words.vocab}
@@ -635,7 +641,7 @@ def test_answers_are_those_of_each_row_alone(world, monkeypatch, task):
         shown[0, : len(images)] = True
         with torch.no_grad():
             logits = model.decide(model.encode_image(images), shown, model.encode_text(input_ids, real), real)
-        expected.append(model.description.answers[logits[0].argmax()])
+        expected.append(model.head_config.answers[logits[0].argmax()])
     assert classify(model, words, rows, CPU) == classify(model, words, rows, CPU, batch=7) == expected
 
 
@@ -922,12 +928,12 @@ def test_explain_draws_for_a_checkpoint_of_each_task(world, tmp_path, command, m
     else:
         assert "matching, probability" in said and line.endswith("right   (fusion block 0)")
     with Image.open(out) as sheet:
-        assert sheet.format == "PNG" and sheet.size == (12 + 2 * pictures * (480 + 12), 320 + 56)
+        assert sheet.format == "PNG" and sheet.size == (12 + 2 * pictures * (480 + 12), 320 + 58)
         for number, image in enumerate(images):
             left = 12 + 2 * number * 492
-            shown = sheet.convert("RGB").crop((left, 12, left + 480, 332)).resize((24, 16), Image.Resampling.NEAREST)
+            shown = sheet.convert("RGB").crop((left, 46, left + 480, 366)).resize((24, 16), Image.Resampling.NEAREST)
             assert shown.tobytes() == load_image(image).tobytes()
-            assert sheet.convert("RGB").crop((left + 492, 12, left + 972, 332)).tobytes() != shown.tobytes()
+            assert sheet.convert("RGB").crop((left + 492, 46, left + 972, 366)).tobytes() != shown.tobytes()
 
 
 def test_the_likeliest_answers_are_told_with_their_probabilities(world, command):

@@ -39,7 +39,7 @@ import train
 from data import read_rows
 from eval import foils, load_model, retrieval
 from explain import ground
-from mamo import Attention, Config, MAMOConfig, VisionLanguageModel, hide_words
+from mamo import Attention, Config, MAMOConfig, VisionLanguageModel, mask_words
 from metrics import judge_grounding
 from siblings import OBJECTIVES, build_model, glscl
 from tasks import encoders_of
@@ -99,7 +99,7 @@ class Trained(NamedTuple):
         return self.out / "checkpoint.pt"
 
     def state(self) -> dict:
-        return torch.load(self.path, weights_only=True)
+        return torch.load(self.path, weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +215,12 @@ def test_without_a_loss_that_asks_it_there_is_no_teacher(data, tmp_path, capsys,
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("mamo", "control")])
 def test_resume_is_bit_exact(trained, data, tmp_path, case):
-    """Stopped between two rows of the log and gone on without naming the objective: weights, optimiser, log."""
+    """Stopped between two rows of the log and gone on without naming the objective: weights, optimiser, log.
+
+    MAMO and its control are resumed in test_train.py.
+    """
     new_run(data, tmp_path, *EVERYTHING.split(), *CASES[case][0].split()).train(stop_at=3)
     assert checkpoint(tmp_path)["step"] == 3
     run = resumed_run(tmp_path)
@@ -320,8 +323,8 @@ def test_an_option_of_another_objective_is_unknown(data, tmp_path, monkeypatch, 
         ("--objective vlmae --ema 1.5", "ema is 1.5"),
         ("--objective vlmae --w-itc 0 --w-itm 0 --w-mlm 0 --w-rmim 0 --w-ifr 0", "every loss has weight 0"),
         ("--mim-target words", "unknown mim_target 'words': use features or pixels"),
-        ("--mask-both --w-mrm 0 --w-mlm 0", "mask_both hides patches and words at once"),
-        ("--objective control --mask-both", "mask_both hides patches and words at once"),
+        ("--mask-both --w-mrm 0 --w-mlm 0", "mask_both: give w_mrm a weight"),
+        ("--objective control --mask-both", "mask_both: give w_mrm a weight"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_writes_nothing(data, tmp_path, monkeypatch, capsys, given, says):
@@ -334,12 +337,12 @@ def test_a_wrong_option_is_one_sentence_and_writes_nothing(data, tmp_path, monke
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_is_evaluated_by_its_encoders_alone(trained, judged, command, case):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_checkpoint_is_evaluated_by_its_encoders_alone(trained, judged, command, objective):
     """Every command takes it; the figures are those of a control with the same encoders, which knows no objective."""
-    path = trained(case).path
+    path = trained(objective).path
     model, tokenizer, state = load_model(path, CPU)
-    assert type(model) is OBJECTIVES[state["objective"]][0] and not model.training
+    assert type(model) is OBJECTIVES[objective][0] and not model.training
     assert same(dict(model.state_dict()), state["model"])
     plain = build_model(
         "control", vars(encoders_of(state["config"], ("w_itc", "w_itm", "w_mlm"))) | {"w_mrm": 0.0, "w_mim": 0.0}
@@ -411,7 +414,7 @@ def test_fine_tuning_starts_from_the_encoders_of_any_objective(
 ):
     """Bit by bit, and no more than the encoders; the run is evaluated and taken up again as ever."""
     source = trained(objective).state()
-    stopped_and_straight(task, trained(objective).path, task_data, tmp_path, [3])
+    stopped_and_straight(task, trained(objective).path, task_data, tmp_path, [1], "--steps", "2")
     said = capsys.readouterr().out
     run = tuned(task, trained(objective).path, task_data, tmp_path / "first")
     old = len(source["vocab"])
@@ -472,7 +475,7 @@ def test_a_fine_tuned_checkpoint_with_all_fields_of_mamo_still_loads(trained, ta
     run = resumed(task, tmp_path)
     assert run.step == 2
     run.train()
-    assert tuned(task, path, task_data, tmp_path / "on").fresh == []
+    assert tuned(task, path, task_data, tmp_path / "on").fresh == ()
 
 
 # --------------------------------------------------------------------------------------------------------- whole words
@@ -513,20 +516,20 @@ def test_continuation_ids_reach_glscl_and_only_it(trained, data, tmp_path, vocab
 
 def test_whole_words_are_hidden_in_a_run(data, tmp_path, monkeypatch, vocabulary):
     """All pieces of a word or none, but where the word alone is too long; and single pieces would have been broken."""
-    seen, hide = [], glscl.hide_whole_words
+    seen, hide = [], glscl.mask_whole_words
 
     def noting(*given):
         seen.append((given, hide(*given)))
         return seen[-1][1]
 
-    monkeypatch.setattr(glscl, "hide_whole_words", noting)
+    monkeypatch.setattr(glscl, "mask_whole_words", noting)
     run = new_run(data, tmp_path, "--objective", "glscl", "--patch-size", "4", "--vocab", str(vocabulary))
     run.train()
     assert len(seen) == 9 and run.model.config.mask_text == 0.15
     whole, broken = 0, 0
     for given, words in seen:
         config = given[5]
-        singly = hide_words(*given[:6])
+        singly = mask_words(*given[:6])
         for row, ids in enumerate(given[0].tolist()):
             pieces = [place for place, i in enumerate(ids) if i not in config.special_ids]
             starts = [place for place in pieces if not run.tokenizer.vocab[ids[place]].startswith("##")]
@@ -623,7 +626,7 @@ def test_two_processes_equal_one(two, monkeypatch, case, order):
     losses = model(batch)
     total(model, losses).backward()
     found = [one[case, order] for one in two]
-    for name in losses.keys() - {"target_cosine"}:  # a mean over each process's own targets
+    for name in losses:
         mean = sum(one["losses"][name].item() for one in found) / 2
         assert mean == pytest.approx(losses[name].item(), rel=1e-5, abs=1e-6), name
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -636,7 +639,7 @@ def test_two_processes_equal_one(two, monkeypatch, case, order):
 def runs_of(commands: list[list[str]], folder: Path) -> None:
     """In one of several processes: whole runs, one after another, and what each ends with."""
     for number, arguments in enumerate(commands):
-        run = train.Run(*train.parse(arguments))
+        run = train.start(*train.parse(arguments))
         run.train()
         torch.save(run.model.state_dict(), folder / f"model-{number}-{run.rank}.pt")
 
@@ -696,7 +699,7 @@ def test_losses_in_bf16_are_nearly_those_in_fp32(data, tmp_path, objective):
 def test_what_is_recovered_is_judged_in_fp32(monkeypatch, objective):
     """What reaches such a loss in bf16 is judged again as fp32, outside of autocast: equal to the last bit."""
     model, seen = tiny_objective(objective), {}
-    for name in model.weights.keys() - {"itc", "itm", "mlm"}:
+    for name in model.loss_weights.keys() - {"itc", "itm", "mlm"}:
         kept = getattr(model, f"loss_{name}")
 
         def note(*given, kept=kept, name=name):

@@ -1,11 +1,14 @@
-"""Official annotation files become rows that data.py reads back exactly; each mistake is named with its line."""
+"""Official annotation files become rows that data.py reads back exactly; each mistake is named with its place."""
 
+import argparse
+import io
 import itertools
 import json
 import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -280,31 +283,29 @@ def test_a_picture_of_a_folder_keeps_its_split_whatever_lies_beside_it(tmp_path)
         ("1.jpg#0\tA dog\n9.jpg#0\tA cat\n", (), "1 of 2 rows show a picture that is not in"),
         ("1.jpg\tA dog\n", (), "captions.txt:1: found '1.jpg\\tA dog\\n': expected the header image,caption"),
         ("1.jpg#0\tA dog\n", ("--val-share", 1.0), "--val-share is 1.0: give a share from 0 to below 1"),
-        ("2.jpg#0\t \n", (), "has a caption: write captions.txt, lines under image,caption"),
+        (
+            "2.jpg#0\t \n",
+            (),
+            "no row is left to write\nleft out: 1 blank texts\nleft out: 2 pictures without a caption, 1.jpg",
+        ),
         ("image,caption\n", (), "captions.txt holds no captions: write a line for each"),
     ],
 )
 def test_a_folder_whose_list_does_not_fit_is_refused(tmp_path, listed, arguments, wanted):
     picture(tmp_path / "pictures", "1.jpg", "2.jpg")
     write(tmp_path / "pictures" / "captions.txt", listed)
+    write(tmp_path / "pictures" / "captions.csv", "image,caption\n1.jpg,Not read: captions.txt comes first\n")
     assert wanted in refused(tmp_path, "folder", *arguments)
 
 
 def test_a_folder_without_pictures_that_can_be_read_says_so(tmp_path, capsys):
-    """Those of a telephone are counted, not passed over in silence."""
+    """Those in the format of a phone are counted, not passed over in silence."""
     (tmp_path / "pictures").mkdir()
     write(tmp_path / "pictures" / "a dog.HEIC", "no picture")
     assert "no picture lies in" in refused(tmp_path, "folder")
     picture(tmp_path / "pictures", "a cat.png")
     run(tmp_path, "folder")
-    assert "left out: 1 pictures as a telephone writes them, .heic: save them as .jpg" in capsys.readouterr().out
-
-
-def test_of_two_lists_in_a_folder_the_first_counts(tmp_path):
-    picture(tmp_path / "pictures", "1.jpg")
-    write(tmp_path / "pictures" / "captions.txt", "image,caption\n1.jpg,A dog\n")
-    write(tmp_path / "pictures" / "captions.csv", "image,caption\n1.jpg,A cat\n")
-    assert rows(run(tmp_path, "folder") / "pairs_train.jsonl", "pairs") == [{"image": "1.jpg", "caption": ["A dog"]}]
+    assert "left out: 1 pictures in the format of a phone, .heic: save them as .jpg" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("header", ["", "caption\turl\n"])
@@ -330,7 +331,7 @@ def test_conceptual_captions_by_a_pattern(tmp_path):
     assert f"{tmp_path / 'a.tsv'}:1: --pattern '{{nam}}'" in said and "row, shard, name" in said
 
 
-def test_vqa_rows_meet_their_answers_in_any_order(tmp_path):
+def test_vqa_rows_meet_their_answers_in_any_order(tmp_path, capsys):
     picture(tmp_path / "pictures", VQA_PICTURE, "COCO_train2014_000000000011.jpg")
     questions = [question(1), question(2, 11, "How many?"), question(3)]
     answers = [
@@ -352,6 +353,8 @@ def test_vqa_rows_meet_their_answers_in_any_order(tmp_path):
         },
         base | {"answers": {"a": 1.0, "letter": 1.0}, "question_id": 3},
     ]
+    said = capsys.readouterr().out
+    assert "vqa_train.jsonl: 3 rows" in said and "\n2 pictures" in said
 
 
 def test_vqa_by_the_names_of_coco_2017(tmp_path):
@@ -425,8 +428,6 @@ def python_2(protocol: int) -> bytes:
 
         dispatch[str] = save_str
 
-    import io
-
     file = io.BytesIO()
     Bytes(file, protocol=protocol).dump([REF | {"sentences": [{"sent": "café", "raw": "x"}]}])
     return file.getvalue()
@@ -459,14 +460,9 @@ def test_refcoco_boxes_proposals_and_clipping(tmp_path, capsys):
 @pytest.mark.parametrize("protocol", [0, 1, 2])
 def test_refcoco_reads_pickles_of_python_2(tmp_path, protocol):
     picture(tmp_path / "pictures", "COCO_train2014_000000000007.jpg")
-    refs = python_2(protocol)
-    if protocol:
-        assert b"X" + b"\x05\x00\x00\x00" not in refs, "these are texts of Python 3"
-        out = run(tmp_path, *ref_files(tmp_path, refs))
-        assert [row["text"] for row in rows(out / "grounding_train.jsonl", "grounding")] == ["café"]
-    else:
-        out = run(tmp_path, *ref_files(tmp_path, refs))
-        assert len(rows(out / "grounding_train.jsonl", "grounding")) == 1
+    out = run(tmp_path, *ref_files(tmp_path, python_2(protocol)))
+    (row,) = rows(out / "grounding_train.jsonl", "grounding")
+    assert row["text"] == "café" or protocol == 0
 
 
 def test_clipped_boxes_never_exceed_the_picture():
@@ -485,7 +481,7 @@ def test_albef_lists_of_every_task(tmp_path):
     tasks = {
         "pairs": (
             [{"image": f"{top}a.jpg", "caption": "one"}, {"image": f"{top}b.jpg", "caption": ["two", "three "]}],
-            [{"image": "a.jpg", "caption": "one"}, {"image": "b.jpg", "caption": ["two", "three"]}],
+            [{"image": "a.jpg", "caption": ["one"]}, {"image": "b.jpg", "caption": ["two", "three"]}],
         ),
         "vqa": (
             [
@@ -590,13 +586,7 @@ def test_scores_are_those_of_leaving_each_annotator_out():
     ],
 )
 def test_normalisation(said, normal):
-    assert prepare.normalise(said) == normal
-
-
-def test_normalising_twice_changes_nothing_more_for_ordinary_answers():
-    for said in ("A red.", "two", "dont", "1,000", "it's", "couldnt've", "t-shirt", "none"):
-        once = prepare.normalise(said)
-        assert prepare.normalise(once) == once
+    assert prepare.normalise(said) == prepare.normalise(normal) == normal
 
 
 def test_question_without_a_single_answer_is_left_out(tmp_path, capsys):
@@ -610,125 +600,94 @@ def test_question_without_a_single_answer_is_left_out(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(
-    ("change", "wanted"),
-    [
-        ({"label": "yes"}, "label is 'yes': expected true, True, false, False"),
-        ({"label": True}, "label is True: expected a text"),
-        ({"identifier": "3125"}, "identifier is '3125': expected sentence-position"),
-        ({"identifier": "a-b-c"}, "identifier is 'a-b-c'"),
-        ({"sentence": None}, "sentence is None: expected a text"),
-        ({"sentence": "  "}, "sentence is '': expected a text that is not empty"),
-    ],
-)
-def test_bad_nlvr_row(tmp_path, change, wanted):
-    path = write(tmp_path / "train.json", [NLVR, NLVR | change], lines=True)
-    said = refused(tmp_path, "nlvr", "--annotations", path, "--skip-missing")
-    assert said.startswith(f"{path}:2: ") and wanted in said
+LINES = [  # command, entries of a JSONL file or its text, what is said of it
+    ("nlvr", [NLVR, NLVR | {"label": "yes"}], ":2: label is 'yes': expected true, True, false, False"),
+    ("nlvr", [NLVR, NLVR | {"label": True}], ":2: label is True: expected true, True, false, False"),
+    ("nlvr", [NLVR | {"identifier": "3125"}], ":1: identifier is '3125': expected sentence-position"),
+    ("nlvr", [NLVR | {"identifier": "a-b-c"}], ":1: identifier is 'a-b-c': expected sentence-position"),
+    ("nlvr", [NLVR | {"sentence": None}], ":1: sentence is None: expected a text"),
+    ("nlvr", [NLVR | {"sentence": "  "}], ":1: text is "),
+    (
+        "nlvr",
+        [{"sentence": "a", "identifier": "1-2"}],
+        ":1: found the keys ['identifier', 'sentence']: expected 'label'",
+    ),
+    ("nlvr", '{"a": 1}\n\n{"a": \n', ":1: found the keys ['a']: expected 'identifier', a text"),
+    ("nlvr", "[1, 2]\n", ":1: found list: expected an object"),
+    ("nlvr", [NLVR2], ":1: identifier is 'train-189-0-1': expected sentence-position"),
+    ("nlvr2", [NLVR], ":1: identifier is '3125-1': expected split-set-pair-sentence"),
+    ("nlvr2", json.dumps(NLVR2) + "\n\n{broken\n", ":3: not JSON"),
+    ("snli-ve", [SNLI | {"gold_label": "maybe"}], ":1: label is 'maybe': expected entailment, neutral, contradiction"),
+    ("snli-ve", [{"gold_label": "neutral"}], ":1: found the keys ['gold_label']: expected 'Flickr30K_ID'"),
+    ("flickr8k", "1.jpg\tA dog\n", ":1: found '1.jpg\\tA dog\\n': expected the header image,caption"),
+    ("flickr8k", "image,caption\n1.jpg\n", ":2: found '1.jpg\\n': expected"),
+    ("flickr8k", "1.jpg#0\tA\n1.jpg#1 B\n", ":2: found '1.jpg#1 B\\n'"),
+    ("flickr8k", "image,caption\n", " holds no captions"),
+    ("cc", "a caption,http://example.org/a.jpg\n", ":1: found 'a caption,ht"),
+    ("cc", "a\thttp://a\nb\tc\n", ":2: found 'b\\tc\\n': expected caption<Tab>url"),
+    ("cc", "a\thttp://a\nb\thttp://c\td\n", ":2: found"),
+]
+GOOD = karpathy("1.jpg", "train", "A.")
+DOCUMENTS = [  # a JSON document or its text for coco, what is said of it
+    (
+        {"images": [GOOD, GOOD | {"split": "trian"}]},
+        ": images[1]: split is 'trian': expected train, restval, val, test",
+    ),
+    ({"images": [GOOD | {"filename": 3}]}, ": images[0]: filename is 3: expected a text"),
+    ({"images": [GOOD | {"sentences": "A dog"}]}, ": images[0]: sentences is 'A dog': expected a list"),
+    ({"images": [GOOD | {"sentences": [{"tokens": []}]}]}, ": images[0]: found the keys ['tokens']: expected 'raw'"),
+    ({"images": [GOOD | {"sentences": [{"raw": None}]}]}, ": images[0]: raw is None: expected a text"),
+    ({"images": [{"split": "train"}]}, ": images[0]: found the keys ['split']: expected 'sentences'"),
+    ({"images": [1]}, ": images[0]: found 1: expected an object"),
+    ({"images": {"a": 1}}, ": images is {'a': 1}: expected a list"),
+    ({"annotations": [1, 2], "info": {}}, ": found the keys ['annotations', 'info']: expected 'images', a list"),
+    ([1, 2], ": found [1, 2]: expected an object with the key 'images'"),
+    ("", " cannot be read (Expecting value: line 1"),
+    ("image,caption\n", " cannot be read (Expecting value: line 1"),
+    ('{"images": []} {', " cannot be read (Extra data: line 1"),
+    ('{"images": [\n1,]}', " cannot be read (Expecting value: line 2"),
+    ('{"images": [' + "[" * 200_000, " cannot be read (maximum recursion depth"),
+]
 
 
-def test_missing_keys_name_those_found(tmp_path):
-    path = write(tmp_path / "a.json", [{"sentence": "a", "identifier": "1-2"}], lines=True)
-    said = refused(tmp_path, "nlvr", "--annotations", path)
-    assert said == f"{path}:1: found the keys ['identifier', 'sentence']: expected 'label', a text that is not empty"
-    path = write(tmp_path / "b.jsonl", [{"sentence2": "a", "gold_label": "neutral"}], lines=True)
-    assert "b.jsonl:1: found the keys ['gold_label', 'sentence2']: expected 'Flickr30K_ID'" in refused(
-        tmp_path, "snli-ve", "--annotations", path
-    )
-
-
-@pytest.mark.parametrize(
-    ("command", "content", "wanted"),
-    [
-        ("nlvr", '{"a": 1}\n\n{"a": \n', ":1: found the keys ['a']: expected 'identifier'"),
-        ("nlvr2", json.dumps(NLVR2) + "\n\n{broken\n", ":3: not JSON"),
-        ("nlvr2", json.dumps(NLVR) + "\n", ":1: identifier is '3125-1': expected split-set-pair-sentence"),
-        ("nlvr", json.dumps(NLVR2) + "\n", ":1: identifier is 'train-189-0-1': expected sentence-position"),
-        ("nlvr", "[1, 2]\n", ":1: found [1, 2]: expected an object"),
-        (
-            "snli-ve",
-            json.dumps(SNLI | {"gold_label": "maybe"}) + "\n",
-            ":1: gold_label is 'maybe': expected entailment",
-        ),
-        ("coco", '{"images": [{"split": "train"}]}', ":1: images[0]: found the keys ['split']: expected 'sentences'"),
-        ("coco", '{"images": [\n1]}', ":2: images[0]: found 1: expected an object"),
-        ("coco", '{"images": {"a": 1}}', ":1: found {: expected ["),
-        (
-            "coco",
-            '{"annotations": [1, 2],\n "info": {}}',
-            ":2: found the keys ['annotations', 'info']: expected images",
-        ),
-        ("coco", '{"images": []}', "nothing was left to write: expected a file with rows"),
-        ("coco", "", ":1: the file ends in the middle: it is not whole: expected {"),
-        ("coco", "image,caption\n", ":1: found i: expected {"),
-        ("coco", '{"images": [] } {', ":1: found more behind the end"),
-        ("coco", '{"images": [],}', ":1: not JSON"),
-        ("coco", '{["a"]: 1}', ":1: found the key ['a']"),
-        ("coco", '{"images": [' + "[" * 200_000, ":1: lists in lists, too deep"),
-        ("flickr8k", "1.jpg\tA dog\n", ":1: found '1.jpg\\tA dog\\n': expected the header image,caption"),
-        ("flickr8k", "image,caption\n1.jpg\n", ":2: found '1.jpg\\n': expected"),
-        ("flickr8k", "1.jpg#0\tA\n1.jpg#1 B\n", ":2: found '1.jpg#1 B\\n'"),
-        ("cc", "a caption,http://example.org/a.jpg\n", ":1: found 'a caption,ht"),
-        ("cc", "a\thttp://a\nb\tc\n", ":2: found 'b\\tc\\n': expected caption<Tab>url"),
-        ("cc", "a\thttp://a\nb\thttp://c\td\n", ":2: found"),
-    ],
-)
-def test_bad_files(tmp_path, command, content, wanted):
-    path = write(tmp_path / "a.x", content)
-    said = refused(
-        tmp_path, command, "--annotations", path, "--skip-missing", *(["--split", "train"] * (command == "cc"))
-    )
-    assert wanted in said and (said.startswith(f"{path}:") or "nothing" in said)
-
-
-@pytest.mark.parametrize(
-    ("change", "wanted"),
-    [
-        ({"split": "trian"}, "split is 'trian': expected train, restval, val, test"),
-        ({"filename": 3}, "filename is 3: expected a text"),
-        ({"sentences": "A dog"}, "sentences is 'A dog': expected a list"),
-        ({"sentences": [{"tokens": []}]}, "found the keys ['tokens']: expected 'raw'"),
-        ({"sentences": [{"raw": None}]}, "raw is None: expected a text"),
-    ],
-)
-def test_bad_karpathy_entry_is_named_with_line_and_number(tmp_path, change, wanted):
-    images = [karpathy("1.jpg", "train", "A."), karpathy("2.jpg", "val", "B.") | change]
-    content = '{"dataset": "coco",\n "images": [\n' + ",\n".join(map(json.dumps, images)) + "]}"
-    said = refused(tmp_path, "coco", "--annotations", write(tmp_path / "a.json", content), "--skip-missing")
-    assert said.startswith(f"{tmp_path / 'a.json'}:4: images[1]: ") and wanted in said
+@pytest.mark.parametrize(("command", "content", "wanted"), LINES + [("coco", *case) for case in DOCUMENTS])
+def test_bad_entries_and_files(tmp_path, command, content, wanted):
+    path = write(tmp_path / "a.x", content, lines=command != "coco")
+    assert refused(tmp_path, command, "--annotations", path, "--skip-missing").startswith(f"{path}{wanted}")
 
 
 def test_documents_cut_off_anywhere_are_refused(tmp_path):
-    picture(tmp_path / "pictures", "1.jpg", "2.jpg")
-    content = json.dumps({"images": [karpathy("1.jpg", "train", "A."), karpathy("2.jpg", "val", "B.")], "n": 12})
+    picture(tmp_path / "pictures", "1.jpg")
+    content = json.dumps({"images": [GOOD], "n": 12})
     for end in range(len(content)):
         said = refused(tmp_path, "coco", "--annotations", write(tmp_path / "a.json", content[:end]))
-        assert said.startswith(f"{tmp_path / 'a.json'}:1: ") and "whole" in said, (end, said)
+        assert said.startswith(f"{tmp_path / 'a.json'} cannot be read") and "is it whole" in said, (end, said)
 
 
-def test_a_fault_early_in_a_large_document_is_found_without_reading_on(tmp_path):
-    entry = json.dumps(karpathy("1.jpg", "train", "A."))
-    content = '{"images": [\n' + entry + ",\n" + entry.replace(":", ";") + ",\n" + f"{entry},\n" * 30_000
-    path = write(tmp_path / "a.json", content)
-    assert refused(tmp_path, "coco", "--annotations", path, "--skip-missing").startswith(f"{path}:3: not JSON")
-    with prepare.opened(path) as file:
-        document = prepare.Document(file, path)
-        document.expect("{")
-        assert document.value() == "images" and document.expect(":")
-        with pytest.raises(ValueError, match=":3: not JSON"):
-            list(document.items("images"))
-        assert len(document.text) <= 2 * prepare.CHUNK
+@pytest.mark.parametrize(("command", "entry"), [("nlvr", NLVR), ("nlvr2", NLVR2), ("snli-ve", SNLI)])
+def test_json_lines_are_read_one_by_one(tmp_path, command, entry):
+    """A row is made before the next line, which is broken, is read."""
+    path = write(tmp_path / "a.jsonl", json.dumps(entry) + "\n" + "{broken\n" * 10_000)
+    made = prepare.COMMANDS[command][0](argparse.Namespace(annotations=path, split="train", orders=1), Counter())
+    assert next(made)[0] == f"{path}:1"
+    with pytest.raises(ValueError, match=":2: not JSON"):
+        next(made)
 
 
 @pytest.mark.parametrize(
     ("questions", "answers", "wanted"),
     [
-        ([question(1), question(2)], [annotation(1, ["a"] * 10)], "questions[1]: 1 question_ids, this one first"),
-        ([question(1)], [annotation(2, ["a"] * 10)], "2 question_ids"),
-        ([question(1), question(1)], [annotation(2, ["a"] * 10)] * 1, "questions[1]: question_id 1 comes twice"),
+        ([question(1), question(2)], [annotation(1, ["a"] * 10)], "questions[1]: 1 questions, this one first, have no"),
+        (
+            [question(1)],
+            [annotation(2, ["a"] * 10)],
+            "annotations[0]: question_id 2 has no question, or two annotations",
+        ),
+        ([question(1)], [annotation(1, ["a"] * 10)] * 2, "annotations[1]: question_id 1 has no question, or two"),
+        ([question(1), question(1)], [annotation(2, ["a"] * 10)], "questions[1]: question_id 1 comes twice"),
         ([question(1)], [annotation(1, ["a"] * 9)], "annotations[0]: found 9 answers"),
         ([question(1)], [annotation(1, ["a"] * 10, image=5)], "annotations[0]: image_id is 5, that of the question 9"),
-        ([question(1, text="")], [annotation(1, ["a"] * 10)], "questions[0]: question is ''"),
+        ([question(1, text="")], [annotation(1, ["a"] * 10)], "questions[0]: question is "),
         (
             [question(1) | {"image_id": "9"}],
             [annotation(1, ["a"] * 10)],
@@ -745,12 +704,12 @@ def test_a_fault_early_in_a_large_document_is_found_without_reading_on(tmp_path)
 def test_bad_vqa_files(tmp_path, questions, answers, wanted):
     picture(tmp_path / "pictures", VQA_PICTURE)
     said = refused(tmp_path, *vqa_files(tmp_path, questions, answers))
-    assert wanted in said and said.startswith(f"{tmp_path}") and ".json:1: " in said
+    assert wanted in said and said.startswith(f"{tmp_path}")
 
 
 def test_vqa_files_given_the_wrong_way_round(tmp_path):
     asked, answered = vqa_files(tmp_path, [question(1)], [annotation(1, ["a"] * 10)])[2::2]
-    assert "expected questions" in refused(tmp_path, "vqa", "--questions", answered, "--annotations", asked)
+    assert "expected 'questions', a list" in refused(tmp_path, "vqa", "--questions", answered, "--annotations", asked)
 
 
 class Code:
@@ -776,16 +735,16 @@ def test_pickle_with_code_is_refused_and_not_executed(tmp_path, monkeypatch, pro
 @pytest.mark.parametrize(
     ("refs", "wanted"),
     [
-        (b"", "cannot be read as a pickle"),
-        (b"[1, 2]", "cannot be read as a pickle"),
-        (pickle.dumps([REF])[:-20], "cannot be read as a pickle"),
-        ({"refs": []}, "holds dict: expected a list"),
-        ([REF | {"split": "minival"}], "refs[0]: split is 'minival': expected train, val, test, testA, testB"),
-        ([REF, REF | {"ann_id": 5}], "refs[1]: "),
+        (b"", "cannot be read"),
+        (b"[1, 2]", "cannot be read"),
+        (pickle.dumps([REF])[:-20], "cannot be read"),
+        ({"refs": []}, "the document is {'refs': []}: expected a list"),
+        ([REF | {"split": "minival"}], "[0]: split is 'minival': expected train, val, test, testA, testB"),
+        ([REF, REF | {"ann_id": 5}], "[1]: "),
         ([REF | {"image_id": 5}], "no instance 71 in a picture 5: expected it in "),
-        ([REF | {"ann_id": None}], "refs[0]: ann_id is None: expected a whole number"),
-        ([REF | {"sentences": [{"raw": "x"}]}], "refs[0]: found the keys ['raw']: expected 'sent'"),
-        ([3], "refs[0]: found 3: expected an object"),
+        ([REF | {"ann_id": None}], "[0]: ann_id is None: expected a whole number"),
+        ([REF | {"sentences": [{"raw": "x"}]}], "[0]: found the keys ['raw']: expected 'sent'"),
+        ([3], "[0]: found 3: expected an object"),
     ],
 )
 def test_bad_references(tmp_path, refs, wanted):
@@ -798,17 +757,18 @@ def test_bad_references(tmp_path, refs, wanted):
 def test_bad_instances(tmp_path, box):
     instances = INSTANCES | {"annotations": [*INSTANCES["annotations"], {"id": 1, "image_id": 7, "bbox": box}]}
     said = refused(tmp_path, *ref_files(tmp_path, [REF], instances=instances))
-    assert said.startswith(f"{tmp_path / 'instances.json'}:1: annotations[4]: bbox is ")
+    assert said.startswith(f"{tmp_path / 'instances.json'}: annotations[4]: bbox is ")
 
 
 @pytest.mark.parametrize(
     ("task", "entry", "wanted"),
     [
-        ("pairs", {"image": "/data/a.jpg", "caption": "x"}, "image is /data/a.jpg, from the root"),
-        ("pairs", {"image": "a.jpg", "caption": [1]}, "caption is [1]: expected a text or a list of texts"),
+        ("pairs", {"image": "/data/a.jpg", "caption": "x"}, "correct --images or --strip"),
+        ("pairs", {"image": "a.jpg", "caption": [1]}, "found [1]: expected a text or a list of texts"),
         ("pairs", {"image": "a.jpg"}, "found the keys ['image']: expected 'caption'"),
         ("vqa", {"image": "a.jpg", "question": "x"}, "expected 'answer'"),
-        ("reasoning", {"images": [], "sentence": "x", "label": "True"}, "found 0 images"),
+        ("reasoning", {"images": [], "sentence": "x", "label": "True"}, "found []: expected a text or a list"),
+        ("reasoning", {"images": ["a.jpg"] * 3, "sentence": "x", "label": "True"}, "images"),
         ("reasoning", {"images": ["a.jpg"], "sentence": "x", "label": "entailment"}, "label is 'entailment'"),
         ("entailment", {"image": "a.jpg", "sentence": "x", "label": "True"}, "label is 'True': expected entailment"),
         ("grounding", {"image": 3, "text": "x"}, "image is 3"),
@@ -817,14 +777,15 @@ def test_bad_instances(tmp_path, box):
 def test_bad_albef_entries(tmp_path, task, entry, wanted):
     path = write(tmp_path / "a.json", [entry])
     said = refused(tmp_path, "albef", "--annotations", path, "--task", task)
-    assert said.startswith(f"{path}:1: [0]: ") and wanted in said
+    assert wanted in said and (said.startswith(f"{path}: [0]: ") or "--strip" in said)
 
 
 def test_other_files_and_folders_are_refused(tmp_path, capsys):
     (tmp_path / "a.gz").write_bytes(b"\x1f\x8b\x08\x00\xff\xfe" * 9)
     assert "a.gz is not UTF-8 text" in refused(tmp_path, "nlvr", "--annotations", tmp_path / "a.gz")
-    assert "a.gz is not UTF-8 text" in refused(tmp_path, "coco", "--annotations", tmp_path / "a.gz")
-    assert "none.json is not a file" in refused(tmp_path, "coco", "--annotations", tmp_path / "none.json")
+    assert "a.gz cannot be read ('utf-8' codec" in refused(tmp_path, "coco", "--annotations", tmp_path / "a.gz")
+    assert "none.json cannot be read ([Errno 2]" in refused(tmp_path, "coco", "--annotations", tmp_path / "none.json")
+    assert "none.tsv is not a file" in refused(tmp_path, "cc", "--annotations", tmp_path / "none.tsv")
     arguments = ["--annotations", str(tmp_path / "a.gz"), "--out", str(tmp_path / "out"), "--images"]
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         prepare.main(["coco", *arguments, str(tmp_path / "nowhere")])
@@ -835,22 +796,14 @@ def test_other_files_and_folders_are_refused(tmp_path, capsys):
     assert "invalid choice" in capsys.readouterr().err
 
 
-def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LONGEST", 1000)
-    path = write(tmp_path / "a.json", json.dumps(NLVR) + "\n" + json.dumps([NLVR] * 99))
-    assert f"{path}:2: found a line of 1000 characters" in refused(
-        tmp_path, "nlvr", "--annotations", path, "--skip-missing"
-    )
-
-
 def test_command_line_ends_with_a_sentence(tmp_path):
     (tmp_path / "pictures").mkdir()
     path = write(tmp_path / "a.json", '{"images": [3]}')
-    command = [sys.executable, str(ROOT / "tools/prepare.py"), "coco", "--annotations", str(path)]
+    command = [sys.executable, "-m", "tools.prepare", "coco", "--annotations", str(path)]
     command += ["--images", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: {path}:1: images[0]: found 3: expected an object" in done.stderr
+    assert f"error: {path}: images[0]: found 3: expected an object" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------- pictures and half a work
@@ -874,6 +827,13 @@ def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path, capsys):
     assert "left out: 15 rows whose picture is missing" in capsys.readouterr().out
 
 
+def test_dev_written_as_val_is_not_overwritten(tmp_path):
+    picture(tmp_path / "pictures", "2/dev-3125-1-0.png")
+    path = write(tmp_path / "dev.json", [NLVR], lines=True)
+    run(tmp_path, "nlvr", "--annotations", path, "--split", "dev")
+    assert "reasoning_val.jsonl exists already" in refused(tmp_path, "nlvr", "--annotations", path, "--split", "dev")
+
+
 def test_when_every_picture_is_missing_the_names_looked_for_are_told(tmp_path):
     path = write(tmp_path / "a.tsv", "a\thttp://example.org/a.jpg\n")
     assert "00000/000000000.jpg" in refused(tmp_path, "cc", "--annotations", path)
@@ -885,31 +845,17 @@ def test_a_row_of_two_pictures_needs_both(tmp_path):
     assert "1 of 1 rows" in refused(tmp_path, "nlvr2", "--annotations", path)
 
 
-def test_pictures_are_counted_once(tmp_path, capsys):
-    picture(tmp_path / "pictures", VQA_PICTURE)
-    run(tmp_path, *vqa_files(tmp_path, [question(1), question(2)], [annotation(i, ["a"] * 10) for i in (1, 2)]))
-    said = capsys.readouterr().out
-    assert "vqa_train.jsonl: 2 rows" in said and "\n1 pictures" in said
-
-
 def test_files_that_are_there_are_kept_without_force(tmp_path):
     picture(tmp_path / "pictures", "0.jpg", "1.jpg", "2.jpg")
     path = coco_file(tmp_path, 3)
     (tmp_path / "out").mkdir()
     write(tmp_path / "out" / "pairs_test.jsonl", "mine")
     said = refused(tmp_path, "coco", "--annotations", path)
-    assert "pairs_test.jsonl is there already: pass --force" in said
+    assert "pairs_test.jsonl exists already: pass --force" in said
     assert (tmp_path / "out" / "pairs_test.jsonl").read_text() == "mine"
     out = run(tmp_path, "coco", "--annotations", path, "--force")
     assert sorted(file.name for file in out.iterdir()) == [f"pairs_{split}.jsonl" for split in ("test", "train", "val")]
     assert len(rows(out / "pairs_test.jsonl", "pairs")) == 1
-
-
-def test_dev_written_as_val_is_not_overwritten(tmp_path):
-    picture(tmp_path / "pictures", "2/dev-3125-1-0.png")
-    path = write(tmp_path / "dev.json", [NLVR], lines=True)
-    run(tmp_path, "nlvr", "--annotations", path, "--split", "dev")
-    assert "reasoning_val.jsonl is there already" in refused(tmp_path, "nlvr", "--annotations", path, "--split", "dev")
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
@@ -919,9 +865,9 @@ def test_nothing_is_half_made(tmp_path, monkeypatch, fault, when):
     path = coco_file(tmp_path, 6)
     (tmp_path / "out").mkdir()
     write(tmp_path / "out" / "pairs_train.jsonl", "old train")
-    write(tmp_path / "out" / "pairs_test.jsonl", "old test")
+    write(tmp_path / "out" / "pairs_val.jsonl", "old val")
     calls = itertools.count()
-    place, replace = (prepare, "told") if when == "writing" else (prepare.os, "replace")
+    place, replace = (prepare, "not_blank") if when == "writing" else (prepare.os, "replace")
     original = getattr(place, replace)
 
     def failing(*arguments):
@@ -933,109 +879,9 @@ def test_nothing_is_half_made(tmp_path, monkeypatch, fault, when):
     with pytest.raises(fault):
         run(tmp_path, "coco", "--annotations", path, "--force")
     found = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()}
-    assert found == {"pairs_train.jsonl": "old train", "pairs_test.jsonl": "old test"}
+    assert found == {"pairs_train.jsonl": "old train", "pairs_val.jsonl": "old val"}, "pairs_test.jsonl was moved first"
 
 
-# ------------------------------------------------------------------------------------------- the reader, and its memory
-
-
-def anything(draw: random.Random, depth: int = 0):
-    """A random JSON value, with what could mislead a reader: brackets, quotes, escapes and blanks in texts."""
-    kind = draw.randrange(9 if depth < 3 else 6)
-    letters = ['"', "\\", "[", "]", "{", "}", ",", ":", " ", "\n", "é", "𝄞", "\u2028", "a", "1", "/", "\t"]
-    if kind < 3:
-        return "".join(draw.choices(letters, k=draw.randrange(12)))
-    if kind < 6:
-        return draw.choice((0, -1, 12345678901234567890, 1.5, -2.5e-300, 1e22, True, False, None))
-    if kind == 6:
-        return {
-            anything(draw, 9) if depth > 9 else f"k{i}\\": anything(draw, depth + 1) for i in range(draw.randrange(4))
-        }
-    return [anything(draw, depth + 1) for _ in range(draw.randrange(5))]
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
-def test_reader_gives_what_json_gives(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(prepare, "CHUNK", chunk)
-    draw = random.Random(chunk)
-    for trial in range(60):
-        names = ["one", 'tw"o', "[three]", "é", "five"][: draw.randrange(1, 6)]
-        whole = {name: [anything(draw) for _ in range(draw.randrange(5))] for name in names}
-        whole |= {"other": anything(draw, 1), "list": [anything(draw, 1)]}
-        keys = draw.sample(list(whole), len(whole))
-        whole = {key: whole[key] for key in keys}
-        wanted = draw.sample(names, draw.randrange(1, len(names) + 1))
-        text = json.dumps(whole, ensure_ascii=trial % 2 == 0, indent=(None, 2, 0)[trial % 3])
-        path = write(tmp_path / "a.json", ("\ufeff" if trial % 5 == 0 else "") + text + "\n" * (trial % 2))
-        found = {name: [] for name in wanted}
-        for _, key, entry in prepare.entries(path, *wanted):
-            found[key].append(entry)
-        assert found == {name: json.loads(text)[name] for name in wanted}
-        bare = write(tmp_path / "b.json", json.dumps(whole[wanted[0]]))
-        assert [entry for *_, entry in prepare.entries(bare)] == whole[wanted[0]]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_reader_counts_lines(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(prepare, "CHUNK", chunk)
-    content = '{"info": {\n\n},\n "images": [1,\n\n 2, {"a":\n3}, 4\n, 5]}'
-    places = [place for place, *_ in prepare.entries(write(tmp_path / "a.json", content), "images")]
-    assert places == [f"{tmp_path / 'a.json'}:{line}: images[{i}]" for i, line in enumerate((4, 6, 6, 7, 8))]
-
-
-def peak(tmp: Path, *arguments) -> float:
-    """MB of Python's memory at most while tools/prepare.py runs, in a process of its own."""
-    code = "import sys, tracemalloc; from tools import prepare; prepare.CHUNK = 1 << 14; tracemalloc.start(); prepare.main(sys.argv[1:]); "
-    code += "print('peak', tracemalloc.get_traced_memory()[1] / 2**20)"
-    arguments = [*arguments, "--images", tmp / "pictures", "--out", tmp / "out", "--force"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=True,
-    )
-    return float(done.stdout.split("peak ")[1])
-
-
-@pytest.mark.parametrize("form", ["coco", "cc", "vqa", "nlvr"])
-def test_memory_does_not_grow_with_the_rows(tmp_path, form):
-    picture(tmp_path / "pictures", "0.jpg", VQA_PICTURE, "2/train-3125-1-0.png")
-
-    def arguments(count: int) -> list:
-        if form == "coco":
-            entry = json.dumps(karpathy("0.jpg", "train", "A dog."))
-            return [
-                "coco",
-                "--annotations",
-                write(tmp_path / "a.json", f'{{"images": [{", ".join([entry] * count)}]}}'),
-            ]
-        if form == "cc":
-            path = write(tmp_path / "a.tsv", "a dog\thttp://example.org/0.jpg\n" * count)
-            return ["cc", "--annotations", path, "--pattern", "{name}"]
-        if form == "nlvr":
-            return ["nlvr", "--annotations", write(tmp_path / "a.json", (json.dumps(NLVR) + "\n") * count)]
-        numbers = range(count)
-        return vqa_files(tmp_path, [question(i) for i in numbers], [annotation(i, ["red"] * 10) for i in numbers])
-
-    few, many = peak(tmp_path, *arguments(1_000)), peak(tmp_path, *arguments(8_000))
-    assert many < few + 0.2, f"{few} MB for 1,000 rows, {many} MB for 8,000"
-
-
-def test_a_hundred_thousand_rows(tmp_path):
-    picture(tmp_path / "pictures", "0.jpg")
-    entry = json.dumps(karpathy("0.jpg", "train", "A dog runs.", "Two dogs."))
-    path = write(tmp_path / "a.json", f'{{"images": [{", ".join([entry] * 100_000)}]}}')
-    run(tmp_path, "coco", "--annotations", path)
-    with open(tmp_path / "out" / "pairs_train.jsonl", encoding="utf-8") as file:
-        assert sum(json.loads(line)["caption"] == ["A dog runs.", "Two dogs."] for line in file) == 100_000
-
-
-def test_every_command_of_the_docstring_can_be_parsed():
-    commands = prepare.__doc__.replace("\\\n", " ").split("python -m tools.prepare ")[1:]
-    named = [command.split()[0] for command in commands]
-    assert sorted(named) == sorted(prepare.COMMANDS)
-    for command in commands:
-        line = command.split("\n")[0]
-        known = {"--images", "--out", *prepare.COMMANDS[line.split()[0]][-1]}
-        assert {word for word in line.split() if word.startswith("--")} <= known
+def test_the_page_on_data_shows_every_command():
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    assert {command.split()[0] for command in page.split("python -m tools.prepare ")[1:]} == set(prepare.COMMANDS)

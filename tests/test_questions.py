@@ -13,14 +13,25 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from test_scenes import as_scene, describe, features, fitting, make, naive_relation, naive_truth, parse, pixels_of, read
+from test_scenes import (
+    SIZES,
+    as_scene,
+    describe,
+    drawn,
+    features,
+    fitting,
+    naive_relation,
+    naive_truth,
+    parse,
+    pixels_of,
+    read,
+)
 
 from world import questions, scenes, shapes
 
 LEVELS = ("easy", "full")
 SPLITS = ("train", "val", "test", "novel")
-SIZES = {"train": 600, "val": 200, "test": 400}
-DRAWN = {"vqa": {"train": 4000, "test": 1500, "novel": 1500}, "entailment": {"train": 1500, "test": 700, "novel": 700}}
+DRAWN = {"vqa": {"train": 3000, "test": 1200, "novel": 1200}, "entailment": {"train": 1500, "test": 700, "novel": 700}}
 KINDS = ("colour", "shape", "count", "existence", "position", "comparison")
 LABELS = ("entailment", "neutral", "contradiction")
 TASKS = [("easy", "vqa"), ("easy", "reasoning"), ("full", "vqa"), ("full", "reasoning"), ("full", "entailment")]
@@ -49,8 +60,7 @@ RELATION = re.compile(r"\b(left of|right of|above|over|below|under)\b")
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> dict[str, Path]:
-    """One small world of each level for all tests."""
-    return {level: make(tmp_path_factory.mktemp("questions") / level, level, **SIZES) for level in LEVELS}
+    return drawn(tmp_path_factory.getbasetemp())
 
 
 @cache

@@ -23,7 +23,7 @@ from PIL import Image
 from world import scenes, shapes
 
 LEVELS = ("easy", "full")
-SIZES = {"train": 1200, "val": 200, "test": 500}
+SIZES = {"train": 600, "val": 200, "test": 400}
 SPLITS = ("train", "val", "test", "novel")
 SYNONYMS = {"over": "above", "under": "below", "to the left of": "left of", "to the right of": "right of"}
 OPENING = re.compile("^(there is |there are |a picture of |one can see |exactly )")
@@ -42,16 +42,21 @@ def make(folder: Path, level: str, seed: int = 0, **sizes: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def worlds(tmp_path_factory) -> dict[str, Path]:
-    """One small world of each level for all tests."""
+@cache
+def drawn(folder: Path) -> dict[str, Path]:
+    """One small world of each level for all tests, those of test_questions.py too."""
     made = {}
     for level in LEVELS:
         start = time.perf_counter()
-        made[level] = make(tmp_path_factory.mktemp("worlds") / level, level)
+        made[level] = make(folder / "worlds" / level, level)
         count = len(list(made[level].glob("images/*/*.png")))
         print(f"level {level}: {count / (time.perf_counter() - start):.0f} pictures/s")
     return made
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory) -> dict[str, Path]:
+    return drawn(tmp_path_factory.getbasetemp())
 
 
 @cache

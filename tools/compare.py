@@ -76,8 +76,8 @@ class Plan:
 
 # script: its run, its command line, the checkpoint to evaluate
 SCRIPTS = {
-    "train.py": (train.Run, train.parse, "checkpoint.pt"),
-    "finetune.py": (finetune.FineTune, finetune.parse, "best.pt"),
+    "train.py": (train.start, train.parse, "checkpoint.pt"),
+    "finetune.py": (finetune.start, finetune.parse, "best.pt"),
 }
 
 

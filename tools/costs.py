@@ -4,15 +4,18 @@ A backward pass costs twice the forward pass, a gradient for each of the two fac
 and detached targets need no gradient, and the teacher and the similarities that draw negatives have no backward pass at
 all. Work element by element is not counted, nor is the second forward pass of gradient checkpointing.
 
-Each objective below is the list of its passes: the table of docs/objectives.md, as code.
+Each objective below is the list of the passes that its forward makes, counted and not named; docs/objectives.md draws
+them. Fusion is counted as mamo.FusionEncoder computes it, see `uncounted`.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from mamo import PRESETS, Config, MAMOConfig, hide_patches
+import runtime
+from mamo import PRESETS, Config, Encoders, FusionEncoder, MAMOConfig, mask_patches, require
 from siblings import OBJECTIVES
 from siblings.glscl import GLSCLConfig
 from siblings.maskvlm import MaskVLMConfig
@@ -26,7 +29,7 @@ class Passes:
     images: list[int]  # tokens of each view of the image in the student's encoder, class token included
     texts: int  # views of the text
     fused: list[tuple[int, int]]  # image tokens of each fused view, and positions it is wanted at
-    words: int = 0  # slots of hidden words that MLM predicts
+    words: int = 0  # slots of masked words that MLM predicts
     heads: int = 0  # of the objective's own heads and decoders
     contrast: int = 0  # of its own contrasts with all rows of the batch
     teacher: int = 0  # and what else has no backward pass
@@ -36,7 +39,7 @@ class Costs:
     """Multiply-adds of the parts of a model, for texts of length l and a batch of b."""
 
     def __init__(self, config: Config, b: int, l: int):  # noqa: E741
-        self.config, self.b, self.l, self.n, self.d = config, b, l, config.patches, config.width
+        self.config, self.b, self.l, self.n, self.d = config, b, l, config.num_patches, config.width
         self.patch = 3 * config.patch_size**2
         self.embedding = self.n * self.patch * self.d
 
@@ -70,74 +73,85 @@ class Costs:
         """The fused views of ITM, each wanted at [CLS]."""
         return [(image_tokens, 1)] * 3 * (self.config.w_itm > 0)
 
-    def hidden(self, ratio: float, of: int) -> int:
-        """How many of so many patches, or units, are hidden."""
-        return hide_patches(torch.zeros(1, of), ratio)[0].shape[1]
+    def masked(self, ratio: float, of: int) -> int:
+        """How many of so many patches, or units, are masked."""
+        return mask_patches(torch.zeros(1, of), ratio)[0].shape[1]
 
     def slots(self, ratio: float) -> int:
-        """Slots of hidden words."""
+        """Slots of masked words."""
         return math.ceil(ratio * self.l)
 
 
 def mamo(config: MAMOConfig, costs: Costs) -> Passes:
-    """(I', T), (I, T'), or both in one, and a teacher on (I, T)."""
+    """The masked views, each in a pass of its own or both in one, and what the teacher sees."""
     n, d = costs.n, costs.d
-    mrm, mim, mlm, queue = config.w_mrm > 0, config.w_mim > 0, config.w_mlm > 0, config.queue_size > 0
-    patches = costs.hidden(config.mask_image, n) * config.hides_patches
-    words = costs.slots(config.mask_text) * config.hides_words
-    apart = not config.mask_both
-    images = (config.sees_whole or (config.hides_words and apart)) + config.hides_patches
-    texts = (config.sees_whole or (config.hides_patches and apart)) + config.hides_words
-    fused = [(1 + n, m) for m in ((patches, words) if apart else (patches + words,)) if m] + costs.matching(1 + n)
+    mrm, mim, queue = config.w_mrm > 0, config.w_mim > 0, config.queue_size > 0
+    patches = config.masks_patches * costs.masked(config.mask_image, n)
+    words = config.masks_words * costs.slots(config.mask_text)
+    places = [patches + words] if config.mask_both else [patches, words]
+    fused = [(1 + n, wanted) for wanted in places if wanted] + costs.matching(1 + n)
     predictor, target = 8 * d * d, d if config.mim_target == "features" else costs.patch
     heads = mrm * (patches + words) * predictor + mim * patches * 4 * d * (d + target)
     teacher = config.needs_teacher * (costs.embedding + costs.image(1 + n)) + (mrm or queue) * costs.text()
     teacher += mrm * costs.fusion(1 + n, patches + words) + queue * 2 * d * config.embed_dim
-    return Passes([1 + n] * images, texts, fused, mlm * words, heads, teacher=teacher)
+    images = [1 + n] * (config.sees_image + config.masks_patches)
+    mlm = (config.w_mlm > 0) * words
+    return Passes(images, config.sees_text + config.masks_words, fused, mlm, heads, teacher=teacher)
 
 
 def maskvlm(config: MaskVLMConfig, costs: Costs) -> Passes:
-    """(I', T) with a decoder, and (I, T')."""
-    mim, mlm = config.w_mim > 0, config.w_mlm > 0
-    whole, words, pairs = 1 + costs.n, costs.slots(config.mask_text) * mlm, config.sees_whole
-    patches = costs.hidden(config.mask_image, costs.n // config.mask_unit**2) * config.mask_unit**2
-    fused = [(whole, whole)] * mim + [(whole, words)] * mlm + costs.matching(whole)
-    images, texts = (pairs or mlm) + mim, (pairs or mim) + mlm
+    """A decoder reads the image of the masked view, which is therefore wanted in full."""
+    whole, mim, unit = 1 + costs.n, config.w_mim > 0, config.mask_unit
+    words = config.masks_words * costs.slots(config.mask_text)
+    patches = costs.masked(config.mask_image, costs.n // unit**2) * unit**2
+    images = (config.sees_whole or config.masks_words) + mim
+    texts = (config.sees_whole or mim) + config.masks_words
+    fused = [(whole, whole)] * mim + [(whole, words)] * config.masks_words + costs.matching(whole)
     return Passes([whole] * images, texts, fused, words, mim * costs.decoder(patches))
 
 
 def glscl(config: GLSCLConfig, costs: Costs) -> Passes:
-    """(I', T) without most patches, (I, T'), (I'', T), and (I, T) with other words hidden for MLM."""
+    """The image also without the dropped patches, and texts with words masked in two ways."""
     completes, mgsc, mltc, mlm = config.completes, config.w_mgsc > 0, config.w_mltc > 0, config.w_mlm > 0
-    whole, kept = 1 + costs.n, 1 + costs.n - costs.hidden(config.mask_drop, costs.n)
-    patches = costs.hidden(config.mask_image, costs.n) * mltc
-    missing, words = costs.slots(config.mask_completion) * mltc, costs.slots(config.mask_text) * mlm
+    whole, kept = 1 + costs.n, 1 + costs.n - costs.masked(config.mask_drop, costs.n)
+    patches = mltc * costs.masked(config.mask_image, costs.n)
+    missing, words = mltc * costs.slots(config.mask_completion), mlm * costs.slots(config.mask_text)
     images, fused = [whole] * (1 + mltc) + [kept] * mgsc, [(kept, 2 + missing)] * mgsc
     fused += [(whole, 2 + missing + patches)] * completes
     fused += [(whole, patches)] * mltc + [(whole, words)] * mlm + costs.matching(whole)
     # Each contrast is two products, of which either has one factor that takes a gradient: four in all.
     contrast = 4 * costs.b * costs.d * (2 * mgsc + patches**2 + missing**2)
-    # Without MGSC, (I', T) only gives targets.
+    # Without MGSC, the view without the dropped patches only gives targets.
     target = (mltc and not mgsc) * (costs.embedding + costs.image(kept) + costs.fusion(kept, 2 + missing))
     texts = (config.sees_whole or completes) + completes + mlm
     return Passes(images, texts, fused, words, contrast=contrast, teacher=target)
 
 
 def vlmae(config: VLMAEConfig, costs: Costs) -> Passes:
-    """Visible patches only: (I_vis, T) with a decoder, (I_vis, T'), and a teacher on I."""
-    d, rmim, ifr, mlm = costs.d, config.w_rmim > 0, config.w_ifr > 0, config.w_mlm > 0
-    dropped, words = costs.hidden(config.mask_image, costs.n), costs.slots(config.mask_text) * mlm
+    """The visible patches only, whichever the view; the teacher sees all of them."""
+    d, rmim, ifr = costs.d, config.w_rmim > 0, config.w_ifr > 0
+    dropped, words = costs.masked(config.mask_image, costs.n), config.masks_words * costs.slots(config.mask_text)
     visible = 1 + costs.n - dropped
     # RMIM wants all of the positive pair, of which ITM, if it has a weight, reads [CLS].
     pairs = [(visible, costs.l + visible), *costs.matching(visible)[1:]] if rmim else costs.matching(visible)
-    fused = [(visible, words)] * mlm + pairs
+    fused = [(visible, words)] * config.masks_words + pairs
     heads = rmim * costs.decoder(dropped) + ifr * (costs.block(1 + costs.n, dropped) + dropped * d * d)
     teacher = ifr * (costs.embedding + costs.image(1 + costs.n))
-    texts = (config.sees_whole or rmim) + mlm
+    texts = (config.sees_whole or rmim) + config.masks_words
     return Passes([visible], texts, fused, words, heads, teacher=teacher)
 
 
 PASSES = {MAMOConfig: mamo, MaskVLMConfig: maskvlm, GLSCLConfig: glscl, VLMAEConfig: vlmae}
+
+
+def uncounted(fusion: nn.Module | None) -> str:
+    """Why the formula says nothing of a model with this fusion encoder, in one sentence; "" where it holds."""
+    if fusion is None or type(fusion) is FusionEncoder:
+        return ""
+    return (
+        f"no operations are quoted: tools/costs.py counts mamo.FusionEncoder, and this model fuses with "
+        f"{type(fusion).__name__}; write its products into Costs.fusion first"
+    )
 
 
 def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int]:
@@ -181,5 +195,12 @@ def table() -> str:
     return "\n".join(rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Command line: print the rows, unless the encoders fuse in a way that is not counted here."""
+    why = uncounted(Encoders(MAMOConfig()).fusion)
+    require(not why, why)
     print(table())
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)

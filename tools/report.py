@@ -33,10 +33,10 @@ from PIL import Image
 from torch import Tensor
 
 import runtime
-from data import captions_of, centred, load_image, pad, read_rows, to_pixels, to_tensor
+from data import captions_of, centred, load_image, read_rows, to_pixels, to_tensor
 from eval import encode_rows, layer_for, load_for, match_pairs, retrieval
 from explain import token_maps
-from mamo import at, hide_patches, normalised, patchify
+from mamo import at, mask_patches, normalised, patchify
 from metrics import right_answers
 from tokenizer import CHUNK, Tokenizer
 
@@ -117,8 +117,8 @@ def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], layer: 
         chunk = pairs[start : start + 50]
         seen = {path: to_tensor(load_image(path), model.config.image_size) for path in {path for path, _ in chunk}}
         images = torch.stack([seen[path] for path, _ in chunk])
-        input_ids, real = read(tokenizer, [text for _, text in chunk], longest, device)
-        tokens = token_maps(model, images.to(device), input_ids, real)[layer].cpu()
+        input_ids, attention_mask = read(tokenizer, [text for _, text in chunk], longest, device)
+        tokens = token_maps(model, images.to(device), input_ids, attention_mask)[layer].cpu()
         for one, (_, text) in zip(tokens, chunk, strict=True):
             words = [places for _, places in words_of(tokenizer, text, longest) if places and len(one) > 1]
             maps.append(torch.stack([*(one[places].sum(dim=0) for places in words), one.sum(dim=0)]))
@@ -127,8 +127,8 @@ def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], layer: 
 
 def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor]:
     """Texts -> input_ids (b, l), attention_mask (b, l) on the device"""
-    input_ids, real = pad([tokenizer.encode(text, max_tokens) for text in texts], tokenizer.pad_id)
-    return input_ids.to(device), real.to(device)
+    input_ids, attention_mask = tokenizer(texts, max_tokens)
+    return input_ids.to(device), attention_mask.to(device)
 
 
 def packed(maps: Tensor) -> str:
@@ -141,7 +141,7 @@ def packed(maps: Tensor) -> str:
 # ------------------------------------------------------------------------------------------------------------- gallery
 
 
-def spread(items: list, count: int) -> list:
+def spaced(items: list, count: int) -> list:
     """Up to so many of the items, evenly spread over them."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]
@@ -151,7 +151,7 @@ def choose(queries: list[dict], count: int) -> list[dict]:
     """Queries that were answered right and wrong in turn, as many of both where there are enough."""
     right, wrong = ([one for one in queries if one["right"] is good] for good in (True, False))
     few = min(len(wrong), max(count // 2, count - len(right)))
-    turns = itertools.zip_longest(spread(right, count - few), spread(wrong, few))
+    turns = itertools.zip_longest(spaced(right, count - few), spaced(wrong, few))
     return [one for turn in turns for one in turn if one]
 
 
@@ -238,8 +238,8 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
              "items": [{"hidden": patches, "mosaic": the picture with each hidden patch from another picture}]}
     """
     config, count = model.config, len(paths)
-    noise = torch.rand(count, config.patches, generator=torch.Generator().manual_seed(0))
-    index, patch_mask = hide_patches(noise, config.mask_image)
+    noise = torch.rand(count, config.num_patches, generator=torch.Generator().manual_seed(0))
+    index, patch_mask = mask_patches(noise, config.mask_image)
     pixels = torch.stack([to_pixels(load_image(path), config.image_size) for path in paths])  # bytes
     predicted, misled, target = [], [], []
     for start in range(0, count, 50):
@@ -248,8 +248,8 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
         masked = model.encode_image(images, patch_mask[some].to(device))
         others = [captions[(place + count // 2) % count] for place in range(count)[some]]
         for texts, said in ((captions[some], predicted), (others, misled)):
-            input_ids, real = read(tokenizer, texts, config.max_tokens, device)
-            fused = model.fuse(masked, model.encode_text(input_ids, real), real).image
+            input_ids, attention_mask = read(tokenizer, texts, config.max_tokens, device)
+            fused = model.fuse(masked, model.encode_text(input_ids, attention_mask), attention_mask).image
             said.append(model.mim_head(at(fused, 1 + index[some].to(device))).float().cpu())
         target.append(normalised(model.teacher.image(images)[:, 1:]).cpu())
     predicted, misled, target = map(torch.cat, (predicted, misled, target))
@@ -266,8 +266,8 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
     for place in range(min(shown, count)):
         donor = nearest(predicted[place], target, place)
         mosaic = patchify(pixels[place : place + 1], config.patch_size)[0]
-        mosaic[index[place]] = patchify(pixels[donor // config.patches], config.patch_size)[
-            torch.arange(len(donor)), donor % config.patches
+        mosaic[index[place]] = patchify(pixels[donor // config.num_patches], config.patch_size)[
+            torch.arange(len(donor)), donor % config.num_patches
         ]
         items.append({"hidden": index[place].tolist(), "mosaic": embed(picture_of(mosaic, config))})
     return {"ratio": config.mask_image, "pictures": count, "cosines": cosines, "items": items}
@@ -403,7 +403,7 @@ def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], alb
     """What `recover` says of some of the gallery's pictures, or {"why": nothing can be shown}."""
     if why := why_nothing_recovered(model):
         return {"why": why}
-    paths = list(dict.fromkeys([*first, *captions]))[: max(PATCHES // model.config.patches, 2)]
+    paths = list(dict.fromkeys([*first, *captions]))[: max(PATCHES // model.config.num_patches, 2)]
     found = recover(model, tokenizer, paths, [captions[path][0] for path in paths], len(first), device)
     for item, path in zip(found["items"], first, strict=False):
         item |= {"picture": album.number(path), "text": captions[path][0]}

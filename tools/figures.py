@@ -1,0 +1,446 @@
+"""Draw the figures of docs/: architecture.svg, what MAMO is made of, and for each objective the passes of its step.
+
+    python -m tools.figures --out docs
+
+The passes are traced, not written by hand. A model of the preset nano makes a step on a picture and a caption of the
+built-in world, which shows what each encoder is given and what is masked in it. Then the step is made again and again,
+each time with the output of one pass spoiled: the losses that change are those that read it.
+"""
+
+import argparse
+import functools
+import re
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import runtime
+from data import make_batch
+from mamo import PRESETS, FusionEncoder, ImageEncoder, MAMOConfig, TextEncoder, View, patchify, require
+from siblings import OBJECTIVES
+from tokenizer import Tokenizer
+from world.shapes import COLOURS, Scene, place, render
+
+# The pair whose step is traced, and another one, from which matching takes a wrong picture and a wrong caption.
+CAPTIONS = ("a red circle above a blue cross", "a yellow square")
+SCENES = (
+    Scene(238, (place("red", "circle", "medium", 13, (11, 8)), place("blue", "cross", "medium", 13, (11, 24)))),
+    Scene(238, (place("yellow", "square", "medium", 15, (16, 16)),)),
+)
+PATCHES = 16  # of a picture of the preset nano, in four rows
+WIDTH = 1120
+INK, QUIET, LINE, PAPER = "#1c1c1c", "#5c5f66", "#9aa0a8", "#ffffff"
+STUDENT, TEACHER, MASKED = "#eef4fa", "#f3f1ec", "#4a5a78"
+FILLS = {"token": MASKED, "blank": "#7f7f7f", "drop": PAPER}
+# Of each loss: a colour that the colour-blind can tell, what the prediction should be, what compares them.
+LOSSES = {
+    "itc": ("#a64d86", "class token of I, [CLS] of T: own partner in the batch", "cross-entropy"),
+    "itm": ("#6a4c00", "right or wrong, for one right pair and two wrong", "cross-entropy"),
+    "mlm": ("#00795a", "the masked words", "cross-entropy"),
+    "mrm": ("#0072b2", "the teacher's fused vectors of (I, T)", "squared distance"),
+    "mim": ("#b35900", "the teacher's features of I", "absolute distance"),
+    "maskvlm mim": ("#b35900", "the raw pixels, by a decoder that reads the text", "absolute distance"),
+    "mgsc": ("#0072b2", "class token of (I, T'), [CLS] of (I', T), detached", "contrast with the batch"),
+    "mltc": ("#b35900", "patches of (I, T'), words of (I', T), detached", "contrast with all masked tokens"),
+    "rmim": ("#0072b2", "normalised pixels, by a decoder that reads the text", "squared distance"),
+    "ifr": ("#b35900", "before fusion, the teacher's image features", "smooth absolute distance"),
+}
+PARTS = {"teacher": "teacher: image encoder", "decoder.stream": "decoder of pixels"}  # others: student: image encoder
+HOW = {"token": "mask token", "blank": "blanked", "drop": "dropped"}
+
+# ----------------------------------------------------------------------------------------------------- a traced step
+
+
+class Side(NamedTuple):
+    """A picture or a text as an encoder is given it."""
+
+    how: str  # "whole"; "token", "blank" or "drop" for patches, "mask" for words; "fused", which is neither any more
+    masked: tuple[int, ...] = ()  # patches, or words counted from the first one after [CLS]
+    other: bool = False  # of the other pair
+
+
+class Pass(NamedTuple):
+    """A batch of rows on its way through an encoder."""
+
+    part: str  # the encoder's name in the model, such as student.fusion
+    call: int  # number of the call in the step, which several passes may share
+    image: Side | None
+    text: Side | None
+
+
+class Trace:
+    """A step of an objective: the passes that it makes, and what each loss reads of them."""
+
+    def __init__(self, objective: str, seed: int = 100, **changes):
+        """changes: fields of the Config"""
+        model, fields = OBJECTIVES[objective]
+        tokenizer = Tokenizer.build(CAPTIONS, min_count=1)
+        ids = {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids, "vocab_size": len(tokenizer)}
+        torch.manual_seed(seed)
+        self.model = model(model.config_class(**fields | changes | ids))
+        pictures = [Image.fromarray(render(scene, 32)) for scene in SCENES]
+        self.batch = make_batch(pictures, list(CAPTIONS), self.model.config, tokenizer, seed)
+        self.batch["replace_noise"] *= 0  # every masked word becomes [MASK], and none another word
+        self.length = self.batch["input_ids"].shape[1]
+        self.passes: list[Pass] = []
+        self.given: list[tuple[Side, Side, Tensor]] = []  # what encoders gave, to recognise what fusion is given
+        self.parts = []
+        fusions = FusionEncoder, type(self.model.student.fusion)
+        for name, part in self.model.named_modules():
+            for kind, watch in ((ImageEncoder, self.image), (TextEncoder, self.text), (fusions, self.fusion)):
+                if isinstance(part, kind):
+                    self.parts.append(name)
+                    method = "fuse_views" if kind is fusions else "forward"
+                    setattr(part, method, functools.partial(watch, name, getattr(part, method)))
+        self.tracing, self.spoiled = True, (-1, "")
+        losses = self.step()
+        self.tracing, self.losses = False, list(losses)
+        self.reads = [{} for _ in self.passes]  # of each pass: by loss, at which places it reads what the pass gave
+        for number, one in enumerate(self.passes):
+            for places in ("[CLS]", "words", "class token", "patches") if one.image and one.text else ("",):
+                self.spoiled = number, places
+                for loss, value in self.step().items():
+                    if abs(value - losses[loss]) > 1e-6:
+                        self.reads[number].setdefault(loss, []).append(places)
+
+    @torch.no_grad()
+    def step(self) -> dict[str, float]:
+        """The losses of the step."""
+        self.calls = self.count = 0
+        return {name: loss.item() for name, loss in self.model(self.batch).items()}
+
+    def image(self, part: str, forward, images: Tensor, patch_mask=None, kept=None) -> Tensor:
+        """An image encoder at work, in the place of its forward."""
+        sides = []
+        for number, pixels in enumerate(patchify(images, 8)):
+            changed = (pixels != patchify(self.batch["images"], 8)[number % 2]).any(dim=-1)
+            how = "blank" if changed.any() else "whole"
+            if patch_mask is not None and patch_mask[number].any():
+                how, changed = "token", patch_mask[number]
+            if kept is not None:
+                how, changed = "drop", torch.ones(PATCHES).index_fill(0, kept[number], 0)
+            sides.append(Side(how, tuple(changed.nonzero().flatten().tolist()), number % 2 == 1))
+        return self.encoded(part, "image", sides, forward(images, patch_mask, kept))
+
+    def text(self, part: str, forward, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """A text encoder at work, in the place of its forward."""
+        sides = []
+        for number, ids in enumerate(input_ids):
+            masked = (ids != self.batch["input_ids"][number % 2]).nonzero().flatten() - 1
+            sides.append(Side("mask" if len(masked) else "whole", tuple(masked.tolist()), number % 2 == 1))
+        return self.encoded(part, "text", sides, forward(input_ids, attention_mask))
+
+    def encoded(self, part: str, modality: str, sides: list[Side], vectors: Tensor) -> Tensor:
+        """Note the passes of a call of an encoder, of two pairs each."""
+        self.calls += 1
+        views = list(zip(sides[::2], sides[1::2], vectors.split(2), strict=True))
+        if self.tracing:
+            self.given += views
+        return torch.cat([self.passed(part, view, **{modality: side}) for side, _, view in views])
+
+    def fusion(self, part: str, fuse_views, *views: View) -> list[Tensor]:
+        """A fusion encoder at work, in the place of its fuse_views."""
+        self.calls += 1
+        return [
+            self.passed(part, fused, self.side(view.image), self.side(view.text), view.places)
+            for view, fused in zip(views, fuse_views(*views), strict=True)
+        ]
+
+    def side(self, vectors: Tensor) -> Side:
+        """What was encoded into these vectors. Two pairs the other way round are a wrong picture or text for each."""
+        for side, other, given in self.given if self.tracing else ():
+            for found, rows in ((side, given), (other, given.flip(0))):
+                if rows.shape == vectors.shape and rows.equal(vectors):
+                    return found
+        return Side("fused")
+
+    def passed(self, part: str, vectors: Tensor, image=None, text=None, places: Tensor | None = None) -> Tensor:
+        """Note a pass; where it is the one to spoil, turn around the vectors at the places that are to be spoiled."""
+        number, self.count = self.count, self.count + 1
+        if self.tracing:
+            self.passes.append(Pass(part, self.calls, image, text))
+        if number != self.spoiled[0]:
+            return vectors
+        if not self.spoiled[1]:
+            return vectors.flip(-1)
+        if places is None:
+            places = torch.arange(vectors.shape[1]).expand(vectors.shape[:2])
+        of_image = self.model.student.fusion.at_patches(torch.arange(-1, PATCHES), self.length)
+        kinds = {"[CLS]": places == 0, "words": (places > 0) & ~torch.isin(places, of_image)}
+        kinds |= {"class token": places == of_image[0], "patches": torch.isin(places, of_image[1:])}
+        return torch.where(kinds[self.spoiled[1]][..., None], vectors.flip(-1), vectors)
+
+    def names(self, modality: str) -> dict[Side, str]:
+        """I, T: whole. I', I'': masked, the most first. I_vis: masked, and the student sees no more. I⁻, T⁻: wrong."""
+        letter, seen = modality[0].upper(), {getattr(one, modality) for one in self.passes} - {None, Side("fused")}
+        masked = sorted((-len(side.masked), side) for side in seen if side.masked and not side.other)
+        names = {Side("whole"): letter} | {side: letter + "'" * (1 + rank) for rank, (_, side) in enumerate(masked)}
+        if modality == "image" and self.passes[0].image in names.keys() - {Side("whole")}:
+            names[self.passes[0].image] = letter = "I_vis"
+        return names | {side: letter + "⁻" for side in seen if side.other}
+
+    def name(self, one: Pass) -> str:
+        """I, T, (I', T) and so on."""
+        if Side("fused") in one:
+            return "what was fused"
+        sides = [self.names(kind)[side] for kind, side in zip(("image", "text"), one[2:], strict=True) if side]
+        return f"({', '.join(sides)})" if len(sides) == 2 else sides[0]
+
+
+@functools.cache
+def traced(objective: str) -> Trace:
+    """The step of an objective."""
+    return Trace(objective)
+
+
+# ------------------------------------------------------------------------------------------------------------ drawing
+
+
+class Drawing:
+    """Lines of an SVG, with its own background, so that it reads in a light and in a dark page."""
+
+    def __init__(self, height: int, title: str):
+        self.lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+            f'role="img" font-family="Helvetica, Arial, \'DejaVu Sans\', sans-serif" font-size="14" fill="{INK}">',
+            f"<title>{escape(title)}</title>",
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+            f'orient="auto-start-reverse"><path d="M0 0 8 4 0 8z" fill="{QUIET}"/></marker></defs>',
+        ]
+        self.box(1, 1, WIDTH - 2, height - 2, PAPER, LINE)
+
+    def add(self, kind: str, text: str = "", **attributes) -> None:
+        """An element; _ in the name of an attribute stands for -."""
+        told = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in attributes.items())
+        self.lines.append(f"<{kind} {told}>{escape(pretty(text))}</{kind}>" if text else f"<{kind} {told}/>")
+
+    def box(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none", **more) -> None:
+        """A rectangle, with round corners unless rx=0."""
+        place = {"x": f"{x:g}", "y": f"{y:g}", "width": f"{width:g}", "height": f"{height:g}"}
+        self.add("rect", **place, **{"rx": 7, "fill": fill, "stroke": stroke} | more)
+
+    def text(self, x: float, y: float, text: str, size: int = 14, anchor: str = "start", fill: str = INK, bold=False):
+        """One line; y is its base line."""
+        weight = {"font_weight": "bold"} if bold else {}
+        self.add("text", text, x=f"{x:g}", y=f"{y:g}", text_anchor=anchor, font_size=size, fill=fill, **weight)
+
+    def labelled(self, x: float, y: float, width: float, height: float, title: str, *lines: str) -> None:
+        """A box with centred lines, of which the first is bold."""
+        self.box(x, y, width, height, PAPER, INK, stroke_width=1.5)
+        top = y + height / 2 - 9 * len(lines) + 5
+        self.text(x + width / 2, top, title, anchor="middle", bold=True)
+        for number, line in enumerate(lines, 1):
+            self.text(x + width / 2, top + 18 * number, line, 12, "middle", QUIET)
+
+    def lines_of(self, x: float, y: float, text: str) -> None:
+        """Centred small lines, in a column of a loss."""
+        for number, line in enumerate(textwrap.wrap(text.replace(", T", ",\u00a0T").replace("of ", "of\u00a0"), 17)):
+            self.text(x, y + 14 * number, line, 11, "middle")
+
+    def loss(self, name: str, x: float, y: float) -> None:
+        """A loss: its name on its colour."""
+        self.box(x, y, 58, 28, LOSSES[name][0])
+        self.text(x + 29, y + 19, name.upper(), anchor="middle", fill=PAPER, bold=True)
+
+    def arrows(self, *paths: str, **more) -> None:
+        """Straight lines from point to point, such as "0,0 9,0", with a tip at the end."""
+        for path in paths:
+            self.add(
+                "polyline", points=path, fill="none", stroke=QUIET, stroke_width=1.8, marker_end="url(#tip)", **more
+            )
+
+    def picture(self, x: float, y: float, size: float, side: Side) -> None:
+        """The picture of the pair, or of the other one, with patches masked."""
+        scene, scale, cell = SCENES[side.other], size / 32, size / 4
+        self.box(x, y, size, size, rgb([scene.background] * 3), rx=0)
+        for thing in scene.objects:
+            left, top, w, h = (scale * edge for edge in thing.box)
+            bars = [(0, h / 3, w, h / 3), (w / 3, 0, w / 3, h)] if thing.shape == "cross" else [(0, 0, w, h)]
+            for right, down, width, height in bars:
+                corner = f"{w / 2 if thing.shape == 'circle' else 0:g}"
+                self.box(x + left + right, y + top + down, width, height, rgb(COLOURS[thing.colour]), rx=corner)
+        for patch in range(PATCHES):
+            left, top, masked = x + patch % 4 * cell, y + patch // 4 * cell, patch in side.masked
+            self.box(left, top, cell, cell, FILLS[side.how] if masked else "none", "#c4c4be", rx=0, stroke_width=0.8)
+            if masked and side.how == "drop":
+                self.text(left + cell / 2, top + cell * 0.7, "×", round(cell * 0.7), "middle", QUIET)
+
+    def words(self, x: float, y: float, side: Side) -> None:
+        """The caption of the pair, or of the other one, in two lines; masked words stand behind a mask."""
+        left = x
+        for number, word in enumerate(CAPTIONS[side.other].split()):
+            if number == 4:
+                left, y = x, y + 22
+            width, masked = 8.2 * len(word) + 8, number in side.masked
+            self.box(left, y, width, 20, MASKED if masked else "#f7f7f4", "#c4c4be")
+            self.text(left + width / 2, y + 14, "?" if masked else word, 12, "middle", PAPER if masked else INK)
+            left += width + 4
+
+    def save(self, path: Path) -> None:
+        """Write the file."""
+        text = "\n".join([*self.lines, "</svg>", ""])
+        runtime.write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def rgb(colour: Iterable[int]) -> str:
+    """A colour as SVG writes it."""
+    return "rgb({},{},{})".format(*colour)
+
+
+def pretty(text: str) -> str:
+    """With typographic primes behind I and T."""
+    return re.sub(r"\b([IT])('+)", lambda found: found[1] + {"'": "′", "''": "″"}[found[2]], text)
+
+
+# --------------------------------------------------------------------------------------------- the passes of a step
+
+
+def draw_step(objective: str) -> Drawing:
+    """A row for each pass and a column for each loss, with a dot where the loss reads the pass."""
+    trace, row, top = traced(objective), 52, 62
+    columns = {loss: 636 + 106 * number for number, loss in enumerate(reversed(trace.losses))}
+    bottom = top + row * len(trace.passes) + 8 * len(trace.parts)
+    sheet = Drawing(bottom + 112, f"The passes of one training step of {objective}, and which loss reads which")
+    titles = (
+        ("who encodes", 28, 38),
+        ("what", 258, 38),
+        ("should be", 28, bottom + 22),
+        ("compared by", 28, bottom + 88),
+    )
+    for title, *where in titles:
+        sheet.text(*where, title, bold=True)
+    for loss, x in columns.items():
+        require(
+            loss in LOSSES, f"the loss {loss} has no colour and no target yet: add it to LOSSES of tools/figures.py"
+        )
+        sheet.loss(loss, x - 29, 19)
+        _, target, compared = LOSSES.get(f"{objective} {loss}") or LOSSES[loss]
+        sheet.lines_of(x, bottom + 22, target)
+        sheet.lines_of(x, bottom + 88, compared)
+    y = top
+    for part in trace.parts:
+        rows = [(one, reads) for one, reads in zip(trace.passes, trace.reads, strict=True) if one.part == part]
+        sheet.box(16, y, WIDTH - 32, row * len(rows), TEACHER if part.startswith("teacher") else STUDENT)
+        sheet.text(28, y + 20, PARTS.get(part, part.replace(".", ": ") + " encoder"), bold=True)
+        calls = len({one.call for one, _ in rows})
+        sheet.text(28, y + 36, f"{len(rows)} x the batch, {calls} call{'s' * (calls > 1)}", 12, fill=QUIET)
+        for one, reads in rows:
+            draw_pass(sheet, trace, one, y)
+            for loss, places in reads.items():
+                marks = {"data_part": part, "data_view": trace.name(one), "data_loss": loss}
+                sheet.add("circle", cx=columns[loss], cy=y + 20, r=8, fill=LOSSES[loss][0], **marks)
+                sheet.lines_of(columns[loss], y + 42, "all of it" if len(places) == 4 else ", ".join(places))
+            y += row
+        y += 8
+    return sheet
+
+
+def draw_pass(sheet: Drawing, trace: Trace, one: Pass, y: float) -> None:
+    """What goes into a pass: its name, and its picture and caption with what is masked in them."""
+    sheet.text(258, y + 30, trace.name(one), bold=True)
+    if Side("fused") in one:
+        return
+    if one.image:
+        sheet.picture(344, y + 4, 44, one.image)
+    if one.text:
+        sheet.words(396, y + 5, one.text)
+    if one.image and one.image.masked and not one.text:
+        sheet.text(396, y + 31, f"{len(one.image.masked)} of {PATCHES} patches: {HOW[one.image.how]}", 12, fill=QUIET)
+    if one.text and one.text.masked and not one.image:
+        sheet.text(366, y + 31, f"{len(one.text.masked)} of {len(CAPTIONS[0].split())}", 12, "middle", QUIET)
+
+
+# ------------------------------------------------------------------------------------------------- what MAMO is made of
+
+
+def draw_architecture() -> Drawing:
+    """Student, teacher, heads and losses, and what is compared with what."""
+    sheet = Drawing(604, "MAMO: a student with image, text and fusion encoder, its moving-average teacher, five losses")
+    draw_inputs(sheet)
+    draw_student(sheet)
+    draw_teacher(sheet)
+    return sheet
+
+
+def draw_inputs(sheet: Drawing) -> None:
+    """The pair, whole and with masks, and the whole pair again for the teacher."""
+    config, whole = MAMOConfig(), Side("whole")
+    image, text = (next(side for side in traced("mamo").names(kind) if side.masked) for kind in ("image", "text"))
+    for x, y, size, side, name in ((30, 84, 72, whole, "I"), (122, 84, 72, image, "I'"), (76, 412, 68, whole, "I")):
+        sheet.picture(x, y, size, side)
+        sheet.text(x + size / 2, y + size + 18, name, anchor="middle", bold=True)
+    for y, side, name in ((200, whole, "T"), (262, text, "T'"), (524, whole, "T")):
+        sheet.text(24, y + 14, name, bold=True)
+        sheet.words(42, y, side)
+    sheet.text(158, 192, f"{config.mask_image:.0%} masked", 12, "middle")
+    sheet.text(42, 326, f"{config.mask_text:.0%} of the words masked", 12)
+
+
+def depths(field: str) -> str:
+    """How many blocks the smallest and the paper's size have."""
+    return f"{PRESETS['nano'][field]} blocks in nano, {PRESETS['base'][field]} in base"
+
+
+def draw_student(sheet: Drawing) -> None:
+    """Encoders, heads and losses."""
+    sheet.box(232, 40, 660, 296, STUDENT, "#b8cde2")
+    sheet.text(246, 62, "student", bold=True)
+    sheet.labelled(256, 76, 200, 76, "image encoder", "ViT", depths("image_depth"))
+    sheet.labelled(256, 240, 200, 76, "text encoder", "BERT, lower half", depths("text_depth"))
+    fused = "BERT, upper half, over", "[text; class token, patches]", depths("fusion_depth")
+    sheet.labelled(520, 132, 180, 128, "fusion encoder", *fused)
+    sheet.arrows("198,114 254,114", "216,272 254,272", "356,154 356,180", "356,238 356,212")
+    sheet.arrows("458,114 488,114 488,172 518,172", "458,278 488,278 488,220 518,220")
+    sheet.loss("itc", 327, 182)
+    sheet.text(394, 201, "in-batch", 12)
+    heads = {"itm": (70, "linear", "[CLS]", "do they belong together?")}
+    heads |= {"mlm": (132, "BERT's head", "words", "the masked words")}
+    heads |= {"mrm": (206, "two MLPs", "patches; words", "squared"), "mim": (280, "MLP", "patches", "absolute")}
+    for name, (y, head, places, compared) in heads.items():
+        middle = y + 14
+        sheet.arrows(f"702,196 720,196 720,{middle} 740,{middle}", f"882,{middle} 928,{middle}")
+        sheet.labelled(742, y - 8, 138, 44, head, places)
+        sheet.loss(name, 930, y)
+        for line, told in enumerate(textwrap.wrap(compared, 18)):
+            sheet.text(998, y + 18 - 8 * (len(compared) > 18) + 16 * line, told, 12)
+
+
+def draw_teacher(sheet: Drawing) -> None:
+    """The moving average, and what the losses compare with."""
+    sheet.box(232, 384, 500, 196, TEACHER, "#cfc8b8", stroke_dasharray="6 4")
+    sheet.text(246, 406, "teacher: whole pairs only, no gradient", bold=True)
+    for x, y, width, kind in ((256, 420, 200, "image"), (256, 508, 200, "text"), (540, 464, 170, "fusion")):
+        sheet.labelled(x, y, width, 60, f"{kind} encoder", "the student's, averaged")
+    sheet.arrows("148,446 254,446", "216,534 254,534")
+    sheet.arrows("458,460 500,460 500,484 538,484", "458,538 500,538 500,504 538,504")
+    sheet.arrows("458,434 959,434 959,310", "712,494 1092,494 1092,256 959,256 959,236")
+    sheet.arrows("610,338 610,382", stroke_dasharray="6 4")
+    sheet.text(624, 365, "a moving average, after every step", 13, fill=QUIET)
+    sheet.text(760, 427, "features of the masked patches", 12, fill=QUIET)
+    sheet.text(760, 512, "fused vectors, masked patches and words", 12, fill=QUIET)
+
+
+FIGURES = {"architecture.svg": draw_architecture}
+FIGURES |= {f"{objective}.svg": functools.partial(draw_step, objective) for objective in OBJECTIVES}
+
+
+def main() -> None:
+    """Command line: all figures."""
+    parser = runtime.Parser(
+        prog="python -m tools.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the figures")
+    out = parser.parse_args().out
+    for name, draw in FIGURES.items():
+        draw().save(out / name)
+    print(f"{len(FIGURES)} figures in {out}")
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
