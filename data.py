@@ -79,7 +79,7 @@ class Pairs(Dataset):
 
 @dataclass
 class Collate:
-    """Samples -> a batch, padded to the longest caption in it. A class, so that worker processes can be sent it.
+    """Samples -> a batch, padded to the longest caption in it. A class, because worker processes need to pickle it.
 
     length, if given, is the number of tokens that every batch is padded to: one shape for a compiled step.
     """
@@ -196,7 +196,7 @@ class TwinBatches:
                 f"the batch of {batch_size} pairs is larger than the {len(rows)} rows at hand: "
                 f"use --batch-size {len(rows) // parts * parts} or less"
             )
-        self.batches_per_epoch = sum(1 for _ in self.epoch(0)) // parts
+        self.batches_per_epoch = sum(1 for _ in self.parts_of(0)) // parts
         if not self.batches_per_epoch:
             raise ValueError(
                 f"a batch of {batch_size} in {parts} parts cannot be filled with twin groups of {sorted(stock)} rows: "
@@ -205,7 +205,7 @@ class TwinBatches:
         stuck = [size for size in sorted(stock) if not fillable(self.size - size, stock - Counter([size]))]
         self.never = sum(size * stock[size] for size in stuck)  # rows of groups that no batch has room for
 
-    def epoch(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
+    def parts_of(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
         """All parts of all batches of one epoch, one after another.
 
         The next group is the first in this epoch's order after which the part can still be filled exactly.
@@ -230,7 +230,8 @@ class TwinBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step, share = 0, self.parts // self.processes
         for epoch in itertools.count():
-            for batch in zip(*[self.epoch(epoch)] * self.parts, strict=False):
+            parts = self.parts_of(epoch)
+            while len(batch := list(itertools.islice(parts, self.parts))) == self.parts:
                 if step >= self.first:
                     yield list(itertools.chain(*batch[self.rank * share : (self.rank + 1) * share]))
                 step += 1
@@ -323,8 +324,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def size_of(path: str | Path) -> tuple[int, int]:
     """Width and height that load_image would give, from the header alone."""
     with Image.open(path) as file:
-        lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # turned by a quarter
-        return file.size[::-1] if lies else file.size
+        quarter_turn = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 exchange width and height
+        return file.size[::-1] if quarter_turn else file.size
 
 
 def to_pixels(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
@@ -347,8 +348,9 @@ def centred(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1)
 
 
-# ------------------------------------------------- augmentation: many pictures of one, which mean the same; no flip,
-#                                                   because it would make "left of" false
+# ------------------------------------------------------------------------------------------------------- augmentation
+#
+# Random variants of a picture that keep its caption true. None is mirrored: it would make "left of" false.
 
 
 def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:

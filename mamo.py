@@ -13,15 +13,17 @@ never both, and recover what is hidden from the other modality:
 
 How to read it. Top to bottom: the configuration, the three encoders, the joint masking, what any vision-language
 objective needs (ITC, ITM, MLM), and last MAMO itself, whose `forward` is the paper's pipeline in the paper's order: the
-place to begin if you know transformers. The file imports nothing of ours and draws no random number: all noise arrives
-in the batch (data.py makes it), so that a loss is a plain function of parameters and batch.
+place to begin if you know transformers. The file imports nothing of ours. What is masked and which negatives are drawn
+is decided by noise in the batch (data.py makes that of the masks, train.py that of the negatives), so that a loss is a
+plain function of parameters and batch; only fresh weights, and dropout where it is used, are drawn here.
 
 Two marks in comments and docstrings:
     differs:   the paper does it otherwise, or does not say how it does it, and this is our choice
     fp32:      stays in single precision when the rest runs in bf16 or fp16 (train.py --precision), and why
 
 One letter, one meaning, in shapes and einops patterns:
-    b batch, n patches, l text tokens, d width, e joint embedding, h heads, v vocabulary, m masked positions
+    b batch, n patches (or the places of any sequence), l text tokens, m positions that are wanted: masked patches
+    or, as m', masked words; d width, e joint embedding, h heads, v vocabulary
 """
 
 import copy
@@ -88,7 +90,7 @@ class Config:
         """Names of the fields that are a share of patches or words to mask."""
         return [field.name for field in fields(self) if field.name.startswith("mask_") and field.type is float]
 
-    # What a loss of weight 0 would need is not computed, and a head that nothing trains is not made.
+    # Which passes a step makes (steps 2 and 5 of MAMO.forward): a loss of weight 0 costs no pass and no head.
     @property
     def sees_whole(self) -> bool:
         """Whether any loss looks at the student's (I, T)."""
@@ -179,7 +181,7 @@ class MAMOConfig(Config):
         return self.w_mrm > 0 or (self.w_mim > 0 and self.mim_target == "features") or self.queue_size > 0
 
     def check(self) -> None:
-        """As above, and what MAMO adds."""
+        """Config.check, then MAMO's own rules."""
         super().check()
         target, size = self.mim_target, self.queue_size
         require(target in ("features", "pixels"), f"unknown mim_target {target!r}: use features or pixels")
@@ -205,7 +207,7 @@ PRESETS = {
 
 
 def ema_for(steps: int) -> float:
-    """Momentum of the teacher for a run of so many steps: its half-life is 1.5 % of the run, at most m = 0.995.
+    """Momentum of the teacher for a run of so many steps: its half-life is 1.5 % of the run, at most 0.995.
 
     differs: the paper's momentum is not known to us; ALBEF uses 0.995, which is too slow a teacher for a short run.
     """
@@ -232,13 +234,13 @@ class Attention(nn.Module):
         require(boolean, "attention_mask holds numbers: give bool, True = real token (mask.bool())")
         q = rearrange(self.query(queries), "b m (h d) -> b h m d", h=self.heads)
         k, v = rearrange(self.key_value(hidden), "b n (two h d) -> two b h n d", two=2, h=self.heads)
-        keys = None if attention_mask is None else rearrange(attention_mask, "b n -> b 1 1 n")
+        key_mask = None if attention_mask is None else rearrange(attention_mask, "b n -> b 1 1 n")
         if self.recorded is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         else:  # the same in explicit steps, because the fused kernel never forms the map
             logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-            if keys is not None:
-                logits = logits.masked_fill(~keys, float("-inf"))
+            if key_mask is not None:
+                logits = logits.masked_fill(~key_mask, float("-inf"))
             attention_map = logits.softmax(dim=-1)
             self.recorded.append(attention_map)
             mixed = attention_map @ v
@@ -300,12 +302,12 @@ def sine_code(places: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def loudness(width: int) -> float:
-    """Amplitude at which positions and words start, 0.3 for a width of 64.
+def initial_scale(width: int) -> float:
+    """Amplitude of positions and standard deviation of words at the start, 0.3 for a width of 64.
 
-    Content and place are added, so each must be heard beside the other. In trials on the built-in world, small random
-    positions did not teach "left of"; and with words at BERT's 0.02, drowned by these positions, foils with exchanged
-    colours stood at 53 % after 1,000 steps, where words as loud as positions reached 92 % (contrast, one seed).
+    Words and positions are added, so neither may drown the other. In trials on the built-in world, small random
+    positions did not teach "left of"; and with words at BERT's 0.02 beside these positions, foils with exchanged
+    colours stood at 53 % after 1,000 steps, where words at the scale of positions reached 92 % (contrast, one seed).
     """
     return 2.4 / math.sqrt(width)
 
@@ -325,7 +327,7 @@ class ImageEncoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(d)) if config.masks_patches else None
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         code = torch.cat([sine_code(y.flatten(), d // 2), sine_code(x.flatten(), d // 2)], dim=1)
-        self.positions = nn.Parameter(loudness(d) * torch.cat([torch.zeros(1, d), code]))  # learned from there on
+        self.positions = nn.Parameter(initial_scale(d) * torch.cat([torch.zeros(1, d), code]))  # learned from there on
         self.blocks = nn.ModuleList(Block(config, norm_first=True) for _ in range(config.image_depth))
         self.norm = nn.LayerNorm(d, eps=1e-6)
 
@@ -363,7 +365,9 @@ class TextEncoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.words = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Parameter(loudness(config.width) * sine_code(torch.arange(config.max_tokens), config.width))
+        self.positions = nn.Parameter(
+            initial_scale(config.width) * sine_code(torch.arange(config.max_tokens), config.width)
+        )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.blocks = nn.ModuleList(Block(config, norm_first=False) for _ in range(config.text_depth))
 
@@ -403,9 +407,9 @@ class FusionEncoder(nn.Module):
     It must give a vector at every patch and at every token, because MRM recovers both; cross-attention from the text
     alone, as in ALBEF, has no vector at the patches. differs: the paper's own wiring is not known to us.
 
-    What comes out is one sequence: [CLS], the other tokens, the class token, the patches. Nobody else counts in it:
-    `at_patches`, `unpack` and `text_to_patches` do. To try another fusion, write a class with these methods, with its
-    blocks in `blocks` and the attention by which tokens look at patches in `text_attention`, and name it in Encoders.
+    What comes out is one sequence: [CLS], the other tokens, the class token, the patches. No other code computes places
+    in it: `at_patches`, `unpack` and `text_to_patches` do. To try another fusion, write a class with these methods, its
+    blocks in `blocks` and the attention by which tokens look at patches in `text_attention`; name it in Encoders.
     """
 
     def __init__(self, config: Config):
@@ -429,8 +433,8 @@ class FusionEncoder(nn.Module):
         hidden = torch.cat([text + self.types[0], image + self.types[1]], dim=1)
         for block in self.blocks[:-1]:
             hidden = block(hidden, attention_mask)
-        rows = zip(hidden.chunk(len(views)), attention_mask.chunk(len(views)), views, strict=True)
-        return [self.blocks[-1](part, part_mask, view.places) for part, part_mask, view in rows]
+        per_view = zip(hidden.chunk(len(views)), attention_mask.chunk(len(views)), views, strict=True)
+        return [self.blocks[-1](one, its_mask, view.places) for one, its_mask, view in per_view]
 
     @staticmethod
     def at_patches(patch_index: Tensor, length: int) -> Tensor:
@@ -450,8 +454,8 @@ class FusionEncoder(nn.Module):
 
     @staticmethod
     def text_to_patches(attention_map: Tensor, length: int) -> Tensor:
-        """A recorded map (b, h, queries, l + 1 + n) -> (b, h, tokens, n): what tokens look at among the patches. In the
-        last block only the places that were asked for have a row."""
+        """A recorded map (b, h, queries, l + 1 + n) -> (b, h, tokens, n): what tokens look at among the patches. That
+        of the last block has one row for each place that was asked for."""
         return attention_map[:, :, :length, length + 1 :]
 
 
@@ -534,7 +538,7 @@ def choose_words(
     ordinary = attention_mask & ~torch.isin(input_ids, special)
     count = math.ceil(ratio * input_ids.shape[1])
     index = token_noise.masked_fill(~ordinary, 2.0).argsort(dim=1, stable=True)[:, :count]
-    chosen = (ratio * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # 0.15 * 100 is 15, not 15.000001
+    chosen = (ratio * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # 1e-4: rounding may not make 15 of 100 16
     return index, torch.arange(count, device=input_ids.device) < chosen
 
 
@@ -616,11 +620,11 @@ class VisionLanguageModel(nn.Module):
             nn.init.normal_(self.itm_head.weight, std=0.02)  # undecided at first
         self.teacher: nn.Module | None = None  # an objective with a teacher makes one, see teacher_of
         self.watch: dict[str, Tensor] = {}  # scalars of the last step that are no losses and that a log should show
-        self.token: Tensor | None = None  # the class token when `total` saw it last: has the optimiser stepped since?
+        self.class_token_before: Tensor | None = None  # by which `total` sees that the optimiser has stepped
 
     def make_mlm_head(self) -> None:
-        """The head of MLM, as BERT's. An objective makes it after its own heads, because fresh weights are drawn in the
-        order in which they are made, and the figures under results/ are of this one."""
+        """The head of MLM, as BERT's. An objective calls this after making its own heads: weights are drawn in their
+        order of creation, and the figures under results/ were measured with this one."""
         d = self.config.width
         if self.config.w_mlm > 0:
             self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-6)).apply(init_weights)
@@ -686,10 +690,10 @@ class VisionLanguageModel(nn.Module):
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses that forward gives: what training minimises."""
         if self.training:
-            token = self.student.image.class_token.detach().clone()
-            if self.token is not None and not torch.equal(self.token, token):
+            token, before = self.student.image.class_token.detach().clone(), self.class_token_before
+            if before is not None and not torch.equal(before, token):
                 warnings.warn("the optimiser has stepped without model.after_step() after it", stacklevel=2)
-            self.token = token
+            self.class_token_before = token
         return sum(self.loss_weights[name] * loss for name, loss in losses.items())
 
     @torch.no_grad()
@@ -698,7 +702,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:    progress   share of the run that is done, from 0 to 1, for an objective with a schedule
         """
-        self.token = None
+        self.class_token_before = None
         if self.log_temperature is not None:
             self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
 
@@ -720,23 +724,23 @@ class VisionLanguageModel(nn.Module):
         enough = count > 1 or not self.config.sees_whole
         require(enough, "the batch holds one pair, and contrast and matching need others: use 2 or more")
 
-    def contrast(self, image: Tensor, text: Tensor, batch: dict[str, Tensor], keys: tuple | None = None) -> tuple:
+    def contrast(self, image: Tensor, text: Tensor, batch: dict[str, Tensor], queued: tuple | None = None) -> tuple:
         """ITC of encoded images (b, 1 + n, d) and texts (b, l, d), each against the batch of all processes.
 
-        Args:    keys   other candidates in the batch's place: same, image_keys, text_keys, see loss_itc
+        Args:    queued   candidates in the batch's place: left_out, image_keys, text_keys, see loss_itc
         Returns: the loss, and the cosines (b, b) of this process's pairs, without gradient, for matching_views
         """
         image_embed, text_embed = self.embed_image(image), self.embed_text(text)
-        keys = keys or (same_pairs(batch, True), gather(image_embed), gather(text_embed))
+        candidates = queued or (other_positives(batch), gather(image_embed), gather(text_embed))
         with torch.autocast(image.device.type, enabled=False):  # fp32: as in the contrast itself
             similarity = (image_embed @ text_embed.T).detach()
-        return self.loss_itc(image_embed, text_embed, *keys), similarity
+        return self.loss_itc(image_embed, text_embed, *candidates), similarity
 
-    def loss_itc(self, image: Tensor, text: Tensor, same: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
+    def loss_itc(self, image: Tensor, text: Tensor, left_out: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
         """Image-text contrast: among all candidates, find one's own partner, both ways.  (as ALBEF)
 
         Args:    image, text (b, e)            unit vectors of this process's pairs
-                 same (b, candidates)          True = shares image or caption with the row and is not its own partner:
+                 left_out (b, candidates)      True = shares image or caption with the row and is not its own partner:
                                                nobody's negative, left out of the denominator
                  image_keys, text_keys (candidates, e)   this batch over all processes, then the queue if there is one
         Returns: scalar, mean over rows and the two directions; chance is ln(candidates)
@@ -745,8 +749,8 @@ class VisionLanguageModel(nn.Module):
         partner = torch.arange(len(image), device=image.device) + rank * len(image)
         # fp32: cosines that differ by 0.01 are 0.15 apart after division by the temperature; bf16 cannot tell them.
         with torch.autocast(image.device.type, enabled=False):
-            image_to_text = (image @ text_keys.T / self.temperature).masked_fill(same, float("-inf"))
-            text_to_image = (text @ image_keys.T / self.temperature).masked_fill(same, float("-inf"))
+            image_to_text = (image @ text_keys.T / self.temperature).masked_fill(left_out, float("-inf"))
+            text_to_image = (text @ image_keys.T / self.temperature).masked_fill(left_out, float("-inf"))
             return (F.cross_entropy(image_to_text, partner) + F.cross_entropy(text_to_image, partner)) / 2
 
     def matching_views(self, pair: View, similarity: Tensor | None, same: Tensor, noise: Tensor) -> tuple:
@@ -811,36 +815,36 @@ class VisionLanguageModel(nn.Module):
         return global_mean(loss, valid.flatten())
 
 
-def encode_views(encode: Callable, views: dict[str, tuple]) -> dict[str, Tensor]:
-    """Encode views of one shape, each a tuple of arguments, in one call -> by name"""
-    if not views:
+def encode_together(encode: Callable, inputs: dict[str, tuple]) -> dict[str, Tensor]:
+    """Encode inputs of one shape, each a tuple of arguments (b, ...), in one call -> by name (b, sequence, d)"""
+    if not inputs:
         return {}
-    together = [None if part[0] is None else torch.cat(part) for part in zip(*views.values(), strict=True)]
-    return dict(zip(views, encode(*together).chunk(len(views)), strict=True))
+    together = [None if some[0] is None else torch.cat(some) for some in zip(*inputs.values(), strict=True)]
+    return dict(zip(inputs, encode(*together).chunk(len(inputs)), strict=True))
 
 
-def same_pairs(batch: dict[str, Tensor], all_processes: bool = False) -> Tensor:
-    """Pairs that share an image or a caption are nobody's negatives -> bool (b, b), or (b, processes * b).
-
-    In the contrast a row's own partner stays in: among all processes the diagonal is False.
-    """
+def same_pairs(batch: dict[str, Tensor]) -> Tensor:
+    """Of this process's images and texts, which belong together, by image or by caption -> bool (b, b)"""
     image_id, caption_id = batch["image_id"], batch["caption_id"]
-    if not all_processes:
-        return (image_id[:, None] == image_id) | (caption_id[:, None] == caption_id)
+    return (image_id[:, None] == image_id) | (caption_id[:, None] == caption_id)
+
+
+def other_positives(batch: dict[str, Tensor]) -> Tensor:
+    """The same among all processes, without each row's own partner -> bool (b, processes * b)"""
+    image_id, caption_id = batch["image_id"], batch["caption_id"]
     same = (image_id[:, None] == gather(image_id)) | (caption_id[:, None] == gather(caption_id))
-    rank, _ = rank_and_size()
     own = torch.arange(len(image_id), device=image_id.device)
-    same[own, own + rank * len(image_id)] = False
+    same[own, own + rank_and_size()[0] * len(image_id)] = False
     return same
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier for products, so that a narrow model starts as lively as a wide one; words as loud as positions."""
+    """Xavier for linear layers, so that the variance of outputs does not depend on the width; words as positions."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=loudness(module.embedding_dim))
+        nn.init.normal_(module.weight, std=initial_scale(module.embedding_dim))
 
 
 # --------------------------------------------------------------------------------------------------------------- MAMO
@@ -865,7 +869,7 @@ class MAMO(VisionLanguageModel):
         self.queue = Queue(config.queue_size, config.embed_dim) if config.queue_size > 0 else None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One step of the method: every distinct input is encoded once.                     Source: MAMO Eq. 6
+        """The losses of a batch: every distinct input is encoded once.                     Source: MAMO Eq. 6
 
         Args:    batch   images (b, 3, height, width); input_ids, attention_mask (b, l); image_id, caption_id (b,);
                          patch_noise (b, n); token_noise, replace_noise (b, l); negative_noise (2, b, b)
@@ -888,14 +892,21 @@ class MAMO(VisionLanguageModel):
         # 2. The student's unimodal encoders: I and I' in one call, T and T' in another.
         image, text = self.encode_whole_and_masked(batch, patch_mask, words)
 
-        # 3. The teacher sees the whole pair: the targets of MRM, at all masked places, and of MIM.
-        teacher = self.teach(batch, places)
+        # 3. The teacher sees the whole pair, without gradient: what MRM and MIM are to recover.
+        seen = self.teach(batch, places)
+        if config.w_mrm > 0:
+            mrm_target = split_places(normalised(seen["fused"]), places)
+            self.watch = {"target_cosine": mean_cosine(mrm_target["patches"])}
+        if config.w_mim > 0 and config.mim_target == "features":
+            mim_target = normalised(at(seen["image"], 1 + patch_index))
+        elif config.w_mim > 0:
+            mim_target = at(patchify(batch["images"], config.patch_size), patch_index)
 
         # 4. Contrast of whole images and whole texts.
         similarity = None
         if config.w_itc > 0:
-            keys = None if self.queue is None else self.queued(batch, teacher)
-            losses["itc"], similarity = self.contrast(image["whole"], text["whole"], batch, keys)
+            queued = None if self.queue is None else self.queued(batch, seen)
+            losses["itc"], similarity = self.contrast(image["whole"], text["whole"], batch, queued)
 
         # 5. The student's fusion, up to five views of the pair in one call: one modality masked and the other whole,
         #    and for matching the pair itself and its hard negatives.
@@ -912,24 +923,17 @@ class MAMO(VisionLanguageModel):
             views |= pairs
         fused = self.fuse_views(views)
         if config.mask_both:
-            fused |= parts(fused["both"], places)
+            fused |= split_places(fused["both"], places)
 
         # 6. Matching, and the recovery of what was masked: implicitly by MRM, explicitly by MIM and MLM.
         if config.w_itm > 0:
             negative = torch.cat([fused["wrong text"][:, 0], fused["wrong image"][:, 0]])
             losses["itm"] = self.loss_itm(fused["pair"][:, 0], negative, valid)
         if config.w_mrm > 0:
-            target = parts(normalised(teacher["fused"]), places)
-            losses["mrm"] = self.loss_mrm(
-                fused["patches"], target["patches"], fused["words"], target["words"], words.valid
-            )
-            self.watch = {"target_cosine": mean_cosine(target["patches"])}
+            masked = fused["patches"], mrm_target["patches"], fused["words"], mrm_target["words"], words.valid
+            losses["mrm"] = self.loss_mrm(*masked)
         if config.w_mim > 0:
-            if config.mim_target == "features":
-                target = normalised(at(teacher["image"], 1 + patch_index))
-            else:
-                target = at(patchify(batch["images"], config.patch_size), patch_index)
-            losses["mim"] = self.loss_mim(fused["patches"], target)
+            losses["mim"] = self.loss_mim(fused["patches"], mim_target)
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
@@ -939,20 +943,20 @@ class MAMO(VisionLanguageModel):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """I and I' (b, 1 + n, d), T and T' (b, l, d), as "whole" and "masked", as far as a loss asks for them."""
         config, images, attention_mask = self.config, batch["images"], batch["attention_mask"]
-        image_views, text_views = {}, {}
-        if config.sees_image:
-            image_views["whole"] = images, None if patch_mask is None else torch.zeros_like(patch_mask)
+        image_inputs, text_inputs = {}, {}
+        if config.sees_image:  # a mask that masks nothing, to stand beside the other in one tensor
+            image_inputs["whole"] = images, None if patch_mask is None else torch.zeros_like(patch_mask)
         if config.masks_patches:
-            image_views["masked"] = images, patch_mask
+            image_inputs["masked"] = images, patch_mask
         if config.sees_text:
-            text_views["whole"] = batch["input_ids"], attention_mask
+            text_inputs["whole"] = batch["input_ids"], attention_mask
         if config.masks_words:
-            text_views["masked"] = words.input_ids, attention_mask
-        return encode_views(self.encode_image, image_views), encode_views(self.encode_text, text_views)
+            text_inputs["masked"] = words.input_ids, attention_mask
+        return encode_together(self.encode_image, image_inputs), encode_together(self.encode_text, text_inputs)
 
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor], places: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The teacher's view of the whole pair, as far as a loss asks for it: "image" (b, 1 + n, d), "text" (b, l, d),
+        """What the teacher sees of the whole pair, as far as a loss asks: "image" (b, 1 + n, d), "text" (b, l, d),
         "fused" (b, m, d) at the places (b, m) of the fused sequence, one part behind the other."""
         seen, config = {}, self.config
         if self.teacher is not None:
@@ -964,20 +968,20 @@ class MAMO(VisionLanguageModel):
             (seen["fused"],) = self.teacher.fusion.fuse_views(view)
         return seen
 
-    def queued(self, batch: dict[str, Tensor], teacher: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates of ITC with a queue: the teacher's view of this batch and of past ones, see loss_itc.
+    def queued(self, batch: dict[str, Tensor], seen: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates of ITC with a queue: the teacher's embeddings of this batch and of past ones, see loss_itc.
 
         differs: the paper's queue is not known to us; off by default, as in-batch candidates suit small runs.
         """
-        keys = [gather(self.teacher.embed_image(teacher["image"])), gather(self.teacher.embed_text(teacher["text"]))]
+        keys = [gather(self.teacher.embed_image(seen["image"])), gather(self.teacher.embed_text(seen["text"]))]
         ids = [gather(batch["image_id"]), gather(batch["caption_id"])]
         queue = self.queue
         left_out = (batch["image_id"][:, None] == queue.image_id) | (batch["caption_id"][:, None] == queue.caption_id)
-        same = torch.cat([same_pairs(batch, True), left_out | ~queue.filled], dim=1)
+        left_out = torch.cat([other_positives(batch), left_out | ~queue.filled], dim=1)
         candidates = torch.cat([keys[0], queue.image]), torch.cat([keys[1], queue.text])
         if self.training:
             queue.push(*keys, *ids)
-        return same, *candidates
+        return left_out, *candidates
 
     def loss_mrm(
         self, at_patches: Tensor, patch_target: Tensor, at_words: Tensor, word_target: Tensor, valid: Tensor
@@ -1010,13 +1014,13 @@ class MAMO(VisionLanguageModel):
 
     @torch.no_grad()
     def after_step(self, progress: float = 0.0) -> None:
-        """As above, then move the teacher towards the student."""
+        """VisionLanguageModel.after_step, then move the teacher towards the student."""
         super().after_step(progress)
         if self.teacher is not None:
             move_teacher(self.teacher, self.student, self.config.ema)
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """As above, with the queue among the candidates, and of the masked losses."""
+        """VisionLanguageModel.chance with the queue among the candidates, and the levels of the masked losses."""
         levels = super().chance(candidates + self.config.queue_size)
         if self.config.w_mrm > 0:
             levels["mrm"] = 2.0
@@ -1051,13 +1055,13 @@ def normalised(target: Tensor) -> Tensor:
     return F.layer_norm(target.float(), target.shape[-1:])
 
 
-def parts(vectors: Tensor, places: dict[str, Tensor]) -> dict[str, Tensor]:
+def split_places(vectors: Tensor, places: dict[str, Tensor]) -> dict[str, Tensor]:
     """Vectors (b, m + m', d) at places that stand one behind the other -> by the name of the places"""
     return dict(zip(places, vectors.split([index.shape[1] for index in places.values()], dim=1), strict=True))
 
 
 def mean_cosine(target: Tensor) -> Tensor:
-    """Mean cosine of targets (b, m, d), pair by pair: near 1 a teacher is fresh, or, if it climbs back, collapsed."""
+    """Mean cosine of targets (b, m, d), pair by pair. Near 1 at first; if it rises there again, it has collapsed."""
     unit = F.normalize(rearrange(target, "b m d -> (b m) d"), dim=-1)
     count = len(unit)
     return (unit.sum(dim=0).square().sum() - count) / (count * (count - 1))

@@ -174,8 +174,8 @@ def make_order(config: TrainConfig, rows: list[dict], saved: dict | None) -> Twi
 
 
 def parts_for(batch_size: int, processes: int) -> int:
-    """In how many parts to fill a batch: 8, or 4, 2, 1 where a part would be odd or smaller than 8 pairs; more
-    processes than that, or another number, make it their own."""
+    """In how many parts to fill a batch: 8, or 4, 2, 1 where a part would be odd or smaller than 8 pairs; if the number
+    of processes does not divide that, one part for each process."""
     parts = next(p for p in (8, 4, 2, 1) if p == 1 or (batch_size % (2 * p) == 0 and batch_size // p >= 8))
     return parts if parts % processes == 0 else processes
 
@@ -251,10 +251,11 @@ class Run:
         config, self.out = self.config, Path(self.config.out)
         self.rank, self.processes = rank_and_size()
         self.precision, self.why = runtime.pick_precision(config.precision, self.device)
-        # fp16 has no room for small gradients: the loss is scaled up for the backward pass, and they down again after.
+        # Small gradients underflow in fp16: the loss is scaled up for the backward pass, the gradients down after it.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step, self.meter = 0, {}  # meter: sums since the last row of the log
-        self.stopped = self.settled = False  # by Ctrl-C; because it no longer gets better
+        self.stopped = False  # by Ctrl-C
+        self.settled = False  # by --patience of finetune.py
         if saved:
             self.load(saved)
         if config.grad_checkpointing:
@@ -278,7 +279,7 @@ class Run:
         for part in range(config.accumulate):
             batch = {name: value.to(self.device, non_blocking=True) for name, value in next(batches).items()}
             batch["negative_noise"] = self.negative_noise(part, len(batch["images"]))
-            # Processes exchange gradients once per step, in the backward pass of its last part.
+            # Processes exchange gradients once per step, in the last of its backward passes.
             waits = self.processes > 1 and part < config.accumulate - 1
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with runtime.autocast(self.device, self.precision):
@@ -303,7 +304,7 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         self.count("steps", 1)
-        if finite:  # a skipped step moved nobody, so the teacher has nothing to follow
+        if finite:  # a skipped step changed no weight, so the teacher may not move either
             self.count("grad_norm", norm)
             model.after_step(self.step / config.steps)
         return summed
@@ -437,7 +438,8 @@ def main() -> None:
         run = start(config, overrides, device)
         if run.step >= run.config.steps:
             print(f"{run.out} is already trained to its last step, {run.config.steps}")
-        run.train()
+        else:
+            run.train()
     runtime.end(run.stopped)
 
 

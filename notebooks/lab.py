@@ -28,11 +28,10 @@ from data import Collate, Pairs, TwinBatches, read_rows  # noqa: E402
 from eval import load_model  # noqa: E402
 from mamo import VisionLanguageModel  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tools.figures import MASKED  # noqa: E402
 from train import parts_for  # noqa: E402
 
+BLUE, ORANGE = "#4a5a78", "#d9822b"
 WORLD = Path("data/scenes")  # paths are relative to the repository, as on the command line
-FOUND = "#d9822b"  # the colour of what a model found, beside MASKED
 BRIEF_STEPS = 400  # about a minute on two cores: enough to see where things go, not how good they get
 
 
@@ -100,11 +99,11 @@ def show(axes: Axes, image: Tensor, title: str = "") -> None:
 
 
 def show_veiled(axes: Axes, image: Tensor, light: Tensor, title: str = "") -> None:
-    """A picture under a veil that lets light (n,) through at each patch: 1 = all is seen, 0 = hidden."""
+    """A picture under a veil that lets light (n,) through at each patch: 1 = all of it, 0 = none."""
     height, width = image.shape[1:]
     rows = round((len(light) * height / width) ** 0.5)
     seen = F.interpolate(light.detach().float().reshape(1, 1, rows, -1), size=(height, width))[0]
-    veil = 2 * torch.tensor(to_rgb(MASKED))[:, None, None] - 1
+    veil = 2 * torch.tensor(to_rgb(BLUE))[:, None, None] - 1
     show(axes, seen * image + (1 - seen) * veil, title)
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamo import Config, View, VisionLanguageModel, encode_views, mask_patches, mask_words, require
+from mamo import Config, View, VisionLanguageModel, encode_together, mask_patches, mask_words, require
 from siblings.masking import drop_patches, mask_whole_words, matched, nce, whole_pairs
 
 
@@ -51,7 +51,7 @@ class GLSCLConfig(Config):
         self.continuation_ids = tuple(self.continuation_ids)
 
     def check(self) -> None:
-        """As every Config, and what GLSCL adds."""
+        """Config.check, then what GLSCL adds."""
         super().check()
         temperature = self.completion_temperature
         require(temperature > 0, f"completion_temperature is {temperature}: give more than 0")
@@ -102,12 +102,12 @@ class GLSCL(VisionLanguageModel):
             continues = self.continues[input_ids]
             words = mask_whole_words(input_ids, attention_mask, *noise, config.mask_text, config, continues)
             texts["masked"] = words.input_ids, attention_mask
-        text = encode_views(self.encode_text, texts)
+        text = encode_together(self.encode_text, texts)
         image_views = {"whole": (images,)}
         if config.w_mltc > 0:
             patch_index, patch_mask = mask_patches(batch["patch_noise"], config.mask_image)
             image_views = {"whole": (images, torch.zeros_like(patch_mask)), "masked": (images, patch_mask)}
-        image = encode_views(self.encode_image, image_views)
+        image = encode_together(self.encode_image, image_views)
 
         # 2. Whole pairs: contrast, and the views for matching.
         losses, views, valid = whole_pairs(self, image["whole"], text.get("whole"), batch)
@@ -161,5 +161,5 @@ class GLSCL(VisionLanguageModel):
         return nce(patches, patch_target, tau) + nce(words, word_target, tau, valid)
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """As above; the level of MLTC depends on the batch."""
+        """VisionLanguageModel.chance; the level of MLTC depends on the batch."""
         return super().chance(candidates) | ({"mgsc": 4 * math.log(candidates)} if self.config.w_mgsc > 0 else {})

@@ -29,7 +29,7 @@ from mamo import (
     View,
     VisionLanguageModel,
     at,
-    encode_views,
+    encode_together,
     global_mean,
     init_weights,
     mask_words,
@@ -50,7 +50,7 @@ class MaskVLMConfig(Config):
     w_mim: float = 1.0  # weight of masked image modelling
 
     def check(self) -> None:
-        """As every Config, and what MaskVLM adds."""
+        """Config.check, then what MaskVLM adds."""
         super().check()
         require(self.mask_unit > 0, f"mask_unit is {self.mask_unit}: it must be at least 1")
         require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
@@ -95,7 +95,7 @@ class MaskVLM(VisionLanguageModel):
             noise = batch["token_noise"], batch["replace_noise"]
             words = mask_words(input_ids, attention_mask, *noise, config.mask_text, config)
             texts["masked"] = words.input_ids, attention_mask
-        image, text = encode_views(self.encode_image, images), encode_views(self.encode_text, texts)
+        image, text = encode_together(self.encode_image, images), encode_together(self.encode_text, texts)
 
         # 2. Whole pairs: contrast, and the views for matching. Then the masked views, fused with them in one call.
         losses, views, valid = whole_pairs(self, image.get("whole"), text.get("whole"), batch)

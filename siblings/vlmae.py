@@ -34,7 +34,7 @@ from mamo import (
     View,
     VisionLanguageModel,
     at,
-    encode_views,
+    encode_together,
     global_mean,
     init_weights,
     mask_words,
@@ -59,7 +59,7 @@ class VLMAEConfig(Config):
     ema: float = 0.995  # momentum of the teacher; train.py takes it from the length of the run unless it is given
 
     def check(self) -> None:
-        """As every Config, and what our proposal adds."""
+        """Config.check, then what our proposal adds."""
         super().check()
         require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
         require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
@@ -106,7 +106,7 @@ class VLMAE(VisionLanguageModel):
             noise = batch["token_noise"], batch["replace_noise"]
             words = mask_words(input_ids, attention_mask, *noise, config.mask_text, config)
             texts["masked"] = words.input_ids, attention_mask
-        text = encode_views(self.encode_text, texts)
+        text = encode_together(self.encode_text, texts)
 
         # 2. Pairs: contrast, and the views for matching. RMIM needs all of (I_vis, T), of which matching reads [CLS].
         losses, views, valid = whole_pairs(self, visible, text.get("whole"), batch)
@@ -148,7 +148,7 @@ class VLMAE(VisionLanguageModel):
 
     @torch.no_grad()
     def after_step(self, progress: float = 0.0) -> None:
-        """As above, then move the teacher towards the student's image encoder."""
+        """VisionLanguageModel.after_step, then move the teacher towards the student's image encoder."""
         super().after_step(progress)
         if self.teacher is not None:
             move_teacher(self.teacher, self.student.image, self.config.ema)

@@ -679,7 +679,7 @@ def test_twins_stay_together_and_batches_are_full(name):
     rows = MIXES[name]
     batches = TwinBatches(rows, 8, seed=1)
     for epoch in range(6):
-        seen, found = set(), list(batches.epoch(epoch))
+        seen, found = set(), list(batches.parts_of(epoch))
         assert found
         for batch in found:
             assert len(batch) == 8 and {key[0] for key in batch} == {epoch}
@@ -698,7 +698,7 @@ def test_twins_stay_together_and_batches_are_full(name):
 def test_an_epoch_visits_nearly_all_rows(rows, batch_size):
     """Twins of different numbers fill batches together. One row alone must not block a batch that pairs would fill."""
     batches = TwinBatches(rows, batch_size, seed=1)
-    found = [len(list(batches.epoch(epoch))) for epoch in range(8)]
+    found = [len(list(batches.parts_of(epoch))) for epoch in range(8)]
     ideal = len(rows) // batch_size
     assert min(found) >= ideal - 2 and sum(found) >= 8 * (ideal - 1)
     assert batches.batches_per_epoch == found[0]
@@ -708,18 +708,18 @@ def test_over_the_epochs_every_row_is_visited():
     """What does not fill the last batch of an epoch is not always the same."""
     for name, rows in MIXES.items():
         batches = TwinBatches(rows, 8, seed=1)
-        seen = {number for epoch in range(12) for batch in batches.epoch(epoch) for _, number in batch}
+        seen = {number for epoch in range(12) for batch in batches.parts_of(epoch) for _, number in batch}
         assert seen == set(range(len(rows))), name
 
 
 def test_order_differs_by_epoch_and_seed_and_is_the_same_for_the_same():
     """Two epochs do not show the same batches, and nobody sees the rows in the order of the file."""
     rows = MIXES["mixed"]
-    one = [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=1).epoch(0)]
+    one = [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=1).parts_of(0)]
     for seed, epoch in ((1, 1), (2, 0)):
-        other = [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=seed).epoch(epoch)]
+        other = [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=seed).parts_of(epoch)]
         assert len({frozenset(batch) for batch in one} & {frozenset(batch) for batch in other}) <= 1
-    assert one == [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=1).epoch(0)]
+    assert one == [[number for _, number in batch] for batch in TwinBatches(rows, 8, seed=1).parts_of(0)]
     visited = [number for batch in one for number in batch]
     assert visited != sorted(visited)
 
@@ -729,7 +729,7 @@ def test_batches_from_a_given_one_on_continue_the_sequence(first):
     """In the middle of an epoch, at its end and in a later one."""
     rows = MIXES["mixed"]
     straight = list(islice(TwinBatches(rows, 8, seed=1), first + 9))
-    assert straight[0] == next(TwinBatches(rows, 8, seed=1).epoch(0))
+    assert straight[0] == next(TwinBatches(rows, 8, seed=1).parts_of(0))
     assert straight[first:] == list(islice(TwinBatches(rows, 8, seed=1, first=first), 9))
     epochs = [batch[0][0] for batch in straight]
     assert epochs == sorted(epochs) and straight[0][0][0] == 0
