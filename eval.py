@@ -55,6 +55,7 @@ from metrics import (
     read_predictions,
     recall_intervals,
     recalls,
+    right_label,
     write_predictions,
 )
 from siblings import build_model
@@ -546,11 +547,13 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
         extra = {"layer": layer_for(model, tokenizer, options, device)}
         predictions = ground(model, tokenizer, rows, device, extra["layer"], options.frame)
     else:
-        if task == "vqa":
-            answers = model.head_config.answers
-            extra = {"coverage": coverage(rows, answers)}
-            if outside := sum(row["answers"].keys().isdisjoint(answers) for row in rows):
-                print(f"{outside} of {len(rows)} rows have no answer in the checkpoint's list: they count as wrong")
+        answers = model.head_config.answers
+        extra = {"coverage": coverage(rows, answers)} if task == "vqa" else {}
+        outside = sum(
+            (row["answers"].keys() if task == "vqa" else {right_label(row)}).isdisjoint(answers) for row in rows
+        )
+        if outside:
+            print(f"{outside} of {len(rows)} rows have no answer in the checkpoint's list: they count as wrong")
         given = classify(model, tokenizer, rows, device)
         predictions = [{"row": number, "answer": answer} for number, answer in enumerate(given)]
     if task == "grounding":

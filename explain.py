@@ -78,10 +78,16 @@ def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, at
         logit = model.match(image, text, attention_mask)
         attention = [maps[0] for maps in recorded]
         gradient = torch.autograd.grad(logit.sum(), attention)  # a row's logit depends on its own maps only
-    return [
+    maps = [
         fusion.text_to_patches(one * slope.relu(), length).mean(dim=1).detach()
         for one, slope in zip(attention, gradient, strict=True)
     ]
+    if any(one.shape[-1] != model.config.num_patches for one in maps):
+        raise ValueError(
+            f"{type(fusion).__name__} gives maps of {[one.shape[-1] for one in maps]} places, one a block, "
+            f"where a picture has {model.config.num_patches} patches: see its text_to_patches"
+        )
+    return maps
 
 
 def heat_maps(

@@ -131,7 +131,7 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
                   (("train", rows), ("val", val_rows)) if part]  # fmt: skip
         print(f"{len(head.answers)} answers to choose from cover {', '.join(shares)}")
     if not saved and config.init != "none":
-        parts = dict.fromkeys(name.split(".")[0] for name in fresh)
+        parts = dict.fromkeys(".".join(name.split(".")[: 2 if name.startswith("student.") else 1]) for name in fresh)
         print(f"not in {config.init}, so fresh: {', '.join(parts) or 'nothing'}")
     return run
 

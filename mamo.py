@@ -407,9 +407,10 @@ class FusionEncoder(nn.Module):
     It must give a vector at every patch and at every token, because MRM recovers both; cross-attention from the text
     alone, as in ALBEF, has no vector at the patches. differs: the paper's own wiring is not known to us.
 
-    What comes out is one sequence: [CLS], the other tokens, the class token, the patches. No other code computes places
-    in it: `at_patches`, `unpack` and `text_to_patches` do. To try another fusion, write a class with these methods, its
-    blocks in `blocks` and the attention by which tokens look at patches in `text_attention`; name it in Encoders.
+    What comes out is one sequence, whatever the fusion: [CLS], other tokens, class token, patches. A token's place is
+    its own number; `at_patches` and `unpack` know the rest, and no other code counts. To try another, write a subclass
+    with its own `fuse_views`, blocks in `blocks`, and the attention by which tokens look at patches in
+    `text_attention` and `text_to_patches`; then name it in Encoders.
     """
 
     def __init__(self, config: Config):
@@ -882,7 +883,7 @@ class MAMO(VisionLanguageModel):
 
         # 1. Joint masking: I' lacks 75 % of the patches, T' lacks 25 % of the words.
         if config.masks_patches:
-            patch_index, patch_mask = mask_patches(batch["patch_noise"], config.mask_image)
+            patch_index, patch_mask = self.mask_image(batch["patch_noise"])
             places["patches"] = self.student.fusion.at_patches(patch_index, input_ids.shape[1])
         if config.masks_words:
             noise = batch["token_noise"], batch["replace_noise"]
@@ -937,6 +938,10 @@ class MAMO(VisionLanguageModel):
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
+
+    def mask_image(self, patch_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Which patches I' masks, see mask_patches; who shows what a model recovers asks here too."""
+        return mask_patches(patch_noise, self.config.mask_image)
 
     def encode_whole_and_masked(
         self, batch: dict[str, Tensor], patch_mask: Tensor | None, words: MaskedWords | None

@@ -41,8 +41,8 @@ def write_predictions(path: Path, rows: list[dict], predictions: list[dict]) -> 
 
 
 def text_of(row: dict) -> str:
-    """What a row asks."""
-    return row["question"] if "question" in row else row["text"]
+    """What a row asks; a task without text asks nothing."""
+    return row.get("question", row.get("text", ""))
 
 
 def read_predictions(path: Path, rows: list[dict]) -> list[dict]:

@@ -255,7 +255,8 @@ def texts_of(row: dict, schema: str) -> list[str]:
     """The texts that a row of a schema is read with, whatever other keys it has."""
     if schema == "pairs":
         return captions_of(row)
-    return [row["question" if "question" in SCHEMAS[schema] else "text"]]
+    key = next((key for key in ("question", "text") if key in SCHEMAS[schema]), None)
+    return [row[key] if key else ""]  # a task without text reads an empty one
 
 
 def by_picture(rows: list[dict], schema: str) -> list[dict]:

@@ -61,8 +61,8 @@ def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
 
 def drop_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k)."""
-    dropped, _ = mask_patches(patch_noise, ratio)
-    return dropped, patch_noise.argsort(dim=1)[:, dropped.shape[1] :]
+    dropped, patch_mask = mask_patches(patch_noise, ratio)
+    return dropped, patch_noise.masked_fill(patch_mask, -1.0).argsort(dim=1)[:, dropped.shape[1] :]
 
 
 def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import runtime
 from data import load_image, make_batch, read_rows, to_tensor
 from eval import load, load_model
 from explain import token_maps
-from mamo import MAMO, Attention, Fused, FusionEncoder, MAMOConfig, View, at
+from mamo import MAMO, Attention, FusionEncoder, MAMOConfig, View, at
 from tokenizer import Tokenizer
 from train import TrainConfig
 
@@ -206,7 +206,7 @@ class CoBlock(nn.Module):
 
 
 class CoAttention(FusionEncoder):
-    """What a fusion encoder owes the rest: views, places, maps of text over patches, and its blocks."""
+    """What another fusion owes the rest: views fused at their places, maps of text over patches, and its blocks."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -218,18 +218,9 @@ class CoAttention(FusionEncoder):
             text, image = view.text, view.image
             for block in self.blocks:
                 text, image = block(text, image, view.attention_mask)
-            whole = torch.cat([image, text], dim=1)  # a layout of its own: the image first
+            whole = torch.cat([text, image], dim=1)
             fused.append(whole if view.places is None else at(whole, view.places))
         return fused
-
-    @staticmethod
-    def at_patches(patch_index, length):
-        return 1 + patch_index
-
-    @staticmethod
-    def unpack(fused, length):
-        image, text = fused[:, :-length], fused[:, -length:]
-        return Fused(text[:, 0], image, text)
 
     @property
     def text_attention(self):
@@ -274,10 +265,25 @@ def test_another_fusion_trains_and_has_maps():
     losses = model(batch)
     assert all(loss.isfinite() for loss in losses.values())
     image, text = model.encode_image(batch["images"]), model.encode_text(batch["input_ids"], batch["attention_mask"])
-    fused, length = model.fuse(image, text, batch["attention_mask"]), text.shape[1]
-    assert fused.image.shape == image.shape and fused.text.shape == text.shape
+    mask = batch["attention_mask"]
+    fused, length = model.fuse(image, text, mask), text.shape[1]
+    streams = text, image
+    for block in model.student.fusion.blocks:
+        streams = block(*streams, mask)
+    assert torch.equal(fused.text, streams[0]) and torch.equal(fused.image, streams[1])
+    torch.testing.assert_close(model.pair(image, text, mask), fused.pair)
     places = model.student.fusion.at_patches(torch.tensor([[-1, 0, 5]] * 5), length)
-    (some,) = model.student.fusion.fuse_views(View(image, text, batch["attention_mask"], places))
-    torch.testing.assert_close(some, fused.image[:, [0, 1, 6]])
+    (some,) = model.student.fusion.fuse_views(View(image, text, mask, torch.cat([mask[:, :2].long(), places], dim=1)))
+    torch.testing.assert_close(some, torch.cat([fused.text[:, [1, 1]], fused.image[:, [0, 1, 6]]], dim=1))
     for maps in token_maps(model, batch["images"], batch["input_ids"], batch["attention_mask"]):
         assert maps.shape == (5, length, model.config.num_patches) and maps.any()
+
+
+def test_maps_of_another_width_are_refused(monkeypatch):
+    """As of a fusion that keeps the one-stream reading of its maps."""
+    model = tiny_model()
+    model.student.fusion = CoAttention(model.config)
+    monkeypatch.setattr(CoAttention, "text_to_patches", staticmethod(FusionEncoder.text_to_patches))
+    batch = tiny_batch(model.config)
+    with pytest.raises(ValueError, match=r"CoAttention gives maps of .* where a picture has 24 patches"):
+        token_maps(model, batch["images"], batch["input_ids"], batch["attention_mask"])

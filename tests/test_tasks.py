@@ -21,7 +21,7 @@ from test_losses import (
 )
 from torch import Tensor
 
-from data import ENTAILMENT_LABELS, pad, stable_id
+from data import ENTAILMENT_LABELS, SCHEMAS, pad, stable_id
 from tasks import (
     CAPTIONS,
     TASKS,
@@ -868,3 +868,10 @@ def test_another_shape_is_one_clear_sentence():
         adopt(four, dict(three.state_dict()), config, tokenizer.vocab, tokenizer)
     assert "head.3.weight is (3, 32) in the checkpoint and (4, 32) here" in str(error.value)
     assert "pass --new-head" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_task_without_text_reads_an_empty_one(monkeypatch):
+    """As a classification of pictures would: nothing but its schema says that there is none."""
+    monkeypatch.setitem(SCHEMAS, "labels", {"image": SCHEMAS["pairs"]["image"], "label": SCHEMAS["phrases"]["text"]})
+    assert texts_of({"image": "a.png", "label": "circle", "text": "a further key"}, "labels") == [""]
+    assert texts_of({"image": "a.png", "text": "a circle"}, "phrases") == ["a circle"]

@@ -36,7 +36,7 @@ import runtime
 from data import captions_of, centred, load_image, read_rows, to_pixels, to_tensor
 from eval import encode_rows, layer_for, load_for, match_pairs, retrieval
 from explain import token_maps
-from mamo import at, mask_patches, normalised, patchify
+from mamo import at, normalised, patchify
 from metrics import right_answers
 from tokenizer import CHUNK, Tokenizer
 
@@ -239,7 +239,7 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
     """
     config, count = model.config, len(paths)
     noise = torch.rand(count, config.num_patches, generator=torch.Generator().manual_seed(0))
-    index, patch_mask = mask_patches(noise, config.mask_image)
+    index, patch_mask = model.mask_image(noise)
     pixels = torch.stack([to_pixels(load_image(path), config.image_size) for path in paths])  # bytes
     predicted, misled, target = [], [], []
     for start in range(0, count, 50):
