@@ -21,7 +21,7 @@ demo: .venv/ready
 	$(PYTHON) -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl --choose data/scenes/grounding_val.jsonl
 
 test: .venv/ready
-	$(PYTHON) -m pytest -q
+	HALF=1 $(PYTHON) -m pytest -q & other=$$!; HALF=0 $(PYTHON) -m pytest -q; status=$$?; wait $$other && exit $$status
 
 lint: .venv/ready
 	$(PYTHON) -m pip install -q -c constraints.txt ruff
