@@ -152,10 +152,8 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     model = model.to(device)
 
     length = model.config.max_tokens if config.compile else 0  # one shape for all batches: compiled once
-    dataset, collate = (
-        Pairs(rows, tokenizer, model.config, config.augment, config.seed),
-        Collate(tokenizer.pad_id, length),
-    )
+    dataset = Pairs(rows, tokenizer, model.config, config.augment, config.seed)
+    collate = Collate(tokenizer.pad_id, length)
     optimizer = make_optimizer(model, config)
     run = Run(config, device, tokenizer, model, optimizer, rows, val_rows, order, dataset, collate, saved)
     teacher = "no teacher" if model.teacher is None else f"teacher {model.config.ema:.4f}"
