@@ -307,7 +307,10 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
 
 
 def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions (1 + n, d) of a grid of old (rows, columns) of patches -> (1 + n', d) of a new one, bicubic."""
+    """Positions (1 + n, d) of a grid of old (rows, columns) of patches -> (1 + n', d) of a new one, bicubic.
+
+    As in ALBEF. differs: timm's default is antialiased, which smooths where the new grid is smaller.
+    """
     first, grid = positions[:1], rearrange(positions[1:], "(y x) d -> 1 d y x", y=old[0])
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return torch.cat([first, rearrange(grid, "1 d y x -> (y x) d")])
