@@ -237,7 +237,7 @@ def test_the_command_writes_table_and_summary(plan_file, runs, tmp_path, monkeyp
     assert report.keys() >= {"what", "command", "hardware", "date", "seeds", "arms"} and len(report["arms"]) == 2
 
 
-# --------------------------------------------------------------------------------------- accidents, each told, none lost
+# -------------------------------------------------------------------------------------- accidents, each told, none lost
 
 
 @pytest.fixture
