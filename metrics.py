@@ -23,7 +23,7 @@ import numpy as np
 
 import runtime
 from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, size_of
-from tokenizer import CHUNK, split_words
+from tokenizer import bare_words
 
 RESAMPLES = 1000
 # Labels that a task always has, in the order of its classes; another task with labels takes those of its training rows.
@@ -48,11 +48,6 @@ def text_of(row: dict) -> str:
     return row.get("question", row.get("text", ""))
 
 
-def words_of(text: str) -> list[str]:
-    """A text as a model reads it: two that differ in blanks, capitals or the form of Unicode are one."""
-    return [word for chunk in CHUNK.findall(text) for word in split_words(chunk)]
-
-
 def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
     """Predictions for rows, in their order.
 
@@ -65,7 +60,7 @@ def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
             raise ValueError(f"{place}: row is {row!r}: expected a number from 0 to {len(rows) - 1}")
         if row in found:
             raise ValueError(f"{place}: row {row} is predicted twice: keep one line for each row")
-        if words_of(str(prediction.get("text", text_of(rows[row])))) != words_of(text_of(rows[row])):
+        if bare_words(str(prediction.get("text", text_of(rows[row])))) != bare_words(text_of(rows[row])):
             raise ValueError(
                 f"{place}: row {row} is {prediction['text']!r} there and {text_of(rows[row])!r} in the data: "
                 "the predictions belong to other data"
