@@ -51,11 +51,13 @@ from metrics import (
     judge_answers,
     judge_grounding,
     judge_retrieval,
+    named,
     read_lines,
     read_predictions,
     recall_intervals,
     recalls,
     right_label,
+    worths,
     write_predictions,
 )
 from siblings import build_model
@@ -549,9 +551,8 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     else:
         answers = model.head_config.answers
         extra = {"coverage": coverage(rows, answers)} if task == "vqa" else {}
-        outside = sum(
-            (row["answers"].keys() if task == "vqa" else {right_label(row)}).isdisjoint(answers) for row in rows
-        )
+        known = {named(task, answer) for answer in answers}
+        outside = sum((worths(row).keys() if task == "vqa" else {right_label(row)}).isdisjoint(known) for row in rows)
         if outside:
             print(f"{outside} of {len(rows)} rows have no answer in the checkpoint's list: they count as wrong")
         given = classify(model, tokenizer, rows, device)

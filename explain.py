@@ -10,7 +10,8 @@ gradient of the logit says which of these looks speak for a match. Their product
 
     map[patch] = mean over heads, sum over the phrase's tokens, of attention * relu(d logit / d attention)
 
-as ALBEF grounds phrases. [CLS] stands for the whole text and is counted where the phrase is the whole text. No box is
+as ALBEF grounds phrases. differs: the matching logit is the difference of the head's two, of which ALBEF takes the
+second alone. [CLS] stands for the whole text and is counted where the phrase is the whole text. No box is
 ever trained on. Of the last block only [CLS] has a map: the logit reads nothing else there. A model that judges
 statements is asked for a phrase within one, with --frame "there is a {}".
 """

@@ -673,7 +673,10 @@ class VisionLanguageModel(nn.Module):
         return self.fuse_views({"pair": View(image, text, attention_mask, cls)})["pair"][:, 0]
 
     def match(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encoded image (b, 1 + n, d) and text (b, l, d) -> (b,): log-odds that the two belong together"""
+        """Encoded image (b, 1 + n, d) and text (b, l, d) -> (b,): log-odds that the two belong together
+
+        differs: the log-odds are the difference of the head's two logits; ALBEF ranks and explains by the second alone.
+        """
         logits = self.itm_head(self.pair(image, text, attention_mask)).float()  # fp32: re-ranking needs the digits
         return logits[:, 1] - logits[:, 0]
 
@@ -777,6 +780,8 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def draw_negatives(self, similarity: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Draw a hard negative for each row: the more similar, the likelier.  (as ALBEF)
+
+        differs: with a queue ALBEF draws by the student's embeddings times the teacher's, here by the student's alone.
 
         Args:    similarity (b, b)   ITC cosines of this process's rows (query, candidate)
                  same (b, b)         True = shares image or caption: never drawn

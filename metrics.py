@@ -1,7 +1,7 @@
 """Predictions and what they are worth: files of predictions, scores, chance levels, intervals.
 
 A prediction is a dictionary, one line of a JSONL file; eval.py writes them and scores from them, so a file that another
-program wrote, or that was mended by hand, is scored by the same code.
+program wrote, or that was mended by hand, is scored by the same code; answers may be spelled otherwise, see `named`.
 
     vqa, reasoning, entailment   {"row": 0, "answer": "red"}      of reasoning "true" or "false"
     grounding                    {"row": 0, "point": [x, y], "proposal": [x, y, w, h], "box": [...], "grid": [4, 4]}
@@ -13,14 +13,17 @@ belongs together (a group, or else a picture) is drawn together.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 import runtime
 from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, size_of
+from tokenizer import bare_words
 
 RESAMPLES = 1000
 # Labels that a task always has, in the order of its classes; another task with labels takes those of its training rows.
@@ -57,7 +60,7 @@ def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
             raise ValueError(f"{place}: row is {row!r}: expected a number from 0 to {len(rows) - 1}")
         if row in found:
             raise ValueError(f"{place}: row {row} is predicted twice: keep one line for each row")
-        if prediction.get("text", text_of(rows[row])) != text_of(rows[row]):
+        if bare_words(str(prediction.get("text", text_of(rows[row])))) != bare_words(text_of(rows[row])):
             raise ValueError(
                 f"{place}: row {row} is {prediction['text']!r} there and {text_of(rows[row])!r} in the data: "
                 "the predictions belong to other data"
@@ -126,14 +129,67 @@ def cluster_of(row: dict) -> str:
     return str(pictures_of(row)[0] if row.get("group") is None else row["group"])
 
 
+# ------------------------------------------------------------------------------------------ the rules of answers to vqa
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(NUMBERS)}
+# differs: the official list takes the apostrophe of "somebody'd" away where it gives it to all others.
+FULL = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't
+not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+SIGNS = [(word, i) for word in FULL.split() for i, letter in enumerate(word) if letter == "'"]
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word, i in SIGNS}  # written without one of its apostrophes
+
+
+@lru_cache(maxsize=1 << 16)  # a few answers make up most of the data
+def normalise(answer: str) -> str:
+    """An answer as VQA's official evaluation compares it: in lower case, without punctuation and articles, numbers as
+    digits, contractions with their apostrophe.
+
+    A punctuation mark is deleted where it touches a space, or where the answer has a comma between digits; elsewhere it
+    becomes a space. Full stops are deleted unless a digit follows. Colons and apostrophes stay.
+    """
+    answer = " ".join(answer.split())
+    text, thousands = answer, re.search(r"\d,\d", answer)
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        deleted = thousands or f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if deleted else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [DIGITS.get(word, word) for word in text.lower().split()]
+    words = [CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the")]
+    # differs: an answer of which nothing would be left, such as "A", stays, so that a model can give it.
+    return " ".join(words) or answer.lower()
+
+
+def worths(row: dict) -> dict[str, float]:
+    """The normalised answers of a vqa row and what each is worth; two spellings of one add up, to 1 at most."""
+    found = Counter()
+    for answer, score in row["answers"].items():
+        found[normalise(answer)] += score
+    return {answer: min(score, 1.0) for answer, score in found.items()}
+
+
 # ----------------------------------------------------------------------------------------- vqa, reasoning, entailment
 
 
 def score_answers(task: str, rows: list[dict], answers: list[str]) -> list[float]:
     """What each answer is worth, from 0 to 1; of vqa the score that the row gives it."""
+    said = [named(task, answer) for answer in answers]
     if task == "vqa":
-        return [float(row["answers"].get(answer, 0.0)) for row, answer in zip(rows, answers, strict=True)]
-    return [float(right_label(row) == answer) for row, answer in zip(rows, answers, strict=True)]
+        return [float(worths(row).get(answer, 0.0)) for row, answer in zip(rows, said, strict=True)]
+    return [float(named(task, right_label(row)) == answer) for row, answer in zip(rows, said, strict=True)]
+
+
+def named(task: str, answer: str) -> str:
+    """An answer as it is compared, however a program spells it: of vqa normalised, a label that a task always has in
+    lower case, any other as it is."""
+    if task == "vqa":
+        return normalise(answer)
+    return answer.strip().lower() if task in LABELS else answer
 
 
 def right_label(row: dict) -> str:
@@ -145,7 +201,7 @@ def constant(task: str, rows: list[dict]) -> float:
     """Chance: the best that one and the same answer to all rows is worth, from 0 to 1."""
     scores = Counter()
     for row in rows:
-        scores.update(row["answers"] if task == "vqa" else {right_label(row): 1.0})
+        scores.update(worths(row) if task == "vqa" else {right_label(row): 1.0})
     return max(scores.values()) / len(rows)
 
 
@@ -157,6 +213,7 @@ def judge_answers(task: str, rows: list[dict], answers: list[str]) -> dict:
              a group right; chance is a coin for each row. Entailment: {"confusion": {label: {answer: rows}}}
     Raises:  ValueError for an answer that is no label
     """
+    answers = [named(task, answer) for answer in answers]
     if labels := LABELS.get(task):
         for number, answer in enumerate(answers):
             if answer not in labels:

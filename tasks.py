@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 
 from data import SCHEMAS, Pictures, captions_of, pictures_of, stable_id
 from mamo import Config, View, VisionLanguageModel, gather, global_mean, init_weights, rank_and_size
-from metrics import LABELS, right_label
+from metrics import LABELS, named, right_label, worths
 from tokenizer import Tokenizer, pad
 
 CAPTIONS = 5  # captions of a picture that a step of retrieval looks at, as COCO has them; of more, some at random
@@ -232,13 +232,16 @@ def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
 
 
 def answers_of(task: str, rows: list[dict], most: int) -> list[str]:
-    """What the classes of a task mean; of vqa the answers with the largest sum of scores, ties in the alphabet; else
-    the labels that it always has, or those of the rows."""
+    """What the classes of a task mean; of vqa the answers with the largest sum of scores, ties in the alphabet, each
+    as it is spelled first; else the labels that it always has, or those of the rows."""
     if task == "vqa":
-        scores = Counter()
+        scores, spelled = Counter(), {}
         for row in rows:
-            scores.update(row["answers"])
-        return [answer for answer, _ in sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:most]]
+            scores.update(worths(row))
+            for answer in row["answers"]:
+                spelled.setdefault(named(task, answer), answer)
+        found = sorted((-score, spelled[answer]) for answer, score in scores.items())
+        return [answer for _, answer in found[:most]]
     if not issubclass(TASKS[task], Classifier):
         return []
     return list(LABELS.get(task) or sorted({right_label(row) for row in rows}))
@@ -246,8 +249,8 @@ def answers_of(task: str, rows: list[dict], most: int) -> list[str]:
 
 def coverage(rows: list[dict], answers: list[str]) -> float:
     """The best score that answers from a list can reach on vqa rows, in percent."""
-    known = set(answers)
-    best = [max([score for answer, score in row["answers"].items() if answer in known], default=0.0) for row in rows]
+    known = {named("vqa", answer) for answer in answers}
+    best = [max([score for answer, score in worths(row).items() if answer in known], default=0.0) for row in rows]
     return 100 * sum(best) / len(best)
 
 
@@ -304,7 +307,10 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
 
 
 def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions (1 + n, d) of a grid of old (rows, columns) of patches -> (1 + n', d) of a new one, bicubic."""
+    """Positions (1 + n, d) of a grid of old (rows, columns) of patches -> (1 + n', d) of a new one, bicubic.
+
+    As in ALBEF. differs: timm's default is antialiased, which smooths where the new grid is smaller.
+    """
     first, grid = positions[:1], rearrange(positions[1:], "(y x) d -> 1 d y x", y=old[0])
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return torch.cat([first, rearrange(grid, "1 d y x -> (y x) d")])
@@ -322,7 +328,7 @@ class TaskRows(Dataset):
         self.rows, self.head, self.tokenizer, self.seed = rows, head, tokenizer, seed
         self.schema = read_as(head.task)
         self.max_tokens, self.pictures = config.max_tokens, Pictures(config.image_size, augment)
-        self.place = {answer: place for place, answer in enumerate(head.answers)}
+        self.place = {named(head.task, answer): place for place, answer in enumerate(head.answers)}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -349,8 +355,8 @@ class TaskRows(Dataset):
     def target(self, row: dict) -> Tensor:
         """What the head should say: scores (a,) of vqa's answers, the place of a class, nothing for retrieval."""
         if self.head.task == "vqa":
-            target = torch.zeros(len(self.place))
-            for answer, score in row["answers"].items():
+            target = torch.zeros(len(self.head.answers))
+            for answer, score in worths(row).items():
                 if answer in self.place:
                     target[self.place[answer]] = score
             return target

@@ -20,7 +20,10 @@ How this differs from the paper and its release, so that a comparison isolates t
     - ITM takes hard negatives as ALBEF, where the release draws images at random
     - T' hides ceil(0.4 * words), where the release draws with repetition and hides about a third
     - I' and I'' are chosen by one noise, so what I'' hides lies within what I' lacks; so are T' and the text of MLM
-    - patches are contrasted among all processes, in the release within each
+    - I' keeps n - round(0.8 * n) patches, where the release keeps int(0.2 * n): of 64 it is 13 and 12
+    - a whole word that no longer fits into the 15 % is passed over, and only where no word fits is one masked in part
+    - all is contrasted among all processes, and gradients go to the process that a vector came from; the release
+      gathers without gradient, and contrasts [CLS] and patches within each process
 """
 
 import math

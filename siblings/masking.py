@@ -86,17 +86,25 @@ def mask_whole_words(
 ) -> MaskedWords:
     """As mask_words, but the pieces of a word are chosen together. continues (b, l): True = goes on with a word (##).
 
-    The ratio counts pieces: words are taken, least noise first, while they fit. A word that no longer fits stays; where
-    it is the first, as many of its pieces are masked as may be. What stands in its place is drawn piece by piece.
+    The ratio counts pieces: words are taken, least noise first, and one that no longer fits is passed over, as in BERT.
+    Where no word fits, as many pieces of the first one are masked as may be, and no other word is ever masked in part.
+    What stands in a word's place is drawn piece by piece.
     """
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
     word = torch.where(continues, 0, place).cummax(dim=1).values  # (b, l) where the token's word begins
-    index, valid = choose_words(input_ids, attention_mask, token_noise.gather(1, word), ratio, config)
-    chosen = torch.zeros_like(input_ids).scatter(1, index, valid.long())
-    pieces, taken = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    pieces, taken = pieces.scatter_add(1, word, torch.ones_like(word)), taken.scatter_add(1, word, chosen)
-    whole = (pieces == taken).gather(1, word).gather(1, index) & valid
-    valid = torch.where(whole.any(dim=1, keepdim=True), whole, valid)
+    special = torch.tensor(config.special_ids, device=input_ids.device)
+    ordinary = attention_mask & ~torch.isin(input_ids, special)
+    pieces = torch.zeros_like(input_ids).scatter_add(1, word, ordinary.long())  # of the word that begins there
+    left = (ratio * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # as in choose_words
+    taken = torch.zeros_like(ordinary)
+    for start in token_noise.argsort(dim=1, stable=True).split(1, dim=1):
+        count = pieces.gather(1, start)
+        fits = (count > 0) & (count <= left)
+        left, taken = left - fits * count, taken.scatter(1, start, fits)
+    whole = taken.gather(1, word)
+    noise = token_noise.gather(1, word) - whole.float()  # words that are taken stand before all others
+    index, valid = choose_words(input_ids, attention_mask, noise, ratio, config)
+    valid = valid & (whole.gather(1, index) | ~whole.any(dim=1, keepdim=True))
     return replace_words(input_ids, index, valid, replace_noise, config)
 
 

@@ -8,7 +8,7 @@ our own, in that spirit: what it measures says nothing about the paper. Tables c
 
 Its answer to "recover what?" is: what an autoencoder recovers, with the text and without it.
 
-    RMIM   the pixels of dropped patches, normalised patch by patch as in MAE, from the visible ones and the text
+    RMIM   the pixels of dropped patches, normalised patch by patch after MAE, from the visible ones and the text
     IFR    the teacher's image features of dropped patches, from the visible ones alone, without text
     MLM    15 % of the words, from the other words and the visible patches
     ITC, ITM as everywhere, but on (I_vis, T): in pre-training the student never sees a whole image.
@@ -137,8 +137,10 @@ class VLMAE(VisionLanguageModel):
     def loss_rmim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
         """Regional masked image modelling: predicted, pixels (b, m, 3 * patch_size ** 2) -> scalar, the mean square.
 
-        Each patch is normalised by its own mean and variance, as in MAE; a model that knows nothing is at 1, or below
+        Each patch is normalised by its own mean and variance, after MAE; a model that knows nothing is at 1, or below
         where patches are of one colour, which normalise to 0.
+        differs: MAE divides the variance by one less than the number of pixels and adds 1e-6; here, as for the other
+        targets, it is by the number itself, and 1e-5.
         """
         return global_mean((predicted.float() - normalised(pixels)).square())
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ def runs(monkeypatch) -> list[list[str]]:
         started.append([Path(word).name if word.endswith(".py") else word for word in command[1:]])
         monkeypatch.setattr(sys, "argv", command[1:])
         try:
-            runtime.guarded(COMMANDS[command[1]])
+            runtime.guarded(COMMANDS[Path(command[1]).name])
         except SystemExit as end:
             return SimpleNamespace(returncode=end.code or 0)
         return SimpleNamespace(returncode=0)
@@ -234,3 +235,138 @@ def test_the_command_writes_table_and_summary(plan_file, runs, tmp_path, monkeyp
     assert "equal steps: no MRM" in capsys.readouterr().out
     report = json.loads((tmp_path / "result.json").read_text())
     assert report.keys() >= {"what", "command", "hardware", "date", "seeds", "arms"} and len(report["arms"]) == 2
+
+
+# -------------------------------------------------------------------------------------- accidents, each told, none lost
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """Run the command in this process -> exit status, what it said, its errors."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tools/compare.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runtime.guarded(compare.main)
+            sys.exit(0)
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize(
+    ("breaks", "says"),
+    [
+        (lambda self, job: 1 / 0, "all-4-0: ZeroDivisionError: division by zero"),
+        (
+            lambda self, job: (_ for _ in ()).throw(FileNotFoundError("no log.csv")),
+            "all-4-0: FileNotFoundError: no log",
+        ),
+        (lambda self, job: sys.exit(3), "all-4-0: SystemExit: 3"),
+    ],
+)
+def test_whatever_breaks_beside_the_runs_is_a_failure(
+    plan_file, runs, shell, tmp_path, monkeypatch, breaks, says, side_by_side
+):
+    """It would otherwise end a thread in silence: an empty table, and exit status 0."""
+    monkeypatch.setattr(Comparison, "run_one", breaks)
+    code, said, errors = shell(plan_file, "--out", tmp_path / "out", "--side-by-side", side_by_side)
+    assert code == 2 and f"error: a run failed: {says}" in errors and "equal steps" not in said
+
+
+def test_a_run_whose_log_or_result_cannot_be_read_is_a_failure(plan_file, runs, shell, tmp_path, monkeypatch):
+    """Half a results.json, for example; mended, the comparison goes on."""
+    whole = evaluation.keep_result
+
+    def half(*given):
+        path = whole(*given)
+        path.write_text(path.read_text()[:40])
+        return path
+
+    monkeypatch.setattr(evaluation, "keep_result", half)
+    code, _, errors = shell(plan_file, "--out", tmp_path / "out")
+    assert code == 2 and "a run failed: all-4-0: JSONDecodeError" in errors
+    monkeypatch.setattr(evaluation, "keep_result", whole)
+    (tmp_path / "out" / "all-4-0" / "results.json").unlink()
+    assert shell(plan_file, "--out", tmp_path / "out")[0] == 0
+
+
+def test_every_path_is_that_of_the_folder_where_the_command_was_given(plan_file, runs, shell, tmp_path, monkeypatch):
+    """--out, the data and the results, in measuring, training and evaluating: nothing is written beside the program."""
+    before = sorted(path.name for path in compare.ROOT.iterdir())
+    plan = json.loads(plan_file.read_text().replace(f"{tmp_path}/", ""))
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"seeds": [0], "arms": {"all": ""}}))
+    monkeypatch.chdir(tmp_path)
+    started, run = [], compare.subprocess.run
+    monkeypatch.setattr(
+        compare.subprocess, "run", lambda command, **given: started.append(given) or run(command, **given)
+    )
+    assert shell("plan.json", "--out", "runs/out", "--results", "table.json")[0] == 0
+    assert all(given.get("cwd") in (None, Path.cwd()) for given in started) and len(started) == 2
+    assert (tmp_path / "runs" / "out" / "all-4-0" / "results.json").is_file() and (tmp_path / "table.json").is_file()
+    assert sorted(path.name for path in compare.ROOT.iterdir()) == before
+
+
+def test_the_programs_are_found_from_any_folder(tmp_path):
+    """In a process of its own, which knows them by their place and not by the folder it is started in."""
+    for script in (*compare.SCRIPTS, "eval.py"):
+        command = [sys.executable, str(compare.ROOT / script), "--help"]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).returncode == 0
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[:-30], lambda text: text[:-1], lambda text: text[:80] + text])
+def test_half_a_line_of_the_rows_costs_its_run_only(plan_file, runs, shell, tmp_path, capsys, spoil):
+    """A machine that went down while a row was written: the others stay, and that run is evaluated again."""
+    assert shell(plan_file, "--out", tmp_path / "out")[0] == 0
+    path = tmp_path / "out" / "rows.jsonl"
+    kept = {name: json.loads(line)[name] for line in path.read_text().splitlines()[:1] for name in ("arm", "log/itc")}
+    path.write_text(spoil(path.read_text()))
+    runs.clear()
+    code, _, errors = shell(plan_file, "--out", tmp_path / "out")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert code == 0 and len(rows) == 4 and len(runs) in (0, 2)
+    assert ("rows.jsonl" in errors and "is no row" in errors) == bool(runs)
+    assert len({(row["arm"], row["seed"]) for row in rows}) == 4
+    assert kept in [{name: row[name] for name in kept} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seeds": [0, 0]}, r"seeds \[0, 0\]: give whole numbers, each once"),
+        ({"seeds": [0, "0"]}, r"seeds \[0, '0'\]: give whole numbers, each once"),
+        ({"seeds": [1, True]}, r"seeds \[1, True\]: give whole numbers, each once"),
+        ({"arms": {"all": "", "no MRM": "", "no-mrm": "--w-mrm 0"}}, "'no MRM' and 'no-mrm' would share a folder"),
+        ({"arms": {"all": "--seed 3"}}, "--seed"),
+        ({"train": "--data x --out y"}, "--out"),
+        ({"train": "--data x --steps=7"}, "--steps"),
+    ],
+)
+def test_a_plan_that_would_count_a_run_twice_is_refused(plan_file, change, says):
+    """Or whose options would be overruled by those that a comparison gives."""
+    plan_file.write_text(json.dumps(json.loads(plan_file.read_text()) | change))
+    with pytest.raises(ValueError, match=says) as error:
+        read_plan(plan_file)
+    assert "\n" not in str(error.value)
+
+
+def test_an_arm_that_is_named_twice_is_refused(plan_file):
+    """JSON itself would silently keep the last one."""
+    plan_file.write_text(plan_file.read_text().replace('"no MRM": "--w-mrm 0"', '"all": "--w-mrm 0"'))
+    with pytest.raises(ValueError, match="'all' stands there twice"):
+        read_plan(plan_file)
+
+
+def test_a_table_alone_trains_nothing_and_writes_nothing(plan_file, runs, shell, tmp_path, monkeypatch):
+    """Of a folder without runs it says so; of one with some it shows them."""
+    monkeypatch.setattr(compare, "seconds_per_step", lambda plan: pytest.fail("it trains"))
+    code, _, errors = shell(plan_file, "--out", tmp_path / "out", "--table-only")
+    assert code == 2 and "holds no runs" in errors and not (tmp_path / "out").exists()
+    monkeypatch.setattr(compare, "seconds_per_step", lambda plan: dict.fromkeys(plan.arms, 0.1))
+    Comparison(read_plan(plan_file), tmp_path / "out", 1).run()
+    runs.clear()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    code, said, _ = shell(plan_file, "--out", tmp_path / "out", "--table-only")
+    assert code == 0 and said.count("equal steps") == 2 and not runs
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

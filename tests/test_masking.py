@@ -3,7 +3,9 @@
 The losses that are made of these functions are compared with their equations in test_siblings.py.
 """
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -54,8 +56,8 @@ def naive_whole_words(
 ) -> tuple[list[int], list[int]]:
     """Chosen places of one text, and the text with them replaced: 80 % [MASK], 10 % a random word, 10 % kept.
 
-    Words are taken, the least noise of a first piece first, until one does not fit into the budget of pieces. If that
-    is the first one, its first pieces are taken.
+    Words are taken, the least noise of a first piece first, and one that does not fit into what is left of the budget
+    of pieces is passed over. If no word fits, the first pieces of the first one are taken.
     """
     words = []
     for k, piece in enumerate(ids):
@@ -68,9 +70,8 @@ def naive_whole_words(
     words.sort(key=lambda word: noise[word[0]].item())
     chosen = []
     for word in words:
-        if len(chosen) + len(word) > budget:
-            break
-        chosen += word
+        if len(chosen) + len(word) <= budget:
+            chosen += word
     if words and not chosen:
         chosen = words[0][:budget]
     return chosen, naive_replaced(ids, chosen, replace)
@@ -234,7 +235,8 @@ def test_the_words_of_least_noise_are_hidden_whole(ratio: float):
         assert all(ids[k] not in (PAD, CLS, SEP, UNK, MASK) for k in chosen)
         borders = [(k, k + 1) for k in range(len(ids) - 1) if ids[k + 1] in CONTINUED]  # inside of a word
         cut = any((left in chosen) != (right in chosen) for left, right in borders)
-        assert not cut or len(chosen) == budget, "a word is hidden in part only where it alone is too long"
+        lengths = [len(word) for word in "".join("+" if k in CONTINUED else " +" for k in ids if k in ORDINARY).split()]
+        assert not cut or min(lengths) > budget == len(chosen), "in part only where no word fits"
         several, in_part = several + (not cut and any(ids[k] in CONTINUED for k in chosen)), in_part + cut
         fewer += len(chosen) < budget
     assert words.index.shape == words.labels.shape == words.valid.shape == (80, math.ceil(ratio * 14))
@@ -244,20 +246,40 @@ def test_the_words_of_least_noise_are_hidden_whole(ratio: float):
     assert fewer or ratio < 0.1, "some word no longer fitted"
 
 
-def test_a_word_that_no_longer_fits_stays_and_ends_the_choice():
-    """Budget 4 of 10 pieces: a word of three pieces fits, one of two no longer does, and a later single one waits."""
+def test_a_word_that_no_longer_fits_stays_and_those_behind_it_are_taken():
+    """Budget 4 of 10 pieces: a word of three pieces fits, one of two no longer does, and the single one behind it."""
     first, piece = ORDINARY[0], CONTINUED[0]
     ids = torch.tensor([[CLS, first, piece, piece, first, piece, first, first, piece, first, first, SEP]])
     noise = torch.tensor([[0.0, 0.1, 0.9, 0.9, 0.2, 0.9, 0.3, 0.4, 0.9, 0.5, 0.6, 0.0]])
     batch = {"input_ids": ids, "attention_mask": ids != PAD, "token_noise": noise, "replace_noise": 0 * noise}
-    assert chosen_of(whole_words(batch, 0.4))[0] == [1, 2, 3]
+    assert chosen_of(whole_words(batch, 0.4))[0] == [1, 2, 3, 6]
     assert whole_words(batch, 0.5).input_ids[0].tolist() == [
         *(CLS, MASK, MASK, MASK, MASK, MASK, first, first, piece, first, first, SEP)
     ]
-    assert len(chosen_of(whole_words(batch, 0.2))[0]) == 2, "two of the three pieces of the first word"
-    assert set(chosen_of(whole_words(batch, 0.2))[0]) < {1, 2, 3}
+    assert chosen_of(whole_words(batch, 0.2))[0] == [4, 5], "the first word is longer than the budget of two"
+    long = batch | {"input_ids": torch.tensor([[CLS, *[first, piece, piece, piece] * 2, PAD, PAD, SEP]])}
+    long["attention_mask"] = long["input_ids"] != PAD
+    assert chosen_of(whole_words(long, 0.3))[0] == [1, 2, 3], "no word fits: three pieces of the first one"
     swapped = batch | {"token_noise": noise.index_fill(1, torch.tensor([6]), 0.05)}
     assert sorted(chosen_of(whole_words(swapped, 0.4))[0]) == [1, 2, 3, 6]
+
+
+def test_no_word_of_2000_texts_is_hidden_in_part():
+    """Words of one to five pieces, one of which fits: no piece stands alone, and what could still fit is not left."""
+    draw, texts = random.Random(0), []
+    for _ in range(2000):
+        words = [[ORDINARY[0]] + [CONTINUED[0]] * draw.choice((0, 0, 1, 2, 4)) for _ in range(draw.randint(3, 9))]
+        texts.append([[ORDINARY[0]], *words])
+    longest = max(sum(map(len, text)) for text in texts) + 2
+    ids = torch.tensor([([CLS, *itertools.chain(*text), SEP] + [PAD] * longest)[:longest] for text in texts])
+    noise = random_noise(2, *ids.shape)
+    batch = {"input_ids": ids, "attention_mask": ids != PAD, "token_noise": noise[0], "replace_noise": noise[1]}
+    for text, chosen in zip(texts, chosen_of(whole_words(batch, 0.15)), strict=True):
+        ends = [sum(map(len, text[: k + 1])) for k in range(len(text))]
+        hidden = [sum(end - len(word) < k <= end for k in chosen) for word, end in zip(text, ends, strict=True)]
+        left = math.ceil(0.15 * ends[-1] - 1e-9) - len(chosen)
+        assert all(count in (0, len(word)) for count, word in zip(hidden, text, strict=True))
+        assert all(count or len(word) > left for count, word in zip(hidden, text, strict=True))
 
 
 def test_the_noise_of_a_word_is_that_of_its_first_piece():

@@ -36,8 +36,9 @@ from metrics import (
     score_answers,
     write_predictions,
 )
-from tasks import TASKS, HeadConfig, build_task
+from tasks import TASKS, HeadConfig, build_task, coverage
 from tokenizer import Tokenizer
+from tools import prepare
 
 CPU = torch.device("cpu")
 SIDES = ("image_to_text", "text_to_image")
@@ -970,3 +971,87 @@ def test_score_refuses_more_pictures_than_a_task_reads_too(world, command, task,
     images = [world / "pictures" / f"{number:02d}.png" for number in range(pictures)]
     arguments = ("--checkpoint", world / task / "best.pt", "--image", *images, "--text", "a red square")
     assert f"{pictures} pictures are given" in one_sentence(command("score", *arguments))
+
+
+# ------------------------------------------------------------------------------------------ what another program said
+
+SAID = {  # the word that most annotators write: ways in which another program may say it
+    "yes": ["Yes", "yes.", "YES!"],
+    "2": ["two", "2", "Two."],
+    "red": ["a red", "Red", "the red"],
+    "t shirt": ["t-shirt", "T-shirt", "a t shirt"],
+    "don't": ["dont", "Don't"],
+    "somebody'd": ["somebodyd", "somebody'd"],
+    "1000": ["1,000", "1000"],
+    "no": ["maybe", "none"],
+}
+
+
+def official(answers: list[str], said: str) -> float:
+    """The official accuracy by its rules, sign by sign, for annotators who write as the published ones do."""
+    text = " ".join(said.split())
+    touching = {sign for sign in "/-,!?" if f"{sign} " in text or f" {sign}" in text or re.search(r"\d,\d", text)}
+    signs = [("" if sign in touching else " ") if sign in "/-,!?" else sign for sign in text.replace(".", "")]
+    numbers = {"none": "0", "one": "1", "two": "2", "three": "3"}
+    short = {"dont": "don't", "somebodyd": "somebody'd"}
+    words = [numbers.get(word, word) for word in "".join(signs).lower().split()]
+    normal = " ".join(short.get(word, word) for word in words if word not in ("a", "an", "the"))
+    left_out = [answers[:number] + answers[number + 1 :] for number in range(10)]
+    return sum(min(others.count(normal) / 3, 1) for others in left_out) / 10
+
+
+def test_answers_of_another_program_are_worth_what_the_official_script_gives_them(tmp_path, command):
+    """400 questions from official files, and answers in capitals, with articles, marks, numbers as words."""
+    draw, questions, annotations, said, worth = random.Random(0), [], [], [], []
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "COCO_train2014_000000000009.jpg")
+    for number in range(400):
+        word, agree = draw.choice(list(SAID)), draw.choice((10, 10, 4, 3, 2, 1, 0))
+        ten = [word] * agree + [f"other {place}" for place in range(10 - agree)]
+        about = {"question_id": number, "image_id": 9}
+        questions.append(about | {"question": f"what is {number}?"})
+        annotations.append(about | {"answers": [{"answer": answer} for answer in ten], "answer_type": "other"})
+        said.append({"row": number, "answer": draw.choice(SAID[word])})
+        worth.append(official(ten, said[-1]["answer"]))
+    for name, content in (("questions", questions), ("annotations", annotations)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({name: content}), encoding="utf-8")
+    given = ["--questions", tmp_path / "questions.json", "--annotations", tmp_path / "annotations.json"]
+    given += ["--images", tmp_path / "pictures", "--split", "train", "--out", tmp_path]
+    prepare.main(["vqa", *map(str, given)])
+    scored = ("vqa", "--data", tmp_path / "vqa_train.jsonl", "--predictions", write_rows(tmp_path / "said.jsonl", said))
+    assert command(*scored)[0] == 0 and 40 < percent(worth) < 70
+    assert kept(tmp_path)["accuracy"]["value"] == pytest.approx(percent(worth), abs=1e-6)
+
+
+def test_rows_that_were_never_normalised_are_worth_the_same():
+    """A file of one's own may write the answers as it likes: what is normalised is both sides, and chance with them.
+
+    Two spellings of one answer are one answer, whose annotators add up, to 1 at most.
+    """
+    raw = [{"image": "a", "answers": {"Yes": 0.6, "yes.": 0.6, "no": 0.3}}, {"image": "b", "answers": {"A Cat!": 0.9}}]
+    clean = [{"image": "a", "answers": {"yes": 1.0, "no": 0.3}}, {"image": "b", "answers": {"cat": 0.9}}]
+    for answers in (["yes", "cat"], ["YES", "the cat"], ["No.", "dog"]):
+        assert judge_answers("vqa", raw, answers) == judge_answers("vqa", clean, answers)
+    assert score_answers("vqa", raw, ["YES", "the cat"]) == [1.0, 0.9]
+    assert coverage(raw, ["yes"]) == coverage(clean, ["Yes"]) == 50.0
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "answers"),
+    [("reasoning", True, ["True", " TRUE\n"]), ("entailment", "neutral", ["Neutral", "neutral "])],
+)
+def test_a_label_is_one_however_it_is_spelled(task, label, answers):
+    """Python writes True, some programs an end of line."""
+    for answer in answers:
+        row = {"image": "a", "label": label}
+        assert judge_answers(task, [row], [answer]) == judge_answers(task, [row], [answer.strip().lower()])
+        assert score_answers(task, [row], [answer]) == [1.0]
+
+
+def test_a_question_is_the_same_with_other_blanks_and_capitals(tmp_path):
+    """And with letters of another form of Unicode; another question is refused."""
+    rows = [{"image": "a.png", "question": "What is the Caf\u00e9  called?", "answers": {"1": 1.0}}]
+    line = {"row": 0, "answer": "1", "text": "what is the cafe\u0301 called? "}
+    assert read_predictions(write_rows(tmp_path / "said.jsonl", [line]), rows) == [line]
+    with pytest.raises(ValueError, match="belong to other data"):
+        read_predictions(write_rows(tmp_path / "said.jsonl", [line | {"text": "what is it called?"}]), rows)

@@ -566,6 +566,7 @@ def test_scores_are_those_of_leaving_each_annotator_out():
         ("couldn'tve", "couldn't've"),
         ("couldntve", "couldntve"),
         ("oclock", "o'clock"),
+        ("somebodyd", "somebody'd"),
         ("twas", "'twas"),
         ("1,000", "1000"),
         ("1,000-2,000", "10002000"),

@@ -875,3 +875,15 @@ def test_a_task_without_text_reads_an_empty_one(monkeypatch):
     monkeypatch.setitem(SCHEMAS, "labels", {"image": SCHEMAS["pairs"]["image"], "label": SCHEMAS["phrases"]["text"]})
     assert texts_of({"image": "a.png", "label": "circle", "text": "a further key"}, "labels") == [""]
     assert texts_of({"image": "a.png", "text": "a circle"}, "phrases") == ["a circle"]
+
+
+def test_two_spellings_of_an_answer_are_one_class():
+    """As evaluation compares them: else each would be trained as a wrong answer where the other is right."""
+    rows = [
+        {"image": "a.png", "question": "a?", "answers": {"Yes": 0.6, "yes.": 0.6}},
+        {"image": "a.png", "question": "b?", "answers": {"YES": 0.3, "no": 0.9}},
+    ]
+    assert answers_of("vqa", rows, 10) == ["Yes", "no"]
+    for answers in (["Yes", "no"], ["yes", "No."]):
+        of_task = TaskRows(rows, HeadConfig("vqa", answers), Tokenizer.build([]), tiny_config(), "none", 0)
+        assert [of_task.target(row).tolist() for row in rows] == [[1.0, 0.0], pytest.approx([0.3, 0.9])]

@@ -16,7 +16,8 @@ A plan is a JSON file:
 
 A column shows the first of its paths that a run's row has: of results.json, or log/ for the last row of log.csv.
 "script": "finetune.py" compares runs of fine-tuning: "train" then begins with the task, and best.pt is evaluated.
-"evaluate" may be a list of commands, and {seed} in any option stands for the run's seed.
+"evaluate" may be a list of commands, and {seed} in any option stands for the run's seed. Paths, also those in a
+plan, are relative to the folder in which the command is given.
 
 For equal wall-clock the number of steps follows from a rate that is measured before the start, all arms taking turns
 step by step, so that a machine that slows down slows all of them. A run that was stopped goes on where it was, a
@@ -34,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,6 +73,16 @@ class Plan:
             raise ValueError(f'equal is {self.equal}: give "steps", "wall-clock" or both')
         if not self.seeds or self.steps < 1:
             raise ValueError(f"seeds {self.seeds}, steps {self.steps}: give at least one of each")
+        if any(type(seed) is not int for seed in self.seeds) or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds}: give whole numbers, each once, as a run counts once")
+        folders: dict[str, str] = {}
+        for arm, options in self.arms.items():
+            other = folders.setdefault(folder_name(arm).lower(), arm)
+            if other != arm:
+                raise ValueError(f"the arms {other!r} and {arm!r} would share a folder: give them other names")
+            for word in shlex.split(f"{self.train} {options}"):
+                if word.partition("=")[0] in ("--out", "--steps", "--seed", "--resume"):
+                    raise ValueError(f"the plan gives {word} to {arm!r}: leave it out, it follows from the plan")
 
 
 # script: its run, its command line, the checkpoint to evaluate
@@ -79,6 +90,11 @@ SCRIPTS = {
     "train.py": (train.start, train.parse, "checkpoint.pt"),
     "finetune.py": (finetune.start, finetune.parse, "best.pt"),
 }
+
+
+def folder_name(arm: str) -> str:
+    """The name of an arm as a part of the names of its runs' folders."""
+    return "".join(letter if letter.isalnum() else "-" for letter in arm)
 
 
 @dataclass(frozen=True)
@@ -92,8 +108,7 @@ class Job:
     @property
     def folder(self) -> str:
         """A name for the run's folder."""
-        safe = "".join(letter if letter.isalnum() else "-" for letter in self.arm)
-        return f"{safe}-{self.steps}-{self.seed}"
+        return f"{folder_name(self.arm)}-{self.steps}-{self.seed}"
 
 
 def read_plan(path: Path) -> Plan:
@@ -101,9 +116,29 @@ def read_plan(path: Path) -> Plan:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a plan, see --help")
     try:
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+        return Plan(**json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once))
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path} is not a plan ({error}): see --help for its keys") from error
+
+
+def each_once(pairs: list[tuple]) -> dict:
+    """An object of JSON, which by itself keeps the last of two values that have one name."""
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} stands there twice: give every key and every arm once")
+    return dict(pairs)
+
+
+def read_rows(path: Path) -> dict[Job, dict]:
+    """The rows of finished runs. Half a line, of a machine that went down, is told: its run is then evaluated anew."""
+    rows = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
+        try:
+            row = json.loads(line or "null")
+            rows |= {Job(row["arm"], row["steps"], row["seed"]): row} if line else {}
+        except (ValueError, LookupError, TypeError):
+            print(f"{path}:{number} is no row, was it cut short? Its run is evaluated again", file=sys.stderr)
+    return rows
 
 
 def seconds_per_step(plan: Plan, rounds: int = 25) -> dict[str, float]:
@@ -147,34 +182,35 @@ def flat(value, name: str = "") -> dict[str, float]:
 class Comparison:
     """A plan, the folder of its runs, and the rows of those that are finished."""
 
-    def __init__(self, plan: Plan, out: Path, side_by_side: int):
+    def __init__(self, plan: Plan, out: Path, side_by_side: int, table_only: bool = False):
+        """table_only: nothing is measured, and nothing is written."""
         self.plan, self.out, self.side_by_side = plan, out, side_by_side
         self.threads = max((os.cpu_count() or 1) // side_by_side, 1)
-        out.mkdir(parents=True, exist_ok=True)
-        self.same_plan()
-        self.rates = self.measured_rates()
+        self.rates = self.measured_rates(table_only)
         self.steps = steps_of(plan, self.rates)
         self.path, self.lock = out / "rows.jsonl", threading.Lock()
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        self.rows = {Job(row["arm"], row["steps"], row["seed"]): row for row in map(json.loads, lines)}
-        self.failed: list[str] = []
+        self.rows, self.failed = read_rows(self.path), []
 
-    def same_plan(self) -> None:
-        """A folder belongs to one plan: what would change its runs may not change."""
+    def measured_rates(self, table_only: bool) -> dict[str, float]:
+        """Seconds per step of each arm, measured once and kept, because the number of steps follows from them.
+
+        A folder belongs to one plan from then on: what would change its runs may not change.
+        """
         decides = {name: value for name, value in vars(self.plan).items() if name not in ("what", "columns", "seeds")}
-        path = self.out / "plan.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != decides:
-            raise ValueError(f"{self.out} holds the runs of another plan: give another --out")
-        runtime.write_json(path, decides)
-
-    def measured_rates(self) -> dict[str, float]:
-        """Seconds per step of each arm, measured once and kept, because the number of steps follows from them."""
-        path = self.out / "seconds_per_step.json"
+        path, kept = self.out / "seconds_per_step.json", self.out / "plan.json"
         if not path.is_file():
+            if table_only:
+                raise ValueError(f"{self.out} holds no runs of a plan: give their --out, or leave --table-only out")
             before = torch.get_num_threads()
             torch.set_num_threads(self.threads)
-            runtime.write_json(path, seconds_per_step(self.plan))
+            rates = seconds_per_step(self.plan)
             torch.set_num_threads(before)
+            runtime.write_json(kept, decides)
+            runtime.write_json(path, rates)
+        if not kept.is_file() and not table_only:
+            runtime.write_json(kept, decides)
+        if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != decides:
+            raise ValueError(f"{self.out} holds the runs of another plan: give another --out")
         return json.loads(path.read_text(encoding="utf-8"))
 
     def jobs(self) -> list[Job]:
@@ -196,7 +232,10 @@ class Comparison:
                         job = todo.popleft()
                     except IndexError:
                         return
-                    self.run_one(job)
+                    try:
+                        self.run_one(job)
+                    except BaseException as error:  # a thread would end in silence
+                        self.failed.append(f"{job.folder}: {type(error).__name__}: {error}")
                     bar.update()
 
             workers = [threading.Thread(target=work) for _ in range(self.side_by_side)]
@@ -204,6 +243,7 @@ class Comparison:
                 worker.start()
             for worker in workers:
                 worker.join()
+        self.failed += [f"{job.folder} has no row" for job in self.jobs() if job not in self.rows]
         if self.failed:
             raise ValueError(f"a run failed: {self.failed[0]}; what is finished is kept, start again to go on")
 
@@ -222,12 +262,11 @@ class Comparison:
         start = time.perf_counter()
         with open(folder / "output.txt", "a", encoding="utf-8") as output:
             for command in (
-                [plan.script, *training, "--out", str(folder), "--resume"],
-                *(["eval.py", *words(evaluation), "--checkpoint", str(judged)] for evaluation in evaluations),
+                [ROOT / plan.script, *training, "--out", folder, "--resume"],
+                *([ROOT / "eval.py", *words(evaluation), "--checkpoint", judged] for evaluation in evaluations),
             ):
-                ended = subprocess.run(
-                    [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output
-                )
+                command = [sys.executable, *map(str, command)]
+                ended = subprocess.run(command, env=environment, stdout=output, stderr=output)
                 if ended.returncode:
                     self.failed.append(f"{job.folder}, see {folder / 'output.txt'}")
                     return
@@ -241,9 +280,10 @@ class Comparison:
         row["peak_memory_mb"] = max(float(line["peak_memory_mb"]) for line in log if line["peak_memory_mb"])
         row |= {f"log/{name}": float(value) for name, value in log[-1].items() if value}  # the end of the curves
         row |= flat(json.loads((folder / "results.json").read_text(encoding="utf-8")))
-        with self.lock, open(self.path, "a", encoding="utf-8") as file:
+        with self.lock:
             self.rows[job] = row
-            file.write(json.dumps(row) + "\n")
+            text = "".join(json.dumps(one) + "\n" for one in self.rows.values())
+            runtime.write_beside(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def summary(self) -> dict:
         """Per kind of equality and arm: steps, speed against the reference, mean and standard deviation over seeds."""
@@ -287,7 +327,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.side_by_side < 1:
         raise ValueError(f"side_by_side is {options.side_by_side}: give 1 or more")
-    comparison = Comparison(read_plan(options.plan), options.out, options.side_by_side)
+    comparison = Comparison(read_plan(options.plan), options.out, options.side_by_side, options.table_only)
     if not options.table_only:
         comparison.run()
     summary = comparison.summary()

@@ -26,13 +26,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from data import check_row, json_lines, lines_of, pictures_of
+from metrics import normalise
 
 Rows = Iterator[tuple[str, str, dict]]  # (place, split, row)
 
@@ -202,45 +202,14 @@ def vqa(args: argparse.Namespace, left_out: Counter) -> Rows:
 def scores(answers: list[str]) -> dict[str, float]:
     """The official score of each answer: min(1, others who agree / 3), the mean over leaving each annotator out.
 
-    differs: the official evaluation does not normalise where all ten answers are equal to the letter. Here it does, so
-    that an answer has the same name in every row; its score is 1 either way.
+    differs: the official evaluation normalises what a program says, of the annotators' answers only the punctuation,
+    and not even that where all ten are equal to the letter. Here both are normalised alike, so that an answer has the
+    same name in every row; of the published annotations, which are in lower case already, the scores are the same.
     """
     counts, n = Counter(filter(None, map(normalise, answers))), len(answers)
     return {
         answer: round((k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n, 4) for answer, k in counts.most_common()
     }
-
-
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(NUMBERS)}
-FULL = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't
-not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
-when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
-SIGNS = [(word, i) for word in FULL.split() for i, letter in enumerate(word) if letter == "'"]
-CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word, i in SIGNS}  # written without one of its apostrophes
-
-
-@lru_cache(maxsize=1 << 16)  # a few answers make up most of the data
-def normalise(answer: str) -> str:
-    """An answer as VQA's official evaluation compares it: without punctuation and articles, numbers as digits.
-
-    A punctuation mark is deleted where it touches a space, or where the answer has a comma between digits; elsewhere it
-    becomes a space. Full stops are deleted unless a digit follows. Colons and apostrophes stay.
-    """
-    answer = " ".join(answer.split())
-    text, thousands = answer, re.search(r"\d,\d", answer)
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        deleted = thousands or f"{mark} " in answer or f" {mark}" in answer
-        text = text.replace(mark, "" if deleted else " ")
-    text = re.sub(r"\.(?!\d)", "", text)
-    words = [DIGITS.get(word, word) for word in text.lower().split()]
-    words = [CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the")]
-    # differs: an answer of which nothing would be left, such as "A", stays, so that a model can give it.
-    return " ".join(words) or answer.lower()
 
 
 # ------------------------------------------------------------------------------- reasoning, entailment and grounding
