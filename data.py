@@ -28,6 +28,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import reprlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -464,6 +465,15 @@ def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
     if not good:
         raise ValueError(f"no rows in {', '.join(map(str, paths))}: expected one JSON object a line")
     return good
+
+
+def sample_of(rows: list[dict], most: int) -> list[dict]:
+    """At most so many rows to evaluate on, drawn from the whole file, the same ones in every run; said if it is not all
+    of them. The head of a file is no sample: files are often sorted."""
+    if len(rows) <= most:
+        return rows
+    print(f"val: {most} of {len(rows)} rows, drawn at random")
+    return [rows[number] for number in sorted(random.Random(0).sample(range(len(rows)), most))]
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:

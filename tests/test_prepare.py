@@ -512,6 +512,16 @@ def test_albef_lists_of_every_task(tmp_path):
         assert rows(out / f"{task}_train.jsonl", schema) == expected
 
 
+def test_only_whole_folders_are_stripped_from_a_path(tmp_path):
+    """--strip /data/coco is no beginning of /data/coco2/a.jpg."""
+    picture(tmp_path / "pictures", "a.jpg", "2/a.jpg")
+    path = write(tmp_path / "a.json", [{"image": "/data/coco2/a.jpg", "caption": "x"}])
+    arguments = ["--annotations", path, "--task", "pairs", "--strip"]
+    assert "data/coco2/a.jpg" in refused(tmp_path, "albef", *arguments, "/data/coco")
+    for top in ("/data/coco2", "/data/coco2/"):
+        assert rows(run(tmp_path, "albef", *arguments, top, "--force") / "pairs_train.jsonl", "pairs")
+
+
 def test_paths_hold_behind_symbolic_links(tmp_path):
     picture(tmp_path / "far" / "away" / "pictures", "1.jpg")
     (tmp_path / "disk" / "deep" / "data").mkdir(parents=True)

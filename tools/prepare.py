@@ -358,7 +358,7 @@ def albef(args: argparse.Namespace, left_out: Counter) -> Rows:
     for place, entry in entries(args.annotations):
         with at(place):
             row = {key: take(entry, key, kind) for key, kind in ALBEF[args.task].items()}
-            images = [image.removeprefix(args.strip).lstrip("/") for image in texts_in(pictures_of(row))]
+            images = [image.removeprefix(args.strip.rstrip("/") + "/").lstrip("/") for image in texts_in(pictures_of(row))]
             row |= {"images": images} if "images" in row else {"image": images[0]}
             if "sentence" in row:
                 row["text"] = row.pop("sentence")
