@@ -22,7 +22,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, load_image, pictures_of, read_rows, to_tensor
+from data import captions_of, load_image, pictures_of, read_rows, resolved, to_tensor
 from explain import (
     Heat,
     check_layer,
@@ -286,9 +286,9 @@ def retrieval(
     check_by(rows, by)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     right, value_of = right_places(rows, images, texts, by)
-    k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
+    k = min(k, math.ceil(min(len(encoded.images), len(encoded.texts)) / 10)) if model.config.w_itm > 0 else 0
     parts = ("chance", "contrast", "matching", "apart", "intervals")
-    result = {"images": len(images), "texts": len(texts), "k": k} | {part: {} for part in parts}
+    result = {"images": len(encoded.images), "texts": len(encoded.texts), "k": k} | {part: {} for part in parts}
     sides = {
         "image_to_text": (encoded.image_embed, encoded.text_embed),
         "text_to_image": (encoded.text_embed, encoded.image_embed),
@@ -335,8 +335,9 @@ def check_ranks(model: VisionLanguageModel, k: int) -> None:
 
 def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[dict, dict]:
     """By direction and place of the query: the places of its right answers, and the value of its row under `by`."""
-    right = {"image_to_text": [set() for _ in images], "text_to_image": [set() for _ in texts]}
-    value = {"image_to_text": [""] * len(images), "text_to_image": [""] * len(texts)}
+    sides = {"image_to_text": len(set(images.values())), "text_to_image": len(set(texts.values()))}
+    right = {side: [set() for _ in range(count)] for side, count in sides.items()}
+    value = {side: [""] * count for side, count in sides.items()}
     for row in rows:
         for caption in captions_of(row):
             i, t = images[row["image"]], texts[caption]
@@ -348,11 +349,12 @@ def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[
 
 def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]]) -> list[dict]:
     """Places of the best of each query -> their names, as predictions."""
-    asked, found = (images, texts) if direction == "image_to_text" else (texts, images)
-    names = list(found)
+    sides = (images, texts) if direction == "image_to_text" else (texts, images)
+    asked, found = map(names_at, sides)
     return [
-        {"way": way, "direction": direction, "query": query, "found": [names[place] for place in places]}
-        for query, places in zip(asked, best, strict=True)
+        {"way": way, "direction": direction, "query": query, "found": [found[place][0] for place in places]}
+        | ({"also": others} if others else {})
+        for (query, *others), places in zip(asked, best, strict=True)
     ]
 
 
@@ -366,10 +368,28 @@ def encode_rows(
     model, tokenizer: Tokenizer, rows: list[dict], device, read_texts: Callable
 ) -> tuple[dict, dict, Encoded]:
     """Encode the distinct pictures and texts of rows -> place of each picture, place of each text, Encoded"""
-    images = list(dict.fromkeys(image for row in rows for image in pictures_of(row)))
-    texts = list(dict.fromkeys(text for row in rows for text in read_texts(row)))
-    places = ({name: i for i, name in enumerate(names)} for names in (images, texts))
-    return *places, encode(model, tokenizer, images, texts, device)
+    images = places_of((image for row in rows for image in pictures_of(row)), resolved)
+    longest = model.config.max_tokens
+    texts = places_of((text for row in rows for text in read_texts(row)), lambda t: str(tokenizer.encode(t, longest)))
+    first = ([one for one, *_ in names_at(places)] for places in (images, texts))
+    return images, texts, encode(model, tokenizer, *first, device)
+
+
+def places_of(names: Iterable[str], key: Callable) -> dict[str, int]:
+    """The place of each name; one place for all names of what the model sees as the same, by their key."""
+    places, known = {}, {}
+    for name in names:
+        if name not in places:
+            places[name] = known.setdefault(key(name), len(known))
+    return places
+
+
+def names_at(places: dict[str, int]) -> list[list[str]]:
+    """The names of each place, the first of which it goes by."""
+    names = [[] for _ in set(places.values())]
+    for name, place in places.items():
+        names[place].append(name)
+    return names
 
 
 def rerank(model, encoded: Encoded, scores: Tensor, start: int, direction: str, k: int, device) -> Tensor:
@@ -388,7 +408,8 @@ def search(model, tokenizer: Tokenizer, images: list[str], text: str, device, k:
     Returns: per picture {"image", "contrast": cosine, "matching": probability, None behind the k best}
     """
     check_ranks(model, k)
-    encoded = encode(model, tokenizer, list(dict.fromkeys(images)), [text], device)
+    distinct = [one for one, *_ in names_at(places_of(images, resolved))]
+    encoded = encode(model, tokenizer, distinct, [text], device)
     cosine = encoded.text_embed @ encoded.image_embed.T
     k = min(k, len(encoded.images)) if model.config.w_itm > 0 else 0
     scores = rerank(model, encoded, cosine, 0, "text_to_image", k, device) if k else cosine

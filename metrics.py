@@ -6,6 +6,7 @@ program wrote, or that was mended by hand, is scored by the same code.
     vqa, reasoning, entailment   {"row": 0, "answer": "red"}      of reasoning "true" or "false"
     grounding                    {"row": 0, "point": [x, y], "proposal": [x, y, w, h], "box": [...], "grid": [4, 4]}
     retrieval                    {"way": "contrast", "direction": "image_to_text", "query": ..., "found": [ten best]}
+                                 and "also": [other names of the query in the data] where the model sees no difference
 
 Every estimate comes with n, with chance, and with a 95 % interval: the middle 95 % of 1,000 resamples, in which what
 belongs together (a group, or else a picture) is drawn together.
@@ -14,13 +15,14 @@ belongs together (a group, or else a picture) is drawn together.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 import runtime
-from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, size_of
+from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, resolved, size_of
+from tokenizer import bare_words
 
 RESAMPLES = 1000
 # Labels that a task always has, in the order of its classes; another task with labels takes those of its training rows.
@@ -257,14 +259,28 @@ def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
 SIDES = ("image_to_text", "text_to_image")
 
 
-def right_answers(rows: list[dict]) -> dict[str, dict[str, set[str]]]:
-    """Of each direction and query, its right answers among pictures and captions of pairs rows."""
-    right = {side: {} for side in SIDES}
+def right_answers(rows: list[dict], lists: Iterable[dict] = ()) -> tuple[dict[str, dict[str, set[str]]], dict]:
+    """Of each direction and query, its right answers among pictures and captions of pairs rows; and of each direction
+    two functions, which give a query and an answer the names that they have there, however they are spelled.
+
+    One are paths to the same file, texts of the same words, and what a list has under "also".
+    """
+    also = {other: one.get("query") for one in lists for other in one.get("also", ())}
+    pictures, texts, right = {}, {}, {side: {} for side in SIDES}
+
+    def picture(name: str) -> str:
+        name = also.get(name, name)
+        return pictures.setdefault(resolved(name), name)
+
+    def text(name: str) -> str:
+        name = also.get(name, name)
+        return texts.setdefault(bare_words(name), name)
+
     for row in rows:
-        for caption in captions_of(row):
-            right["image_to_text"].setdefault(row["image"], set()).add(caption)
-            right["text_to_image"].setdefault(caption, set()).add(row["image"])
-    return right
+        for caption in map(text, captions_of(row)):
+            right["image_to_text"].setdefault(picture(row["image"]), set()).add(caption)
+            right["text_to_image"].setdefault(caption, set()).add(picture(row["image"]))
+    return right, dict(zip(SIDES, ((picture, text), (text, picture)), strict=True))
 
 
 def recalls(rank: np.ndarray) -> dict[str, float]:
@@ -294,24 +310,27 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
 
     Raises:  ValueError for a query that is missing, ranked twice or not in the data
     """
-    right = right_answers(rows)
+    lists = list(read_lines(path))
+    right, names = right_answers(rows, [one for _, one in lists])
     place = {(way, side): {} for way in ("contrast", "matching") for side in SIDES}
-    for where, one in read_lines(path):
+    for where, one in lists:
         key, query = (one.get("way"), one.get("direction")), one.get("query")
         if (
             key not in place
             or not isinstance(query, str)
-            or query not in right[key[1]]
+            or names[key[1]][0](query) not in right[key[1]]
             or not isinstance(one.get("found"), list)
         ):
             raise ValueError(
                 f"{where}: {key[0]!r}, {key[1]!r}, {query!r}: expected contrast or matching, a direction, a "
                 "query of the data and a list of what was found"
             )
-        if query in place[key]:
+        asked, answer = names[key[1]]
+        if asked(query) in place[key]:
             raise ValueError(f"{where}: the query {query!r} is ranked twice: keep one line for each query")
-        hits = [at for at, name in enumerate(one["found"]) if name in right[key[1]][query]]
-        place[key][query] = hits[0] if hits else 10  # beyond the ten best
+        answers = right[key[1]][asked(query)]
+        hits = [at for at, name in enumerate(one["found"]) if isinstance(name, str) and answer(name) in answers]
+        place[key][asked(query)] = hits[0] if hits else 10  # beyond the ten best
     result = {"images": len(right[SIDES[0]]), "texts": len(right[SIDES[1]]), "k": "as predicted"}
     result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
     for (way, side), found in place.items():

@@ -14,6 +14,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -36,6 +37,12 @@ IDEOGRAPHS = re.compile(
 # ---------------------------------------------------------------------------------------------------------------- words
 
 
+def bare_words(text: str) -> tuple[str, ...]:
+    """The words of a text. Texts with the same words have the same ids in every vocabulary: they are one text."""
+    return tuple(word for chunk in CHUNK.findall(text) for word in split_words(chunk))
+
+
+@lru_cache(maxsize=MAX_CACHE)
 def split_words(chunk: str) -> list[str]:
     """Lower-case words of a chunk of text without accents; punctuation marks and CJK ideographs are words of their own.
 

@@ -512,6 +512,17 @@ def test_albef_lists_of_every_task(tmp_path):
         assert rows(out / f"{task}_train.jsonl", schema) == expected
 
 
+def test_a_picture_that_lies_in_a_folder_twice_is_in_one_split(tmp_path):
+    """By a link: none of val is trained on."""
+    names = [f"a shape {chr(97 + i)}.png" for i in range(20)]
+    picture(tmp_path / "pictures", *names)
+    for i, name in enumerate(names):
+        (tmp_path / "pictures" / f"the same {chr(97 + i)}.png").symlink_to(name)
+    out = run(tmp_path, "folder", "--val-share", 0.5)
+    splits = [{row["image"] for row in rows(out / f"pairs_{split}.jsonl", "pairs")} for split in ("train", "val")]
+    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 20
+
+
 def test_only_whole_folders_are_stripped_from_a_path(tmp_path):
     """--strip /data/coco is no beginning of /data/coco2/a.jpg."""
     picture(tmp_path / "pictures", "a.jpg", "2/a.jpg")

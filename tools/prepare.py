@@ -32,7 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data import check_row, json_lines, lines_of, pictures_of
+from data import check_row, json_lines, lines_of, pictures_of, resolved
 
 Rows = Iterator[tuple[str, str, dict]]  # (place, split, row)
 
@@ -117,7 +117,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
         raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
-    without = []
+    without, first = [], {}  # first: by its resolved path, the name of a picture that lies there several times
     for name in sorted(names | listed.keys()):  # convert reports those that are listed but missing
         path = args.images / name
         if lists:
@@ -127,7 +127,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
         else:
             captions = caption_in_name(path.stem)
         if captions:
-            share = zlib.crc32(name.encode()) / 2**32
+            share = zlib.crc32(first.setdefault(resolved(path), name).encode()) / 2**32
             yield str(path), "val" if share < args.val_share else "train", {"image": name, "caption": captions}
         else:
             without.append(name)
@@ -355,10 +355,11 @@ def albef(args: argparse.Namespace, left_out: Counter) -> Rows:
     Ten answers are scored as VQA scores them; of fewer, each is worth its share. Lists for grounding hold no boxes:
     they can be trained on, not evaluated with.
     """
+    top = args.strip.rstrip("/") + "/"  # a whole folder: "coco" is no beginning of coco2/a.jpg
     for place, entry in entries(args.annotations):
         with at(place):
             row = {key: take(entry, key, kind) for key, kind in ALBEF[args.task].items()}
-            images = [image.removeprefix(args.strip.rstrip("/") + "/").lstrip("/") for image in texts_in(pictures_of(row))]
+            images = [image.removeprefix(top).lstrip("/") for image in texts_in(pictures_of(row))]
             row |= {"images": images} if "images" in row else {"image": images[0]}
             if "sentence" in row:
                 row["text"] = row.pop("sentence")
