@@ -149,18 +149,15 @@ def captions_of(row: dict) -> list[str]:
     return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
 
 
-# What is the same, is what the model sees as the same: texts of equal token ids, paths that lead to one file.
-
-
 @lru_cache(maxsize=1_000_000)
 def resolved(path: str | Path) -> str:
-    """The one path of a picture, behind "..", symbolic links and the folder that we are in."""
+    """The path of a picture behind "..", symbolic links and the folder that we are in: one for each file."""
     return os.path.realpath(path)
 
 
 @lru_cache(maxsize=1_000_000)
 def stable_id(text: str) -> int:
-    """The same 63-bit number for the same text, such as token ids, in every process and every run."""
+    """The same 63-bit number for the same text in every process and every run; captions go by their token ids."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -484,8 +481,7 @@ def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
 
 
 def sample_of(rows: list[dict], most: int) -> list[dict]:
-    """At most so many rows to evaluate on, drawn from the whole file, the same ones in every run; said if it is not all
-    of them. The head of a file is no sample: files are often sorted."""
+    """At most so many rows to evaluate on, from all over the file, which may be sorted; the same ones in every run."""
     if len(rows) <= most:
         return rows
     print(f"val: {most} of {len(rows)} rows, drawn at random")

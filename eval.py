@@ -22,7 +22,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,11 +284,12 @@ def retrieval(
     """
     check_ranks(model, k)
     check_by(rows, by)
+    rows, also = one_name(rows, tokenizer, model.config.max_tokens)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     right, value_of = right_places(rows, images, texts, by)
-    k = min(k, math.ceil(min(len(encoded.images), len(encoded.texts)) / 10)) if model.config.w_itm > 0 else 0
+    k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
     parts = ("chance", "contrast", "matching", "apart", "intervals")
-    result = {"images": len(encoded.images), "texts": len(encoded.texts), "k": k} | {part: {} for part in parts}
+    result = {"images": len(images), "texts": len(texts), "k": k} | {part: {} for part in parts}
     sides = {
         "image_to_text": (encoded.image_embed, encoded.text_embed),
         "text_to_image": (encoded.text_embed, encoded.image_embed),
@@ -318,7 +319,7 @@ def retrieval(
             if lists is not None:
                 none = torch.empty(0, min(10, len(gallery)), dtype=torch.long)
                 ten = gather_shards(torch.cat([none, *best[way]]), len(queries)).tolist()
-                lists += ranked_lists(way, direction, images, texts, ten)
+                lists += ranked_lists(way, direction, images, texts, ten, also)
             for value in sorted(set(values)) if by else ():
                 those = rank[torch.tensor([v == value for v in values])].numpy()
                 result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
@@ -335,9 +336,8 @@ def check_ranks(model: VisionLanguageModel, k: int) -> None:
 
 def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[dict, dict]:
     """By direction and place of the query: the places of its right answers, and the value of its row under `by`."""
-    sides = {"image_to_text": len(set(images.values())), "text_to_image": len(set(texts.values()))}
-    right = {side: [set() for _ in range(count)] for side, count in sides.items()}
-    value = {side: [""] * count for side, count in sides.items()}
+    right = {"image_to_text": [set() for _ in images], "text_to_image": [set() for _ in texts]}
+    value = {"image_to_text": [""] * len(images), "text_to_image": [""] * len(texts)}
     for row in rows:
         for caption in captions_of(row):
             i, t = images[row["image"]], texts[caption]
@@ -347,14 +347,29 @@ def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[
     return right, value
 
 
-def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]]) -> list[dict]:
+def one_name(rows: list[dict], tokenizer: Tokenizer, longest: int) -> tuple[list[dict], dict[str, dict]]:
+    """Rows of `pairs` in which what the model sees as the same has one name, the first; and all names of each name."""
+    first, names = {}, {}
+
+    def name(key: str, own: str) -> str:
+        names.setdefault(first.setdefault(key, own), {})[own] = None
+        return first[key]
+
+    named = []
+    for row in rows:
+        texts = [name(str(tokenizer.encode(text, longest)), text) for text in captions_of(row)]
+        named.append(row | {"image": name(resolved(row["image"]), row["image"]), "caption": texts})
+    return named, names
+
+
+def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]], also: dict) -> list[dict]:
     """Places of the best of each query -> their names, as predictions."""
-    sides = (images, texts) if direction == "image_to_text" else (texts, images)
-    asked, found = map(names_at, sides)
+    asked, found = (images, texts) if direction == "image_to_text" else (texts, images)
+    names = list(found)
     return [
-        {"way": way, "direction": direction, "query": query, "found": [found[place][0] for place in places]}
-        | ({"also": others} if others else {})
-        for (query, *others), places in zip(asked, best, strict=True)
+        {"way": way, "direction": direction, "query": query, "found": [names[place] for place in places]}
+        | ({"also": list(also[query])[1:]} if len(also[query]) > 1 else {})
+        for query, places in zip(asked, best, strict=True)
     ]
 
 
@@ -368,28 +383,10 @@ def encode_rows(
     model, tokenizer: Tokenizer, rows: list[dict], device, read_texts: Callable
 ) -> tuple[dict, dict, Encoded]:
     """Encode the distinct pictures and texts of rows -> place of each picture, place of each text, Encoded"""
-    images = places_of((image for row in rows for image in pictures_of(row)), resolved)
-    longest = model.config.max_tokens
-    texts = places_of((text for row in rows for text in read_texts(row)), lambda t: str(tokenizer.encode(t, longest)))
-    first = ([one for one, *_ in names_at(places)] for places in (images, texts))
-    return images, texts, encode(model, tokenizer, *first, device)
-
-
-def places_of(names: Iterable[str], key: Callable) -> dict[str, int]:
-    """The place of each name; one place for all names of what the model sees as the same, by their key."""
-    places, known = {}, {}
-    for name in names:
-        if name not in places:
-            places[name] = known.setdefault(key(name), len(known))
-    return places
-
-
-def names_at(places: dict[str, int]) -> list[list[str]]:
-    """The names of each place, the first of which it goes by."""
-    names = [[] for _ in set(places.values())]
-    for name, place in places.items():
-        names[place].append(name)
-    return names
+    images = list(dict.fromkeys(image for row in rows for image in pictures_of(row)))
+    texts = list(dict.fromkeys(text for row in rows for text in read_texts(row)))
+    places = ({name: i for i, name in enumerate(names)} for names in (images, texts))
+    return *places, encode(model, tokenizer, images, texts, device)
 
 
 def rerank(model, encoded: Encoded, scores: Tensor, start: int, direction: str, k: int, device) -> Tensor:
@@ -408,8 +405,7 @@ def search(model, tokenizer: Tokenizer, images: list[str], text: str, device, k:
     Returns: per picture {"image", "contrast": cosine, "matching": probability, None behind the k best}
     """
     check_ranks(model, k)
-    distinct = [one for one, *_ in names_at(places_of(images, resolved))]
-    encoded = encode(model, tokenizer, distinct, [text], device)
+    encoded = encode(model, tokenizer, list(dict.fromkeys(images)), [text], device)
     cosine = encoded.text_embed @ encoded.image_embed.T
     k = min(k, len(encoded.images)) if model.config.w_itm > 0 else 0
     scores = rerank(model, encoded, cosine, 0, "text_to_image", k, device) if k else cosine

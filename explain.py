@@ -313,8 +313,7 @@ def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int =
     ranked = {one["query"]: one["found"] for one in lists if one["way"] == way and one["direction"] == "image_to_text"}
     cells = []
     for image in some_of(list(ranked), pictures):
-        answers = right["image_to_text"][picture(image)]
-        marks = [(text(caption) in answers, caption) for caption in ranked[image][:best]]
+        marks = [(text(caption) in right["image_to_text"][picture(image)], caption) for caption in ranked[image][:best]]
         lines = [(f"{'+' if good else '-'} {caption}", RIGHT if good else WRONG) for good, caption in marks]
         cells.append(Cell([thumbnail(image)], lines))
     draw_sheet(cells, path)

@@ -215,10 +215,8 @@ def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
 
 
 def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
-    """--data -> training files, and the val files beside them that are there: X stands for X_train.jsonl.
-
-    The val file has "val" where the name has the word "train", the last if there are several: "constrained" has none.
-    """
+    """--data -> training files, and the val files beside them that are there: X stands for X_train.jsonl, and "val" for
+    the last word "train" of a name; "constrained" has none."""
     train = [Path(path) if path.endswith(".jsonl") else Path(f"{path}_train.jsonl") for path in paths]
     words = [re.match(r"(.*)(?<![^\W\d_])train(?![^\W\d_])(.*)", path.name) for path in train]
     beside = [path.with_name("val".join(word.groups())) for path, word in zip(train, words, strict=True) if word]

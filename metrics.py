@@ -15,7 +15,7 @@ belongs together (a group, or else a picture) is drawn together.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -261,26 +261,20 @@ SIDES = ("image_to_text", "text_to_image")
 
 def right_answers(rows: list[dict], lists: Iterable[dict] = ()) -> tuple[dict[str, dict[str, set[str]]], dict]:
     """Of each direction and query, its right answers among pictures and captions of pairs rows; and of each direction
-    two functions, which give a query and an answer the names that they have there, however they are spelled.
-
-    One are paths to the same file, texts of the same words, and what a list has under "also".
-    """
+    what names a query and an answer as they are named there: paths to one file, texts of the same words and what a list
+    has under "also" are one."""
     also = {other: one.get("query") for one in lists for other in one.get("also", ())}
-    pictures, texts, right = {}, {}, {side: {} for side in SIDES}
+    first, right = {}, {side: {} for side in SIDES}
 
-    def picture(name: str) -> str:
-        name = also.get(name, name)
-        return pictures.setdefault(resolved(name), name)
+    def named(key: Callable) -> Callable[[str], str]:
+        return lambda name: first.setdefault(key(also.get(name, name)), also.get(name, name))
 
-    def text(name: str) -> str:
-        name = also.get(name, name)
-        return texts.setdefault(bare_words(name), name)
-
+    picture, text = named(resolved), named(bare_words)
     for row in rows:
         for caption in map(text, captions_of(row)):
             right["image_to_text"].setdefault(picture(row["image"]), set()).add(caption)
             right["text_to_image"].setdefault(caption, set()).add(picture(row["image"]))
-    return right, dict(zip(SIDES, ((picture, text), (text, picture)), strict=True))
+    return right, {"image_to_text": (picture, text), "text_to_image": (text, picture)}
 
 
 def recalls(rank: np.ndarray) -> dict[str, float]:
