@@ -403,7 +403,8 @@ def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], alb
     """What `recover` says of some of the gallery's pictures, or {"why": nothing can be shown}."""
     if why := why_nothing_recovered(model):
         return {"why": why}
-    paths = list(dict.fromkeys([*first, *captions]))[: max(PATCHES // model.config.num_patches, 2)]
+    room, others = max(PATCHES // model.config.num_patches, 2), [path for path in captions if path not in first]
+    paths = [*first, *spaced(others, max(room - len(first), 0))][:room]
     found = recover(model, tokenizer, paths, [captions[path][0] for path in paths], len(first), device)
     for item, path in zip(found["items"], first, strict=False):
         item |= {"picture": album.number(path), "text": captions[path][0]}
