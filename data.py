@@ -28,6 +28,8 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import random
 import reprlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +56,8 @@ class Pairs(Dataset):
     def __init__(self, rows: list[dict], tokenizer: Tokenizer, config: Config, augment: str = "none", seed: int = 0):
         self.rows, self.tokenizer, self.config, self.seed = rows, tokenizer, config, seed
         self.pictures = Pictures(config.image_size, augment)
+        first: dict[str, int] = {}  # a picture's id is the first row that shows it: the same wherever the data lie
+        self.image_id = [first.setdefault(resolved(row["image"]), number) for number, row in enumerate(rows)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,12 +69,12 @@ class Pairs(Dataset):
         noise = torch.from_numpy(rng.random(n + 2 * l, dtype=np.float32))
         patch_noise, token_noise, replace_noise = noise.split([n, l, l])
         captions = captions_of(row)
-        caption = captions[rng.integers(len(captions))]
+        input_ids = self.tokenizer.encode(captions[rng.integers(len(captions))], l)
         return {
             "images": self.pictures(row["image"], rng),
-            "input_ids": self.tokenizer.encode(caption, l),
-            "image_id": stable_id(row["image"]),
-            "caption_id": stable_id(caption),
+            "input_ids": input_ids,
+            "image_id": self.image_id[number],
+            "caption_id": stable_id(str(input_ids)),
             "patch_noise": patch_noise,
             "token_noise": token_noise,
             "replace_noise": replace_noise,
@@ -117,7 +121,7 @@ def make_batch(
         raise ValueError(f"the tokenizer has {len(tokenizer)} words and config.vocab_size is {config.vocab_size}")
     if isinstance(texts, str) or len(images) != len(texts):
         raise ValueError(f"{len(images)} images and {len(texts)} texts: give a list of each, one text for each image")
-    names = [image if isinstance(image, str | Path) else number for number, image in enumerate(images)]
+    names = [resolved(image) if isinstance(image, str | Path) else number for number, image in enumerate(images)]
     if not isinstance(images, Tensor):
         images = torch.stack([to_tensor(load_image(image), config.image_size) for image in images])
     input_ids, attention_mask = tokenizer(texts, config.max_tokens)
@@ -127,7 +131,7 @@ def make_batch(
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "image_id": torch.tensor([stable_id(str(name)) for name in names]),
-        "caption_id": torch.tensor([stable_id(text) for text in texts]),
+        "caption_id": torch.tensor([stable_id(str(tokenizer.encode(text, config.max_tokens))) for text in texts]),
         "patch_noise": torch.rand(b, config.num_patches, generator=draw),
         "token_noise": torch.rand(b, l, generator=draw),
         "replace_noise": torch.rand(b, l, generator=draw),
@@ -146,8 +150,14 @@ def captions_of(row: dict) -> list[str]:
 
 
 @lru_cache(maxsize=1_000_000)
+def resolved(path: str | Path) -> str:
+    """The path of a picture behind "..", symbolic links and the folder that we are in: one for each file."""
+    return os.path.realpath(path)
+
+
+@lru_cache(maxsize=1_000_000)
 def stable_id(text: str) -> int:
-    """The same 63-bit number for the same text in every process and every run."""
+    """The same 63-bit number for the same text in every process and every run; captions go by their token ids."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -418,7 +428,7 @@ def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
              task       a key of SCHEMAS
              check      "header": every picture is there and its header can be read; "full": it can be decoded
              skip_bad   leave bad rows out, with a count, instead of stopping at them
-    Returns: the rows, paths of pictures made full, "twin" made unique to its file
+    Returns: the rows, "twin" made unique to its file, paths of pictures made full: of several to one picture the first
     Raises:  ValueError naming file, line, what was found and what was expected; for pictures a count and the first ten
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
@@ -463,7 +473,19 @@ def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
         print(f"left out: {len(complaints)} bad rows and {len(rows) - len(good)} rows whose picture cannot be used")
     if not good:
         raise ValueError(f"no rows in {', '.join(map(str, paths))}: expected one JSON object a line")
+    first: dict[str, str] = {}  # by its resolved path, how the data name a picture
+    for row in good:
+        images = [first.setdefault(resolved(image), image) for image in pictures_of(row)]
+        row |= {"image": images[0]} if "image" in row else {"images": images}
     return good
+
+
+def sample_of(rows: list[dict], most: int) -> list[dict]:
+    """At most so many rows to evaluate on, from all over the file, which may be sorted; the same ones in every run."""
+    if len(rows) <= most:
+        return rows
+    print(f"val: {most} of {len(rows)} rows, drawn at random")
+    return [rows[number] for number in sorted(random.Random(0).sample(range(len(rows)), most))]
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, load_image, pictures_of, read_rows, to_tensor
+from data import captions_of, load_image, pictures_of, read_rows, resolved, to_tensor
 from explain import (
     Heat,
     check_layer,
@@ -286,6 +286,7 @@ def retrieval(
     """
     check_ranks(model, k)
     check_by(rows, by)
+    rows, also = one_name(rows, tokenizer, model.config.max_tokens)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
     right, value_of = right_places(rows, images, texts, by)
     k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
@@ -320,7 +321,7 @@ def retrieval(
             if lists is not None:
                 none = torch.empty(0, min(10, len(gallery)), dtype=torch.long)
                 ten = gather_shards(torch.cat([none, *best[way]]), len(queries)).tolist()
-                lists += ranked_lists(way, direction, images, texts, ten)
+                lists += ranked_lists(way, direction, images, texts, ten, also)
             for value in sorted(set(values)) if by else ():
                 those = rank[torch.tensor([v == value for v in values])].numpy()
                 result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
@@ -348,12 +349,28 @@ def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[
     return right, value
 
 
-def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]]) -> list[dict]:
+def one_name(rows: list[dict], tokenizer: Tokenizer, longest: int) -> tuple[list[dict], dict[str, dict]]:
+    """Rows of `pairs` in which what the model sees as the same has one name, the first; and all names of each name."""
+    first, names = {}, {}
+
+    def name(key: str, own: str) -> str:
+        names.setdefault(first.setdefault(key, own), {})[own] = None
+        return first[key]
+
+    named = []
+    for row in rows:
+        texts = [name(str(tokenizer.encode(text, longest)), text) for text in captions_of(row)]
+        named.append(row | {"image": name(resolved(row["image"]), row["image"]), "caption": texts})
+    return named, names
+
+
+def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]], also: dict) -> list[dict]:
     """Places of the best of each query -> their names, as predictions."""
     asked, found = (images, texts) if direction == "image_to_text" else (texts, images)
     names = list(found)
     return [
         {"way": way, "direction": direction, "query": query, "found": [names[place] for place in places]}
+        | ({"also": list(also[query])[1:]} if len(also[query]) > 1 else {})
         for query, places in zip(asked, best, strict=True)
     ]
 

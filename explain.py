@@ -308,12 +308,13 @@ def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
 
 def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int = 8, best: int = 5) -> None:
     """Some pictures of a gallery beside the captions ranked first, by matching where there is matching."""
-    right = right_answers(rows)["image_to_text"]
+    right, names = right_answers(rows, lists)
+    picture, text = names["image_to_text"]
     way = lists[-1]["way"]  # matching comes behind contrast
     ranked = {one["query"]: one["found"] for one in lists if one["way"] == way and one["direction"] == "image_to_text"}
     cells = []
     for image in some_of(list(ranked), pictures):
-        marks = [(caption in right[image], caption) for caption in ranked[image][:best]]
+        marks = [(text(caption) in right["image_to_text"][picture(image)], caption) for caption in ranked[image][:best]]
         lines = [(f"{'+' if good else '-'} {caption}", RIGHT if good else WRONG) for good, caption in marks]
         cells.append(Cell([thumbnail(image)], lines))
     draw_sheet(cells, path)

@@ -18,6 +18,7 @@ which is what to evaluate.
 import argparse
 import dataclasses
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data import SCHEMAS, read_rows
+from data import SCHEMAS, read_rows, sample_of
 from eval import classify, retrieval
 from mamo import Config
 from metrics import cluster_of, right_label, score_answers
@@ -137,7 +138,8 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
 
 
 def read(config: FineConfig) -> tuple[list[dict], list[dict]]:
-    """Training rows and rows to choose on, at most 2,000: --val, or the file beside, or a part of the training rows."""
+    """Training rows and rows to choose on: --val, or the file beside, or a part of the training rows. Of many a sample:
+    2,000, or 500 pictures where each is set against all texts."""
     schema = TASKS[config.task].schema
     if not config.data:
         raise ValueError(f"--data is missing: give JSONL files, such as data/scenes/{config.task}_train.jsonl")
@@ -150,7 +152,8 @@ def read(config: FineConfig) -> tuple[list[dict], list[dict]]:
         print(f"no val file: {len(val)} of {len(rows) + len(val)} rows are kept apart to choose on")
     if read_as(config.task) == "pairs":
         rows, val = by_picture(rows, schema), by_picture(val, schema)
-    return rows, val[:2000]
+        return rows, sample_of(val, 500)
+    return rows, sample_of(val, 2000)
 
 
 def adapted(
@@ -212,9 +215,11 @@ def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
 
 
 def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
-    """--data -> training files, and the val files beside them that are there: X stands for X_train.jsonl."""
+    """--data -> training files, and the val files beside them that are there: X stands for X_train.jsonl, and "val" for
+    the last word "train" of a name; "constrained" has none."""
     train = [Path(path) if path.endswith(".jsonl") else Path(f"{path}_train.jsonl") for path in paths]
-    beside = [path.with_name(path.name.replace("train", "val")) for path in train if "train" in path.name]
+    words = [re.match(r"(.*)(?<![^\W\d_])train(?![^\W\d_])(.*)", path.name) for path in train]
+    beside = [path.with_name("val".join(word.groups())) for path, word in zip(train, words, strict=True) if word]
     return train, [path for path in beside if path.is_file()]
 
 
@@ -260,8 +265,7 @@ class FineTune(Run):
     def score(self) -> float:
         """Accuracy in percent; of retrieval and grounding R@1 by matching, the mean of both ways."""
         if isinstance(self.model, TASKS["retrieval"]):
-            rows = self.val_rows[:500]
-            ways = retrieval(self.model, self.tokenizer, rows, self.device, k=16)["matching"]
+            ways = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=16)["matching"]
             return sum(way["R@1"] for way in ways.values()) / len(ways)
         given = classify(self.model, self.tokenizer, self.val_rows, self.device)
         return 100 * sum(score_answers(self.config.task, self.val_rows, given)) / len(self.val_rows)

@@ -6,6 +6,7 @@ program wrote, or that was mended by hand, is scored by the same code; answers m
     vqa, reasoning, entailment   {"row": 0, "answer": "red"}      of reasoning "true" or "false"
     grounding                    {"row": 0, "point": [x, y], "proposal": [x, y, w, h], "box": [...], "grid": [4, 4]}
     retrieval                    {"way": "contrast", "direction": "image_to_text", "query": ..., "found": [ten best]}
+                                 and "also": [other names of the query in the data] where the model sees no difference
 
 Every estimate comes with n, with chance, and with a 95 % interval: the middle 95 % of 1,000 resamples, in which what
 belongs together (a group, or else a picture) is drawn together.
@@ -15,14 +16,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 import runtime
-from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, size_of
+from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, resolved, size_of
 from tokenizer import bare_words
 
 RESAMPLES = 1000
@@ -314,14 +315,22 @@ def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
 SIDES = ("image_to_text", "text_to_image")
 
 
-def right_answers(rows: list[dict]) -> dict[str, dict[str, set[str]]]:
-    """Of each direction and query, its right answers among pictures and captions of pairs rows."""
-    right = {side: {} for side in SIDES}
+def right_answers(rows: list[dict], lists: Iterable[dict] = ()) -> tuple[dict[str, dict[str, set[str]]], dict]:
+    """Of each direction and query, its right answers among pictures and captions of pairs rows; and of each direction
+    what names a query and an answer as they are named there: paths to one file, texts of the same words and what a list
+    has under "also" are one."""
+    also = {other: one.get("query") for one in lists for other in one.get("also", ())}
+    first, right = {}, {side: {} for side in SIDES}
+
+    def named(key: Callable) -> Callable[[str], str]:
+        return lambda name: first.setdefault(key(also.get(name, name)), also.get(name, name))
+
+    picture, text = named(resolved), named(bare_words)
     for row in rows:
-        for caption in captions_of(row):
-            right["image_to_text"].setdefault(row["image"], set()).add(caption)
-            right["text_to_image"].setdefault(caption, set()).add(row["image"])
-    return right
+        for caption in map(text, captions_of(row)):
+            right["image_to_text"].setdefault(picture(row["image"]), set()).add(caption)
+            right["text_to_image"].setdefault(caption, set()).add(picture(row["image"]))
+    return right, {"image_to_text": (picture, text), "text_to_image": (text, picture)}
 
 
 def recalls(rank: np.ndarray) -> dict[str, float]:
@@ -351,24 +360,27 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
 
     Raises:  ValueError for a query that is missing, ranked twice or not in the data
     """
-    right = right_answers(rows)
+    lists = list(read_lines(path))
+    right, names = right_answers(rows, [one for _, one in lists])
     place = {(way, side): {} for way in ("contrast", "matching") for side in SIDES}
-    for where, one in read_lines(path):
+    for where, one in lists:
         key, query = (one.get("way"), one.get("direction")), one.get("query")
         if (
             key not in place
             or not isinstance(query, str)
-            or query not in right[key[1]]
+            or names[key[1]][0](query) not in right[key[1]]
             or not isinstance(one.get("found"), list)
         ):
             raise ValueError(
                 f"{where}: {key[0]!r}, {key[1]!r}, {query!r}: expected contrast or matching, a direction, a "
                 "query of the data and a list of what was found"
             )
-        if query in place[key]:
+        asked, answer = names[key[1]]
+        if asked(query) in place[key]:
             raise ValueError(f"{where}: the query {query!r} is ranked twice: keep one line for each query")
-        hits = [at for at, name in enumerate(one["found"]) if name in right[key[1]][query]]
-        place[key][query] = hits[0] if hits else 10  # beyond the ten best
+        answers = right[key[1]][asked(query)]
+        hits = [at for at, name in enumerate(one["found"]) if isinstance(name, str) and answer(name) in answers]
+        place[key][asked(query)] = hits[0] if hits else 10  # beyond the ten best
     result = {"images": len(right[SIDES[0]]), "texts": len(right[SIDES[1]]), "k": "as predicted"}
     result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
     for (way, side), found in place.items():

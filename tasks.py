@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 from data import SCHEMAS, Pictures, captions_of, pictures_of, stable_id
 from mamo import Config, View, VisionLanguageModel, gather, global_mean, init_weights, rank_and_size
 from metrics import LABELS, named, right_label, worths
-from tokenizer import Tokenizer, pad
+from tokenizer import Tokenizer, bare_words, pad
 
 CAPTIONS = 5  # captions of a picture that a step of retrieval looks at, as COCO has them; of more, some at random
 
@@ -267,8 +267,9 @@ def by_picture(rows: list[dict], schema: str) -> list[dict]:
     merged: dict[str, dict] = {}
     for row in rows:
         one = merged.setdefault(row["image"], {key: row[key] for key in ("image", "twin") if key in row})
-        one["caption"] = list(dict.fromkeys([*one.get("caption", []), *texts_of(row, schema)]))
-    return list(merged.values())
+        for text in texts_of(row, schema):
+            one.setdefault("caption", {}).setdefault(bare_words(text), text)
+    return [one | {"caption": list(one["caption"].values())} for one in merged.values()]
 
 
 # --------------------------------------------------------------------------------------- from pre-training to a task
@@ -340,14 +341,15 @@ class TaskRows(Dataset):
         texts = texts_of(row, self.schema)
         if len(texts) > CAPTIONS:
             texts = [texts[place] for place in sorted(rng.choice(len(texts), CAPTIONS, replace=False))]
+        encoded = [self.tokenizer.encode(text, self.max_tokens) for text in texts]
         return {
             "images": [self.pictures(path, rng) for path in pictures_of(row)],
             "names": [  # augmented pictures differ, although they come from one file
                 path if self.pictures.augment == "none" else f"{number} {slot}"
                 for slot, path in enumerate(pictures_of(row))
             ],
-            "texts": [self.tokenizer.encode(text, self.max_tokens) for text in texts],
-            "caption_id": [stable_id(text) for text in texts],
+            "texts": encoded,
+            "caption_id": [stable_id(str(ids)) for ids in encoded],
             "chosen": int(rng.integers(len(texts))),
             "target": self.target(row),
         }

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import runtime
-from data import Collate, Pairs, TwinBatches, captions_of, count_truncated, read_rows, training_batches
+from data import Collate, Pairs, TwinBatches, captions_of, count_truncated, read_rows, sample_of, training_batches
 from eval import retrieval
 from mamo import PRESETS, VisionLanguageModel, ema_for, rank_and_size
 from siblings import OBJECTIVES, build_model, model_of
@@ -141,7 +141,8 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     rows = read_rows(config.data, "pairs", config.check, config.skip_bad)
     beside = Path(config.data[0]).with_name("pairs_val.jsonl")
     val_paths = config.val or ([beside] if beside.is_file() else [])
-    val_rows = read_rows(val_paths, "pairs", config.check, config.skip_bad)[:1000] if val_paths else []
+    val_rows = read_rows(val_paths, "pairs", config.check, config.skip_bad) if val_paths else []
+    val_rows = sample_of(val_rows, 1000)
     order = make_order(config, rows, saved)
 
     texts = [caption for row in rows for caption in captions_of(row)]

@@ -20,6 +20,7 @@ from data import (
     count_truncated,
     drawing,
     load_image,
+    make_batch,
     pad,
     photo,
     pictures_of,
@@ -30,7 +31,8 @@ from data import (
     to_tensor,
     training_batches,
 )
-from mamo import Config
+from mamo import Config, MAMOConfig, same_pairs
+from tasks import HeadConfig, TaskRows
 from tokenizer import Tokenizer
 
 PER_SAMPLE = ("images", "image_id", "caption_id", "patch_noise")
@@ -574,7 +576,9 @@ def test_noise_is_uniform_and_has_a_value_for_every_patch_and_token(rows):
 def test_a_list_of_captions_gives_one_at_random_and_all_over_the_epochs(rows):
     """Row 3 has three captions: each visit shows one, with its own ids, and each comes about equally often."""
     data, seen = dataset(rows), Counter()
-    by_id = {stable_id(text): text for text in captions_of(rows[3])}
+    texts = captions_of(rows[3]) + captions_of(rows[6])
+    id_of = {text: stable_id(str(data.tokenizer.encode(text, 16))) for text in texts}
+    by_id = {one: text for text, one in id_of.items()}
     for epoch in range(90):
         sample = data[epoch, 3]
         text = by_id[sample["caption_id"]]
@@ -582,7 +586,7 @@ def test_a_list_of_captions_gives_one_at_random_and_all_over_the_epochs(rows):
         seen[text] += 1
     assert len(seen) == 3 and min(seen.values()) > 15
     places = [
-        [[stable_id(text) for text in captions_of(rows[row])].index(data[epoch, row]["caption_id"]) for row in (3, 6)]
+        [[id_of[text] for text in captions_of(rows[row])].index(data[epoch, row]["caption_id"]) for row in (3, 6)]
         for epoch in range(60)
     ]
     assert 5 < sum(one == other for one, other in places) < 35, "each row is to draw on its own"
@@ -596,6 +600,79 @@ def test_ids_tell_equal_pictures_and_captions_from_different_ones(rows):
     assert first["image_id"] == other_caption["image_id"] and first["caption_id"] != other_caption["caption_id"]
     assert 0 <= stable_id("a red square") < 2**63
     assert stable_id("a red square") == 666931742951634193, "another process, or another run, must find the same number"
+
+
+SPELLED = {  # what the tokenizer cannot tell apart
+    "case": ("a red circle", "A Red circle"),
+    "blanks": ("a red circle", " a  red\tcircle"),
+    "composed": ("a caf\u00e9", "a cafe\u0301"),
+    "cut": ("one two three four five", "one two three four six"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_texts_of_the_same_tokens_are_one_text(rows, name):
+    """In a batch of pairs, of a task, and of one's own: neither is the other's negative."""
+    one, other = SPELLED[name]
+    tokenizer = Tokenizer.build([text for texts in SPELLED.values() for text in texts])
+    config = MAMOConfig(vocab_size=len(tokenizer), image_size=(16, 24), patch_size=8, max_tokens=6)
+    three = [rows[i] | {"caption": text} for i, text in enumerate((one, other, "another"))]
+    pairs = Collate(0)([Pairs(three, tokenizer, config)[0, i] for i in range(3)])
+    own = make_batch([row["image"] for row in three], [one, other, "another"], config, tokenizer)
+    task = TaskRows(three, HeadConfig("retrieval"), tokenizer, config, "none", 0)
+    for ids in (pairs["caption_id"], own["caption_id"], torch.tensor([task[0, i]["caption_id"][0] for i in range(3)])):
+        assert ids[0] == ids[1] != ids[2]
+    for batch in (pairs, own):
+        assert same_pairs(batch)[0, 1] and not same_pairs(batch)[0, 2]
+
+
+@pytest.fixture
+def several_paths(tmp_path) -> list[str]:
+    """Ways to one picture: as it is, through "..", a full path, a link to it, a link to its folder; then another."""
+    for name in ("p/a.png", "p/b.png"):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        square("ab".index(name[2])).save(tmp_path / name)
+    (tmp_path / "link.png").symlink_to(tmp_path / "p" / "a.png")
+    (tmp_path / "q").symlink_to(tmp_path / "p")
+    return ["p/a.png", "p/../p/a.png", str(tmp_path / "p/a.png"), "link.png", "q/a.png", "p/b.png"]
+
+
+def test_a_picture_is_one_whatever_path_leads_to_it(several_paths, tmp_path):
+    """In a batch of pairs and of one's own; where it is not read through read_rows, too."""
+    path = write_rows(tmp_path / "a.jsonl", [{"image": image, "caption": f"c {image}"} for image in several_paths])
+    read = read_rows([path], "pairs")
+    assert len({row["image"] for row in read}) == 2 and read[0]["image"] == str(tmp_path / "p/a.png")
+    by_hand = [row | {"image": str(tmp_path / image)} for row, image in zip(read, several_paths, strict=True)]
+    config = MAMOConfig(image_size=(16, 24), patch_size=8)
+    own = make_batch([row["image"] for row in by_hand], [row["caption"] for row in by_hand], config)
+    for some in (read, by_hand):
+        ids = [dataset(some)[0, i]["image_id"] for i in range(6)]
+        assert len(set(ids[:5])) == 1 and len(set(ids)) == 2
+    assert len(set(own["image_id"][:5].tolist())) == 1 and len(set(own["image_id"].tolist())) == 2
+    pairs = write_rows(
+        tmp_path / "r.jsonl", [{"images": [a, "p/b.png"], "text": "x", "label": True} for a in several_paths[:5]]
+    )
+    assert {tuple(row["images"]) for row in read_rows([pairs], "reasoning")} == {
+        (str(tmp_path / "p/a.png"), str(tmp_path / "p/b.png"))
+    }
+
+
+def test_what_has_no_path_in_the_file_system_is_a_missing_picture(tmp_path):
+    """A null byte, half a letter, a link to itself."""
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    for image in ("a\0.png", "\ud800.png", "round.png"):
+        path = write_rows(tmp_path / "a.jsonl", [{"image": image, "caption": "x"}])
+        with pytest.raises(ValueError, match="1 of 1 pictures cannot be used"):
+            read_rows([path], "pairs")
+
+
+def test_ids_do_not_depend_on_where_the_data_lie(tmp_path):
+    """So that a run that is taken up again elsewhere knows the pictures of its queue."""
+    ids = []
+    for folder in ("here", "there"):
+        rows = read_rows([write_squares(tmp_path / folder / "pairs.jsonl", 8)], "pairs")
+        ids.append([dataset(rows)[0, i]["image_id"] for i in range(8)])
+    assert ids[0] == ids[1] and len(set(ids[0])) == 8
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_after_resuming(rows):

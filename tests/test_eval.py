@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import eval as evaluation
+import explain
 from data import captions_of, load_image, pad, read_rows, to_tensor
 from eval import draw_ranked, encode_rows, foils, load_model, ranks, rerank, retrieval
 from metrics import chance_recalls, recalls
@@ -252,6 +253,81 @@ def test_retrieval_equals_scoring_every_pair_alone(model_and_words, naive):
     assert len(distinct) == 4
     assert result["apart"].keys() == {"heldout False", "heldout True"}
     assert retrieval(model, tokenizer, rows, CPU)["apart"] == {}
+
+
+@pytest.fixture(scope="module")
+def respelled(gallery) -> Path:
+    """The same pairs, and each once more with its text and its picture spelled otherwise."""
+    rows = [json.loads(line) for line in gallery.read_text(encoding="utf-8").splitlines()]
+    (gallery.parent / "link").symlink_to(gallery.parent / "pictures")
+    ways = ("pictures/../pictures/", "link/", f"{gallery.parent}/pictures/")
+    more = []
+    for number, row in enumerate(rows):
+        texts = [text.upper() if number % 2 else f"  {text.replace(' ', '  ')}" for text in captions_of(row)]
+        more.append(row | {"image": row["image"].replace("pictures/", ways[number % 3]), "caption": texts})
+    assert not {text for row in more for text in captions_of(row)} & {text for row in rows for text in captions_of(row)}
+    return write_rows(gallery.parent / "respelled.jsonl", rows + more)
+
+
+def test_another_spelling_is_not_another_answer(model_and_words, gallery, respelled, command, checkpoint, tmp_path):
+    """Figures are those of the same pairs spelled once, from the model, its lists, and in the sheets that are drawn."""
+    lists: list[dict] = []
+    once, both = (read_rows([path], "pairs") for path in (gallery, respelled))
+    result = retrieval(*model_and_words, both, CPU, by="heldout", lists=lists)
+    assert result == retrieval(*model_and_words, once, CPU, by="heldout")
+    named = {row["image"] for row in once} | {text for row in once for text in captions_of(row)}
+    assert {name for one in lists for name in [one["query"], *one["found"]]} == named, "as the data names them first"
+    figures = []
+    for data in (gallery, respelled):
+        said = tmp_path / "said.jsonl"
+        for how in (("--checkpoint", checkpoint), ()):
+            code, table, errors = command("retrieval", "--data", data, "--predictions", said, *how)
+            assert code == 0, errors
+            figures.append([line for line in table.splitlines() if "contrast" in line or "matching" in line])
+            assert "24 pictures" in table
+    assert figures[0] == figures[2] and figures[1] == figures[3] and figures[0][0] == figures[1][0]
+
+
+def test_the_sheet_marks_right_answers_however_they_are_spelled(model_and_words, gallery, respelled, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(explain, "draw_sheet", lambda cells, path: sheets.append([cell.lines for cell in cells]))
+    for path in (gallery, respelled):
+        rows, lists = read_rows([path], "pairs"), []
+        retrieval(*model_and_words, rows, CPU, lists=lists)
+        draw_ranked(rows if path == gallery else rows[::-1], lists, Path("none.png"))
+    assert sheets[0] == sheets[1] and any(text.startswith("+") for lines in sheets[0] for text, _ in lines)
+
+
+def test_texts_that_are_one_once_they_are_cut_are_one_answer(model_and_words, gallery, command, checkpoint, tmp_path):
+    """What the model reads of two long texts is the same, so their scores are, and neither may count as wrong."""
+    rows = [json.loads(line) for line in gallery.read_text(encoding="utf-8").splitlines()][:12]
+    for number, row in enumerate(rows):
+        row["caption"] = f"{caption(number // 2)} {'so ' * 20}{number}"
+    path, said = write_rows(gallery.parent / "long.jsonl", rows), tmp_path / "said.jsonl"
+    result = retrieval(*model_and_words, read_rows([path], "pairs"), CPU)
+    assert (result["images"], result["texts"]) == (12, 6)
+    tables = []
+    for how in (("--checkpoint", checkpoint), ()):
+        code, table, errors = command("retrieval", "--data", path, "--predictions", said, *how)
+        assert code == 0, errors
+        tables.append([line for line in table.splitlines() if "pictures" in line or "contrast" in line])
+    assert tables[0] == tables[1] and "12 pictures, 6 captions" in tables[0][0]
+
+
+def test_foils_and_answers_are_read_however_they_are_spelled(model_and_words, foil_file):
+    """A foil that the model cannot tell from the caption is not preferred; the others score as they did."""
+    rows = read_rows([foil_file], "foils")
+    loud = [row | {"caption": row["caption"].upper()} for row in rows]
+    assert foils(*model_and_words, loud, CPU) == foils(*model_and_words, rows, CPU)
+    equal = [row | {"foils": {"case": row["caption"].upper()}} for row in rows]
+    assert foils(*model_and_words, equal, CPU)["contrast"] == {"case": 0.0}
+
+
+def test_a_search_shows_a_picture_once(respelled, command, checkpoint, tmp_path):
+    asked = ("search", "--checkpoint", checkpoint, "--data", respelled, "--text", "a red square")
+    code, said, errors = command(*asked)
+    found = re.findall(r"(\d\d)\.png: ", said)
+    assert code == 0 and len(found) == len(set(found)) == 10, errors
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 100])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -471,10 +472,48 @@ def test_a_name_stands_for_its_training_file_and_the_val_file_beside_it(start, t
     assert train == [tmp_path / "vqa_train.jsonl", tmp_path / "other.jsonl"] and val == [tmp_path / "vqa_val.jsonl"]
 
 
-def test_at_most_2000_rows_are_evaluated_on(start, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "read_rows", lambda *given: read_rows(*given) * 100)
-    run = tuned("vqa", start, data, tmp_path, "--val", str(data["vqa"]))
-    assert len(run.rows) == 2400 and len(run.val_rows) == 2000
+@pytest.mark.parametrize(
+    ("name", "train", "val"),
+    [
+        ("trains", "trains_train.jsonl", "trains_val.jsonl"),
+        ("constrained", "constrained_train.jsonl", "constrained_val.jsonl"),
+        ("train", "train_train.jsonl", "train_val.jsonl"),
+        ("constrained_train.jsonl", "constrained_train.jsonl", "constrained_val.jsonl"),
+        ("train-constrained.jsonl", "train-constrained.jsonl", "val-constrained.jsonl"),
+        ("train2014.jsonl", "train2014.jsonl", "val2014.jsonl"),
+        ("train/a.train.jsonl", "train/a.train.jsonl", "train/a.val.jsonl"),
+        ("constrained.jsonl", "constrained.jsonl", None),
+    ],
+)
+def test_only_the_word_train_in_a_name_stands_for_the_split(tmp_path, name, train, val):
+    """The last such word, and never letters within another one or the name of a folder."""
+    for wrong in ("vals_val", "vals_train", "consvaled_train", "consvaled_val", "consvaled", "val_val", "val_train"):
+        write_task(tmp_path / f"{wrong}.jsonl", "vqa", 1)
+    if val:
+        write_task(tmp_path / val, "vqa", 1)
+    assert expand([str(tmp_path / name)]) == ([tmp_path / train], [tmp_path / val] if val else [])
+
+
+@pytest.mark.parametrize(("task", "most"), [("vqa", 2000), ("retrieval", 500)])
+def test_what_is_chosen_on_is_a_sample_of_val_said_once(start, data, tmp_path, capsys, task, most):
+    """Of 2,400 rows, or pictures, as many from the end of the file as from its beginning; the same for every run."""
+    lines = write_task(tmp_path / "few.jsonl", task).read_text().splitlines()
+    copies = 2400 // len(lines)
+    for copy, number in product(range(copies), range(12)):  # pictures of their own: retrieval reads each once
+        picture = tmp_path / f"pictures/{number:02d}.png"
+        (tmp_path / f"pictures/{copy}-{number:02d}.png").hardlink_to(picture)
+    val = write_rows(
+        tmp_path / "many.jsonl",
+        [line.replace("pictures/", f"pictures/{copy}-") for copy in range(copies) for line in lines],
+    )
+    runs = [tuned(task, start, data, tmp_path / str(n), "--val", str(val), "--seed", str(n)) for n in (0, 1)]
+    said = capsys.readouterr().out
+    assert said.count(f"{most} of 2400") == 2
+    assert len(runs[0].val_rows) == most and runs[0].val_rows == runs[1].val_rows
+    places = [int(Path(row["image"]).name.partition("-")[0]) for row in runs[0].val_rows]
+    assert places == sorted(places)
+    late = sum(place >= copies // 2 for place in places)
+    assert abs(late / most - 0.5) < 0.1
 
 
 def test_retrieval_learns_from_pictures_and_is_judged_on_them(start, data, tmp_path):

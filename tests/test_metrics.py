@@ -497,7 +497,8 @@ def lists_of(rows: list[dict], draw: random.Random, ways: tuple[str, ...]) -> li
 def test_recalls_of_ranked_lists_equal_loops(tmp_path):
     """Of 12 pictures with 18 captions, some of which are right for several, and of random orders."""
     rows = [{"image": f"{number}.png", "caption": [f"picture {number}", f"of {number % 6}"]} for number in range(12)]
-    assert right_answers(rows)["text_to_image"]["of 3"] == {"3.png", "9.png"}
+    right, _ = right_answers(rows)
+    assert right["text_to_image"]["of 3"] == {"3.png", "9.png"}
     lists = lists_of(rows, random.Random(0), ("contrast", "matching"))
     write_predictions(tmp_path / "lists.jsonl", rows, lists)
     result = judge_retrieval(rows, tmp_path / "lists.jsonl")
@@ -522,6 +523,27 @@ def test_recalls_of_ranked_lists_equal_loops(tmp_path):
     write_predictions(tmp_path / "one.jsonl", rows, [one for one in lists if one["way"] == "contrast"])
     alone = judge_retrieval(rows, tmp_path / "one.jsonl")
     assert alone["matching"] == {} and alone["contrast"] == result["contrast"] and alone["chance"] == result["chance"]
+
+
+def test_another_program_may_spell_texts_and_paths_otherwise(tmp_path):
+    """Lists of which each names pictures and texts in its own way score as those that name them as the data does."""
+    write_squares(tmp_path / "pairs.jsonl", 12)
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    rows = read_rows([tmp_path / "pairs.jsonl"], "pairs")
+    lists = lists_of(rows, random.Random(0), ("contrast",))
+    names = {row["image"]: row["image"].replace("pictures/", "link/") for row in rows}
+    names |= {row["caption"]: f"{row['caption'].title()}  " for row in rows}
+    for path, other in (("one.jsonl", {}), ("other.jsonl", names)):
+        named = [
+            one | {"query": other.get(one["query"], one["query"]), "found": [other.get(n, n) for n in one["found"]]}
+            for one in lists
+        ]
+        write_predictions(tmp_path / path, rows, named)
+    expected = judge_retrieval(rows, tmp_path / "one.jsonl")
+    assert judge_retrieval(rows, tmp_path / "other.jsonl") == expected
+    assert (expected["images"], expected["texts"]) == (12, 12)
+    loud = [row | {"caption": [row["caption"], row["caption"].upper()]} for row in rows]
+    assert judge_retrieval(loud, tmp_path / "one.jsonl") == expected, "each text twice in the data"
 
 
 # ----------------------------------------------------------------------------- a data set and a tiny model of each task

@@ -512,6 +512,27 @@ def test_albef_lists_of_every_task(tmp_path):
         assert rows(out / f"{task}_train.jsonl", schema) == expected
 
 
+def test_a_picture_that_lies_in_a_folder_twice_is_in_one_split(tmp_path):
+    """By a link: none of val is trained on."""
+    names = [f"a shape {chr(97 + i)}.png" for i in range(20)]
+    picture(tmp_path / "pictures", *names)
+    for i, name in enumerate(names):
+        (tmp_path / "pictures" / f"the same {chr(97 + i)}.png").symlink_to(name)
+    out = run(tmp_path, "folder", "--val-share", 0.5)
+    splits = [{row["image"] for row in rows(out / f"pairs_{split}.jsonl", "pairs")} for split in ("train", "val")]
+    assert not splits[0] & splits[1] and len(splits[0] | splits[1]) == 20
+
+
+def test_only_whole_folders_are_stripped_from_a_path(tmp_path):
+    """--strip /data/coco is no beginning of /data/coco2/a.jpg."""
+    picture(tmp_path / "pictures", "a.jpg", "2/a.jpg")
+    path = write(tmp_path / "a.json", [{"image": "/data/coco2/a.jpg", "caption": "x"}])
+    arguments = ["--annotations", path, "--task", "pairs", "--strip"]
+    assert "data/coco2/a.jpg" in refused(tmp_path, "albef", *arguments, "/data/coco")
+    for top in ("/data/coco2", "/data/coco2/"):
+        assert rows(run(tmp_path, "albef", *arguments, top, "--force") / "pairs_train.jsonl", "pairs")
+
+
 def test_paths_hold_behind_symbolic_links(tmp_path):
     picture(tmp_path / "far" / "away" / "pictures", "1.jpg")
     (tmp_path / "disk" / "deep" / "data").mkdir(parents=True)
@@ -855,8 +876,70 @@ def test_files_that_are_there_are_kept_without_force(tmp_path):
     assert "pairs_test.jsonl exists already: pass --force" in said
     assert (tmp_path / "out" / "pairs_test.jsonl").read_text() == "mine"
     out = run(tmp_path, "coco", "--annotations", path, "--force")
-    assert sorted(file.name for file in out.iterdir()) == [f"pairs_{split}.jsonl" for split in ("test", "train", "val")]
+    assert written(out) == [f"pairs_{split}.jsonl" for split in ("test", "train", "val")]
     assert len(rows(out / "pairs_test.jsonl", "pairs")) == 1
+
+
+def written(out: Path) -> list[str]:
+    """The JSONL files of a folder, beside which lies nothing but the list of them."""
+    assert {file.name for file in out.iterdir() if file.suffix != ".jsonl"} == {"written.json"}
+    return sorted(file.name for file in out.glob("*.jsonl"))
+
+
+def test_files_of_an_earlier_run_do_not_stay_beside_new_ones(tmp_path, capsys):
+    """A split that the new run does not have would be taken for its own, and all of it is in train."""
+    picture(tmp_path / "pictures", *(f"a shape {chr(97 + i)}.png" for i in range(20)))
+    out = run(tmp_path, "folder", "--val-share", 0.5)
+    assert written(out) == ["pairs_train.jsonl", "pairs_val.jsonl"]
+    run(tmp_path, "folder", "--force")
+    assert written(out) == ["pairs_train.jsonl"] and len(rows(out / "pairs_train.jsonl", "pairs")) == 20
+    assert "pairs_val.jsonl" in capsys.readouterr().out, "what goes is said"
+
+
+def test_an_earlier_run_is_known_where_no_file_is_the_same(tmp_path):
+    """First all are val, then all are train."""
+    picture(tmp_path / "pictures", "a shape.png", "a circle.png")
+    out = run(tmp_path, "folder", "--val-share", 0.9999)
+    assert written(out) == ["pairs_val.jsonl"]
+    assert "pairs_val.jsonl exists already: pass --force" in refused(tmp_path, "folder")
+    run(tmp_path, "folder", "--force")
+    assert written(out) == ["pairs_train.jsonl"]
+
+
+def test_what_another_command_or_another_split_wrote_stays(tmp_path, capsys):
+    """Splits of one data set are converted one after another, and tasks may share a folder."""
+    picture(tmp_path / "pictures", "a shape.png")
+    path = write(tmp_path / "dev.json", [NLVR], lines=True)
+    for split in ("train", "dev"):
+        picture(tmp_path / "pictures", f"2/{split}-3125-1-0.png")
+        run(tmp_path, "nlvr", "--annotations", path, "--split", split)
+    out = run(tmp_path, "folder")
+    capsys.readouterr()
+    run(tmp_path, "nlvr", "--annotations", path, "--split", "train", "--force")
+    said = capsys.readouterr().out
+    assert "removed" not in said and "not replaced, because another run or you wrote it: reasoning_val.jsonl" in said
+    assert written(out) == ["pairs_train.jsonl", "reasoning_train.jsonl", "reasoning_val.jsonl"]
+
+
+def test_a_file_of_no_run_is_kept_and_named(tmp_path, capsys):
+    """Made by hand, or by a version that kept no list: it lies where training looks for val."""
+    picture(tmp_path / "pictures", "a shape.png")
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out" / "pairs_val.jsonl", "mine")
+    write(tmp_path / "out" / "pairs_notes.jsonl", "mine too")
+    for more in ((), ("--force",)):
+        out = run(tmp_path, "folder", *more)
+        said = capsys.readouterr().out
+        assert "not replaced" in said and "pairs_val.jsonl" in said and "pairs_notes.jsonl" in said
+    assert (out / "pairs_val.jsonl").read_text() == "mine" and (out / "pairs_notes.jsonl").read_text() == "mine too"
+
+
+def test_a_damaged_list_ends_with_one_sentence(tmp_path):
+    picture(tmp_path / "pictures", "a shape.png")
+    (tmp_path / "out").mkdir()
+    for content in ("{", "[]", '{"folder pairs": 3}', '{"folder pairs": ["../../mine.jsonl"]}'):
+        write(tmp_path / "out" / "written.json", content)
+        assert "written.json is not a list of what was written" in refused(tmp_path, "folder", "--force")
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
@@ -867,6 +950,8 @@ def test_nothing_is_half_made(tmp_path, monkeypatch, fault, when):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out" / "pairs_train.jsonl", "old train")
     write(tmp_path / "out" / "pairs_val.jsonl", "old val")
+    write(tmp_path / "out" / "pairs_test1.jsonl", "old test")
+    write(tmp_path / "out" / "written.json", {"coco pairs": ["pairs_test1.jsonl"]})
     calls = itertools.count()
     place, replace = (prepare, "not_blank") if when == "writing" else (prepare.os, "replace")
     original = getattr(place, replace)
@@ -880,7 +965,8 @@ def test_nothing_is_half_made(tmp_path, monkeypatch, fault, when):
     with pytest.raises(fault):
         run(tmp_path, "coco", "--annotations", path, "--force")
     found = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()}
-    assert found == {"pairs_train.jsonl": "old train", "pairs_val.jsonl": "old val"}, "pairs_test.jsonl was moved first"
+    old = {"pairs_train.jsonl": "old train", "pairs_val.jsonl": "old val", "pairs_test1.jsonl": "old test"}
+    assert found == old | {"written.json": '{"coco pairs": ["pairs_test1.jsonl"]}'}
 
 
 def test_the_page_on_data_shows_every_command():

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +235,17 @@ def test_the_layer_is_the_given_the_chosen_or_the_middle_one(trained, squares, w
 
 
 # ----------------------------------------------------------------------------------------------------------- recovered
+
+
+def test_of_many_pictures_those_recovered_are_from_all_over_the_data(trained, squares, write, monkeypatch):
+    """And the ones that the page shows are among them."""
+    checkpoint, asked = trained("--ema", "0.9"), []
+    monkeypatch.setattr(report, "MOSAICS", 1)
+    monkeypatch.setattr(report, "PATCHES", 10 * 6)
+    monkeypatch.setattr(report, "recover", lambda *given: asked.append(given[2]) or {"items": []})
+    write(checkpoint, squares)
+    numbers = sorted(int(Path(path).stem) for path in asked[0])
+    assert len(numbers) == len(set(numbers)) == 10 and sum(number >= 11 for number in numbers[-5:]) >= 3
 
 
 def test_recovered_patches_are_those_of_a_loop(trained, squares, write):

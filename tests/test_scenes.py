@@ -440,6 +440,9 @@ def test_hidden_objects_leave_no_trace(worlds):
         assert (shapes.render(bare, 64) == pixels_of(worlds["full"], row)).all()
 
 
+ABOUT = ("world.json", "written.json")  # what stands in a world beside pictures and rows
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -457,7 +460,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path, leve
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_larger_training_split_changes_no_other_split(tmp_path, level):
     small, large = (files_of(make(tmp_path / str(n), level, train=n, val=10, test=10)) for n in (20, 40))
-    assert all(small[name] == large[name] for name in small if "train" not in name and name != "world.json")
+    assert all(small[name] == large[name] for name in small if "train" not in name and name not in ABOUT)
     assert large["pairs_train.jsonl"].startswith(small["pairs_train.jsonl"])
 
 
@@ -477,6 +480,80 @@ def test_a_second_run_does_nothing_and_other_arguments_are_refused(tmp_path, cap
     (foreign / "a.jpg").touch()
     with pytest.raises(ValueError, match="not a world"):
         scenes.main(["--out", str(foreign), "--force"])
+
+
+def test_a_world_that_is_replaced_leaves_what_is_not_its_own(tmp_path, capsys):
+    """Notes, a file of rows, a run, and a picture beside the pictures stay; of the old world nothing does."""
+    folder = make(tmp_path / "world", "easy", train=40, val=10, test=10)
+    mine = ("notes.txt", "my.jsonl", "runs/demo/checkpoint.pt", "images/train/cat.png", "images/my/a.png")
+    for name in mine:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    small = ["--train", "20", "--val", "10", "--test", "10", "--level", "nlvr"]
+    scenes.main(["--out", str(folder), *small, "--force"])
+    fresh = files_of(make(tmp_path / "fresh", "nlvr", train=20, val=10, test=10))
+    found = files_of(folder)
+    assert {name: found.pop(name) for name in mine} == dict.fromkeys(mine, b"mine")
+    assert found == fresh
+    assert not (folder / "images" / "novel").exists(), "no empty folders"
+
+
+def test_a_file_that_stands_in_the_way_is_not_replaced(tmp_path):
+    """A world that needs a name which another file has is not written."""
+    folder = make(tmp_path / "world", "easy", train=20, val=10, test=10)
+    picture = folder / "images/train/000030.png"
+    picture.write_bytes(b"mine")
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=r"000030.png.* is not on its list.* move it away"):
+        scenes.main(["--out", str(folder), "--train", "40", "--val", "10", "--test", "10", "--force"])
+    assert files_of(folder) == before
+
+
+def test_a_world_without_a_list_is_not_deleted(tmp_path):
+    """One that an older version wrote."""
+    folder = make(tmp_path / "world", "easy", train=20, val=10, test=10)
+    (folder / "written.json").unlink()
+    before = files_of(folder)
+    with pytest.raises(ValueError, match="is not on its list"):
+        scenes.main(["--out", str(folder), "--train", "40", "--val", "10", "--test", "10", "--force"])
+    assert files_of(folder) == before
+
+
+def test_a_world_may_be_drawn_into_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    """Named by the way back to it, or not at all."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "../here", "images/.."):
+        scenes.main(["--out", out, "--train", "20", "--val", "10", "--test", "10", "--force"])
+    assert [path.name for path in tmp_path.iterdir()] == ["here"] and len(files_of(tmp_path / "here")) > 100
+
+
+def test_a_killed_run_is_begun_anew(tmp_path):
+    """While it drew: what it left is no world, and is not asked about. While it moved: the list knows its files."""
+    folder = tmp_path / "world"
+    (folder / f"{scenes.written.TEMPORARY}abc").mkdir(parents=True)
+    sizes = {"train": 20, "val": 10, "test": 10}
+    whole = files_of(make(folder, "easy", **sizes))
+    (folder / "world.json").unlink()
+    (folder / "pairs_val.jsonl").unlink()
+    assert files_of(make(folder, "easy", **sizes)) == whole
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
+def test_an_old_world_stays_whole_if_the_new_one_cannot_be_moved(tmp_path, monkeypatch, fault):
+    folder = make(tmp_path / "world", "easy", train=20, val=10, test=10)
+    (folder / "notes.txt").write_text("mine")
+    before, calls, replace = files_of(folder), iter(range(1000)), scenes.written.os.replace
+
+    def failing(*arguments):
+        if next(calls) == 50:
+            raise fault("stopped")
+        return replace(*arguments)
+
+    monkeypatch.setattr(scenes.written.os, "replace", failing)
+    with pytest.raises(fault):
+        scenes.main(["--out", str(folder), "--train", "40", "--val", "10", "--test", "10", "--force"])
+    assert files_of(folder) == before
 
 
 def test_an_interrupted_run_leaves_nothing_half_made(tmp_path, monkeypatch):

@@ -527,6 +527,12 @@ def test_rows_of_a_picture_become_one_with_all_its_texts():
     ]
 
 
+def test_texts_that_the_tokenizer_cannot_tell_apart_are_one_text_of_a_picture():
+    """As it is written first: a caption that counts twice would weigh twice."""
+    rows = [{"image": "a.png", "caption": ["A caf\u00e9", "x"]}, {"image": "a.png", "caption": " a  cafe\u0301"}]
+    assert by_picture(rows, "pairs") == [{"image": "a.png", "caption": ["A caf\u00e9", "x"]}]
+
+
 def test_each_task_is_read_with_its_own_text():
     assert texts_of({"image": "a.png", "caption": "x"}, "pairs") == ["x"]
     assert texts_of({"image": "a.png", "caption": ["x", "y"]}, "pairs") == ["x", "y"]
@@ -628,7 +634,7 @@ def test_a_batch_of_retrieval_says_whose_its_captions_are(pictures):
     read = [dataset.tokenizer.encode(text, 16) for text in texts]
     assert [ids[real].tolist() for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)] == read
     assert batch["caption_id"].shape == (3, 4)
-    assert batch["caption_id"][batch["given"]].tolist() == [stable_id(text) for text in texts]
+    assert batch["caption_id"][batch["given"]].tolist() == [stable_id(str(ids)) for ids in read]
     assert batch["caption_id"][0, 0] == batch["caption_id"][2, 1]
     assert all(
         0 <= slot < len(texts_of(row, "pairs")) for slot, row in zip(batch["chosen"].tolist(), rows, strict=True)
@@ -642,7 +648,7 @@ def test_of_many_captions_some_are_taken_at_random_and_reproducibly(pictures):
 
     def taken(key: tuple[int, int], seed: int = 0) -> tuple[tuple[int, ...], int]:
         sample = samples(pictures, "retrieval", rows, seed, augment="photo")[key]
-        place = {stable_id(text): number for number, text in enumerate(captions)}
+        place = {stable_id(str(sample_text(text))): number for number, text in enumerate(captions)}
         assert sample["texts"] == [sample_text(captions[place[i]]) for i in sample["caption_id"]]
         return tuple(place[i] for i in sample["caption_id"]), sample["chosen"]
 
@@ -666,7 +672,9 @@ def test_five_captions_or_fewer_are_all_there_in_every_epoch(pictures):
     dataset = samples(pictures, "retrieval", rows)
     for epoch in range(5):
         for number, row in enumerate(rows):
-            assert dataset[epoch, number]["caption_id"] == [stable_id(text) for text in row["caption"]]
+            read = [dataset.tokenizer.encode(text, 16) for text in row["caption"]]
+            assert dataset[epoch, number]["texts"] == read and len(set(map(str, read))) == len(read)
+            assert dataset[epoch, number]["caption_id"] == [stable_id(str(ids)) for ids in read]
 
 
 def test_augmentation_follows_from_the_key_and_each_picture_has_its_own(pictures):

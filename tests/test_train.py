@@ -520,6 +520,17 @@ def test_a_validation_file_beside_the_data_is_found(tmp_path):
     assert len(new_run(data, tmp_path / "two").val_rows) == 5
 
 
+def test_a_large_val_file_is_sampled_and_not_cut(data, tmp_path, capsys):
+    """1,000 of 1,500 rows from all over the file, said once."""
+    rows = [json.loads(line) | {"place": n} for n, line in enumerate(data.read_text().splitlines() * 70)][:1500]
+    val = write_rows(data.parent / "many_val.jsonl", rows)
+    run = new_run(data, tmp_path, "--val", str(val))
+    places = [row["place"] for row in run.val_rows]
+    assert len(places) == len(set(places)) == 1000 and places == sorted(places)
+    assert 300 < sum(place >= 1000 for place in places) < 370
+    assert capsys.readouterr().out.count("1000 of 1500") == 1
+
+
 def test_epochs_decide_the_steps(data, tmp_path):
     """22 rows make five batches of four; accumulated by two, an epoch is two steps and a half."""
     assert new_run(data, tmp_path / "one", "--epochs", "2").config.steps == 10

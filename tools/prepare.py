@@ -21,7 +21,6 @@ import pickle
 import re
 import reprlib
 import sys
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -31,8 +30,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data import check_row, json_lines, lines_of, pictures_of
+from data import check_row, json_lines, lines_of, pictures_of, resolved
 from metrics import normalise
+from world.written import listed, replacing
 
 Rows = Iterator[tuple[str, str, dict]]  # (place, split, row)
 
@@ -117,7 +117,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
         raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
-    without = []
+    without, first = [], {}  # first: by its resolved path, the name of a picture that lies there several times
     for name in sorted(names | listed.keys()):  # convert reports those that are listed but missing
         path = args.images / name
         if lists:
@@ -127,7 +127,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
         else:
             captions = caption_in_name(path.stem)
         if captions:
-            share = zlib.crc32(name.encode()) / 2**32
+            share = zlib.crc32(first.setdefault(resolved(path), name).encode()) / 2**32
             yield str(path), "val" if share < args.val_share else "train", {"image": name, "caption": captions}
         else:
             without.append(name)
@@ -324,10 +324,11 @@ def albef(args: argparse.Namespace, left_out: Counter) -> Rows:
     Ten answers are scored as VQA scores them; of fewer, each is worth its share. Lists for grounding hold no boxes:
     they can be trained on, not evaluated with.
     """
+    top = args.strip.rstrip("/") + "/"  # a whole folder: "coco" is no beginning of coco2/a.jpg
     for place, entry in entries(args.annotations):
         with at(place):
             row = {key: take(entry, key, kind) for key, kind in ALBEF[args.task].items()}
-            images = [image.removeprefix(args.strip).lstrip("/") for image in texts_in(pictures_of(row))]
+            images = [image.removeprefix(top).lstrip("/") for image in texts_in(pictures_of(row))]
             row |= {"images": images} if "images" in row else {"image": images[0]}
             if "sentence" in row:
                 row["text"] = row.pop("sentence")
@@ -427,43 +428,30 @@ class PlainUnpickler(pickle.Unpickler):
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-@contextmanager
-def all_or_none(folder: Path) -> Iterator[Path]:
-    """A temporary folder, whose files move to `folder` together if the block succeeds. If not, nothing changes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        new.mkdir()
-        old.mkdir()
-        yield new
-        names = sorted(os.listdir(new))
-        try:
-            for name in names:
-                if (folder / name).exists():
-                    os.replace(folder / name, old / name)
-                os.replace(new / name, folder / name)
-        except BaseException:  # also Ctrl-C
-            for name in names:
-                if (old / name).exists():
-                    os.replace(old / name, folder / name)
-                elif not (new / name).exists():
-                    (folder / name).unlink()
-            raise
-
-
 MISSING = "rows whose picture is missing"
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write the rows of a data set, and print how many there are and what was left out.
+    """Write the rows of a data set, and print how many there are, what was left out, and what else is in the folder.
 
-    Raises:  ValueError for an entry of another form, a picture that is missing (unless args.skip_missing), or no rows
+    Raises:  ValueError for an entry of another form, a picture that is missing (unless args.skip_missing), no rows, or
+             without args.force a file that is there
     """
     schema = "phrases" if args.converter is albef and args.task == "grounding" else args.task  # without boxes
     # Resolved first: behind a symbolic link, ".." leads elsewhere than the path says.
     root = Path(os.path.relpath(args.images.resolve(), args.out.resolve())).as_posix()
     written, left_out, pictures, missing = Counter(), Counter(), set(), {}  # missing: a dict, to keep their order
-    with all_or_none(args.out) as folder, ExitStack() as opened:
+    run = " ".join([args.command, args.task, *([args.split] if "split" in args else [])])
+    earlier = listed(args.out)
+    there = {name for names in earlier.values() for name in names if (args.out / name).exists()}
+
+    def check_free(name: str) -> None:
+        if (args.out / name).exists() and not args.force:
+            raise ValueError(f"{args.out / name} exists already: pass --force to replace it, or another --out")
+
+    for name in earlier.get(run, []):
+        check_free(name)
+    with replacing(args.out, run, args.force) as folder, ExitStack() as opened:
         files = {}
         for place, split, row in tqdm(args.converter(args, left_out), unit=" rows", leave=False, disable=None):
             with at(place):
@@ -478,25 +466,28 @@ def convert(args: argparse.Namespace) -> None:
             paths = [f"{root}/{image}" for image in images]
             name = f"{args.task}_{'val' if split == 'dev' else split}.jsonl"
             if name not in files:
-                if (args.out / name).exists() and not args.force:
-                    raise ValueError(f"{args.out / name} exists already: pass --force to replace it, or another --out")
+                check_free(name)
                 files[name] = opened.enter_context(open(folder / name, "w", encoding="utf-8", newline="\n"))
             row |= {"images": paths} if "images" in row else {"image": paths[0]}
             files[name].write(json.dumps(row) + "\n")
             written[name] += 1
         reasons = [f"left out: {count} {reason}" for reason, count in left_out.items() if count]
-        listed = "".join(f"\n  {image}" for image in list(missing)[:10])
+        shown = "".join(f"\n  {image}" for image in list(missing)[:10])
         if missing and not args.skip_missing:
             strip = " or --strip" if "strip" in args else ""
             raise ValueError(
                 f"{left_out[MISSING]} of {left_out[MISSING] + written.total()} rows show a picture that is not in "
-                f"{args.images}: correct --images{strip}, or leave them out with --skip-missing. The first are:{listed}"
+                f"{args.images}: correct --images{strip}, or leave them out with --skip-missing. The first are:{shown}"
             )
         if not written:
-            raise ValueError("\n".join(["no row is left to write", *reasons]) + listed)
+            raise ValueError("\n".join(["no row is left to write", *reasons]) + shown)
     for name, count in written.items():
         print(f"{args.out / name}: {count} rows")
     print(f"{len(pictures)} pictures", *reasons, sep="\n")
+    if removed := sorted(name for name in there if not (args.out / name).exists()):
+        print(f"removed, of the run that this one replaces: {', '.join(removed)}")
+    if stays := sorted(path.name for path in args.out.glob(f"{args.task}_*.jsonl") if path.name not in written):
+        print(f"not replaced, because another run or you wrote it: {', '.join(stays)}")
 
 
 # --------------------------------------------------------------------------------------------------------- command line

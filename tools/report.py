@@ -38,6 +38,7 @@ from eval import encode_rows, layer_for, load_for, match_pairs, retrieval
 from explain import token_maps
 from mamo import at, normalised, patchify
 from metrics import right_answers
+from tasks import by_picture
 from tokenizer import CHUNK, Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -173,13 +174,14 @@ def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) 
     Args:    lists   what eval.retrieval took up: the ten best of each query, of matching behind those of contrast
     Returns: {direction: [{"right": whether the first answer is, "answers": [{"path", "text", "right", "place"}]}]}
     """
-    right, way = right_answers(rows), lists[-1]["way"]
+    (right, names), way = right_answers(rows, lists), lists[-1]["way"]
     chosen = {}
     for direction in DIRECTIONS:
-        queries = []
+        queries, (asked, answer) = [], names[direction]
         for one in lists:
             if (one["way"], one["direction"]) == (way, direction):
-                answers = answers_to(one["query"], one["found"], right[direction][one["query"]], direction)
+                query, found = asked(one["query"]), list(map(answer, one["found"]))
+                answers = answers_to(query, found, right[direction][query], direction)
                 queries.append({"right": answers[0]["right"], "answers": answers})
         chosen[direction] = []
         for query in choose(queries, max(pictures // 3, 1)):
@@ -364,9 +366,7 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
     Raises:  ValueError for data of a single picture, a model without contrast, or what layer_for refuses
     """
     rows, config = read_rows(options.data, "pairs"), model.config
-    captions: dict[str, list[str]] = {}
-    for row in rows:
-        captions[row["image"]] = list(dict.fromkeys(captions.get(row["image"], []) + captions_of(row)))
+    captions = {row["image"]: row["caption"] for row in by_picture(rows, "pairs")}
     if len(captions) < 2 or options.pictures < 2:
         raise ValueError(
             f"{len(captions)} pictures in the data and --pictures {options.pictures}: a page needs 2 of both or more"
@@ -403,7 +403,8 @@ def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], alb
     """What `recover` says of some of the gallery's pictures, or {"why": nothing can be shown}."""
     if why := why_nothing_recovered(model):
         return {"why": why}
-    paths = list(dict.fromkeys([*first, *captions]))[: max(PATCHES // model.config.num_patches, 2)]
+    room, others = max(PATCHES // model.config.num_patches, 2), [path for path in captions if path not in first]
+    paths = [*first, *spaced(others, max(room - len(first), 0))][:room]
     found = recover(model, tokenizer, paths, [captions[path][0] for path in paths], len(first), device)
     for item, path in zip(found["items"], first, strict=False):
         item |= {"picture": album.number(path), "text": captions[path][0]}

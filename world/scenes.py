@@ -22,9 +22,7 @@ Text alone tells nothing: going from a caption to a foil is as likely as going f
 
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +33,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from world import statements, towers
+from world import statements, towers, written
 from world.questions import count_of, questions_of, tasks_of
 from world.shapes import (
     DRAW,
@@ -351,17 +349,11 @@ def fill_boxes(seed: int, sizes: dict[str, int], folder: Path, bar: tqdm) -> Non
 
 
 def write_world(out: Path, description: dict, total: int, fill: Callable[[Path, tqdm], None]) -> None:
-    """Write all files beside the place they go to and move them there at the end: nothing is ever half-made."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    """Write all files of a world in place of an earlier one: nothing is ever half-made, and nothing else is touched."""
+    with written.replacing(out, "world") as folder:
         with tqdm(total=total, desc=f"drawing level {description['level']}", unit=" samples") as bar:
             fill(folder, bar)
         (folder / "world.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_there(out: Path, description: dict, force: bool) -> bool:
@@ -369,9 +361,13 @@ def is_there(out: Path, description: dict, force: bool) -> bool:
 
     Raises:  ValueError if it holds something else: another world (--force replaces it) or files that are not ours
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists():
         return False
+    if out.is_dir() and all(path.name.startswith(written.TEMPORARY) for path in out.iterdir()):
+        return False  # empty, but for what a killed run left
     if not (out / "world.json").is_file():
+        if "world" in written.listed(out):
+            return False  # killed while it was moved
         raise ValueError(f"{out} exists and is not a world made by scenes.py: choose another --out")
     same = json.loads((out / "world.json").read_text(encoding="utf-8")) == description
     if not same and not force:

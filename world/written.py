@@ -1,0 +1,104 @@
+"""A folder that several runs write to: a run replaces what it wrote there before, all of it, and nothing else.
+
+`written.json` in the folder lists, under the name of each run, the files that it wrote. So no file of an earlier run
+stays beside those of a new one, and whatever else lies there, notes or other data, is nobody's to delete.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+LIST, TEMPORARY = "written.json", ".writing-"
+
+
+def listed(folder: Path) -> dict[str, list[str]]:
+    """{run: files} by the list of a folder. Raises ValueError for a list that is damaged or leads out of the folder."""
+    path, runs = folder / LIST, {}
+    if path.is_file():
+        with suppress(ValueError):
+            runs = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(runs, dict) or not runs or not all(map(are_inside, runs.values())):
+            raise ValueError(f"{path} is not a list of what was written there: mend it, or choose another --out")
+    return runs
+
+
+def are_inside(files) -> bool:
+    """Whether a value is a list of names that stay inside their folder."""
+    names = isinstance(files, list) and all(isinstance(name, str) and name for name in files)
+    return names and not any(PurePosixPath(name).is_absolute() or ".." in Path(name).parts for name in files)
+
+
+@contextmanager
+def replacing(folder: Path, run: str, force: bool = False) -> Iterator[Path]:
+    """A temporary folder, whose files move to `folder` together if the block succeeds. If not, nothing changes.
+
+    They replace all files of the earlier run of that name, and of any that wrote one of the same files; with force also
+    files of the same names that are on no list.
+
+    Raises:  ValueError for such a file without force
+    """
+    runs, fresh = listed(folder), not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            yield new
+            names = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
+            gone = {other for other, files in runs.items() if other == run or not set(files).isdisjoint(names)}
+            theirs = {name for other in gone for name in runs[other]}
+            for name in names:
+                if name not in theirs and os.path.lexists(folder / name) and not force:
+                    raise ValueError(
+                        f"{folder / name} is not on its list of what was written there, {LIST}: move it away, or "
+                        "choose another --out"
+                    )
+            others = {other: files for other, files in runs.items() if other not in gone}
+            move(folder, new, old, theirs, names, others, run)
+    finally:
+        if fresh:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def move(folder: Path, new: Path, old: Path, theirs: set[str], names: list[str], others: dict, run: str) -> None:
+    """Old files out of a folder and new ones in; back again if that fails. In between the list holds both."""
+    path, moves = folder / LIST, []
+    before = path.read_bytes() if path.is_file() else None
+    # Last in the alphabet comes first out and last in: without a world.json a world is not whole.
+    moves += [(folder / name, old / name) for name in sorted({*theirs, *names}, reverse=True)]
+    moves += [(new / name, folder / name) for name in names]
+    begun = []
+    try:
+        write_list(path, new.parent, others | {run: sorted({*theirs, *names})})
+        for start, end in moves:
+            if os.path.lexists(start):
+                begun.append((start, end))
+                end.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(start, end)
+        write_list(path, new.parent, others | {run: names})
+    except BaseException:  # also Ctrl-C
+        for start, end in reversed(begun):
+            if os.path.lexists(end):
+                os.replace(end, start)
+        path.write_bytes(before) if before is not None else path.unlink(missing_ok=True)
+        raise
+    finally:
+        drop_empty(folder, {*theirs, *names})
+
+
+def write_list(path: Path, temporary: Path, runs: dict[str, list[str]]) -> None:
+    """Replace the list as a whole."""
+    (temporary / LIST).write_text(json.dumps(runs, indent=0) + "\n", encoding="utf-8")
+    os.replace(temporary / LIST, path)
+
+
+def drop_empty(folder: Path, names: Iterable[str]) -> None:
+    """Remove the folders of some files that are empty now."""
+    inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.parts}
+    for parent in sorted(inside, key=lambda parent: -len(parent.parts)):
+        with suppress(OSError):  # it is not empty, or not there
+            (folder / parent).rmdir()
