@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import runtime
 from mamo import Config
 from tokenizer import Tokenizer, pad
 
@@ -143,6 +144,18 @@ def pictures_of(row: dict) -> list[str]:
 def captions_of(row: dict) -> list[str]:
     """The captions of a row, one or several, as a list."""
     return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+
+
+def content_of(rows: list[dict]) -> list:
+    """How many rows, and a digest of what is learned from them, in order; pictures by name, wherever they lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    keys = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for key in schema} - {"image", "images"})
+    for row in rows:
+        names = [Path(picture).name for picture in pictures_of(row)]
+        twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file that it was made unique to
+        said = [names, twin, row.get("group"), *(row.get(key) for key in keys)]
+        digest.update(json.dumps(said, sort_keys=True).encode())
+    return [len(rows), digest.hexdigest()]
 
 
 @lru_cache(maxsize=1_000_000)
@@ -254,12 +267,41 @@ def adds_up(room: int, stock: tuple[tuple[int, int], ...]) -> bool:
 def training_batches(
     dataset: Dataset, batches: TwinBatches, collate: Callable, workers: int, pin_memory: bool = False
 ) -> Iterator[dict]:
-    """Endless training batches, in the same order and with the same masks for any number of workers."""
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory)
+    """Endless training batches, in the same order and with the same masks for any number of workers.
+
+    Raises:  runtime.DataFailed for a picture that cannot be read, or a worker that was killed
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=Shared(collate) if workers else collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=runtime.in_worker,
+    )
     try:
-        yield from loader
-    except ValueError as error:  # a worker puts its whole traceback around the sentence
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        yield from runtime.without_alarm(loader)
+    except (ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:
+        # A worker that lives puts its whole traceback around the sentence: "Caught ValueError in DataLoader worker".
+        sentence = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("ValueError: ")
+        if workers and "Caught" not in str(error):
+            sentence = "a process that loads data was killed, as a system short of memory does: take fewer --workers"
+        elif "shared memory" in sentence:
+            sentence = "/dev/shm has no room for the batches of --workers: take fewer, or 0, or a smaller --batch-size"
+        raise runtime.DataFailed(sentence) from error
+
+
+@dataclass
+class Shared:
+    """A collate in a worker process whose batch lies in shared memory: where that is full, the worker can say so.
+
+    Left to torch, a batch that does not fit is dropped in a thread of its own, and training waits for it for ever.
+    """
+
+    collate: Callable
+
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
+        return {name: value.share_memory_() for name, value in self.collate(samples).items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
