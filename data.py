@@ -271,14 +271,9 @@ def training_batches(
 
     Raises:  runtime.DataFailed for a picture that cannot be read, or a worker that was killed
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=Shared(collate) if workers else collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=runtime.in_worker,
-    )
+    collate = Shared(collate) if workers else collate
+    more = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": runtime.in_worker}
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **more)
     try:
         yield from runtime.without_alarm(loader)
     except (ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:

@@ -646,6 +646,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load a checkpoint, run one command, keep its result."""
     options = parse()
+    asked = {options.predictions, options.figure, options.results}
     beside = options.checkpoint or options.predictions
     options.results = options.results or (beside and beside.with_name("results.json"))
     with runtime.process_group(options.device) as device:
@@ -679,6 +680,8 @@ def main() -> None:
             result = judge(model, tokenizer, options, device)
             print(result_table(f"{options.command}, {name}", result))
         print(keep_result(options.results, f"{options.command} {name}", result))
+    if asked & runtime.UNWRITTEN:  # the figures are printed, and a script that waits for the file may not go on
+        raise ValueError(f"not written: {', '.join(map(str, asked & runtime.UNWRITTEN))}")
 
 
 def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:

@@ -34,6 +34,11 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ------------------------------------------------------------------------------------------------------------ options
 
 
@@ -145,10 +150,9 @@ def may_become(name: str, was, now) -> bool:
     """Whether a resumed run may be given this value of an option."""
     if name in ("vocab", "init"):  # their content is in the checkpoint, and a place has many names
         return os.path.realpath(was) == os.path.realpath(now)
-    if isinstance(was, tuple):  # a list on the command line
-        was = list(was)
     grown, shrunk = name in MAY_GROW and now > was, name in MAY_SHRINK and 0 < now < was
-    return name in FREE_ON_RESUME or was == now or grown or shrunk
+    equal = now == (list(was) if isinstance(was, tuple) else was)  # a list on the command line
+    return name in FREE_ON_RESUME or equal or grown or shrunk
 
 
 def fail(message: object) -> typing.NoReturn:
@@ -178,9 +182,9 @@ def guarded(main) -> None:
 
 
 class Output:
-    """Standard output or error whose reader may go away (`| head`, a closed terminal): nobody's listening is no error.
+    """Standard output or error whose reader may go away (`| head`, a closed terminal): that nobody listens is no error.
 
-    From then on what is said goes nowhere; a run that trains saves and stops, see Interrupt.
+    What is said from then on goes nowhere, and a run that trains saves and stops, see Interrupt.
     """
 
     gone = False  # whether a reader of this process has gone
@@ -192,25 +196,21 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-            if "\n" in text:  # a reader behind a pipe sees each line when it is said
-                self.stream.flush()
-        except OSError:
-            self.lose()
+        self.attempt(self.stream.write, text)
+        if "\n" in text:  # a reader behind a pipe sees each line when it is said
+            self.flush()
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            self.lose()
+        self.attempt(self.stream.flush)
 
-    def lose(self) -> None:
-        """Give what is still to be written, up to the end of the process, to nobody."""
-        Output.gone = True
-        with open(os.devnull, "w") as nobody:
-            os.dup2(nobody.fileno(), self.stream.fileno())
+    def attempt(self, do, *what) -> None:
+        try:
+            do(*what)
+        except OSError as error:
+            Output.gone |= error.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)  # and not where a disk is full
+            with open(os.devnull, "w") as nobody:
+                os.dup2(nobody.fileno(), self.stream.fileno())
 
 
 # -------------------------------------------------------------------------------------- processes, device, precision
@@ -376,23 +376,17 @@ def sole_run(folder: str | Path):
 
     The lock is on the folder itself and ends with the process, however that ends; on Windows there is none.
     """
-    try:
-        import fcntl
-    except ImportError:
-        fcntl = None
     if fcntl is None or int(os.environ.get("RANK", "0")) > 0:
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     LOCKS.append(os.open(folder, os.O_RDONLY))
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another process is training in {folder}: wait for it, or give another --out"
-                ) from None
+        try:
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # others than this one: a file system without locks
+            if isinstance(error, BlockingIOError):
+                raise ValueError(f"another process is training in {folder}: wait for it, or change --out") from error
         yield
     finally:
         os.close(LOCKS.pop())
@@ -433,7 +427,11 @@ def side_file(path: Path):
     try:
         yield
     except OSError as error:
+        UNWRITTEN.add(path)
         warn(f"{path} cannot be written ({error}); the work goes on without it")
+
+
+UNWRITTEN: set[Path] = set()  # what side_file has warned of
 
 
 @functools.cache
@@ -613,14 +611,13 @@ class DataFailed(ValueError):
 
 
 def without_alarm(loader) -> typing.Iterator:
-    """The batches of a loader without torch's alarm for a worker that dies, which may ring in the middle of a step.
+    """The batches of a loader without torch's alarm for a worker that dies: it may ring in the middle of a step.
 
     Its death is noticed all the same, within seconds, where its next batch is waited for.
     """
-    known = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    before = known and signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    if known:
+    alarms = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before, batches = alarms and signal.getsignal(signal.SIGCHLD), iter(loader)
+    if alarms:
         signal.signal(signal.SIGCHLD, before)
     return batches
 

@@ -231,7 +231,7 @@ def small_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=False).returncode:
         pytest.skip("no disk can be mounted here")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @root
@@ -330,6 +330,9 @@ def test_results_that_cannot_be_written_cost_no_evaluation(data, tmp_path, comma
     assert code == 0 and "image to text" in said and "cannot be written" in errors and "--results" in said
     code, said, _ = command_eval(*given, "--results", tmp_path / "other" / "mine.json")
     assert code == 0 and json.loads((tmp_path / "other" / "mine.json").read_text())
+    (tmp_path / "lists.jsonl").mkdir()
+    code, said, errors = command_eval(*given, "--predictions", tmp_path / "lists.jsonl")
+    assert code == 2 and "image to text" in said and f"not written: {tmp_path / 'lists.jsonl'}" in errors
 
 
 # ------------------------------------------------------------------------------------------------- no number, no result
