@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import runtime
+import endings
 from mamo import Config
 from tokenizer import Tokenizer, pad
 
@@ -269,13 +269,13 @@ def training_batches(
 ) -> Iterator[dict]:
     """Endless training batches, in the same order and with the same masks for any number of workers.
 
-    Raises:  runtime.DataFailed for a picture that cannot be read, or a worker that was killed
+    Raises:  endings.DataFailed for a picture that cannot be read, or a worker that was killed
     """
     collate = Shared(collate) if workers else collate
-    more = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": runtime.in_worker}
+    more = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": endings.in_worker}
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **more)
     try:
-        yield from runtime.without_alarm(loader)
+        yield from endings.without_alarm(loader)
     except (ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:
         # A worker that lives puts its whole traceback around the sentence: "Caught ValueError in DataLoader worker".
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("ValueError: ")
@@ -283,7 +283,7 @@ def training_batches(
             sentence = "a process that loads data was killed, as a system short of memory does: take fewer --workers"
         elif "shared memory" in sentence:
             sentence = "/dev/shm has no room for the batches of --workers: take fewer, or 0, or a smaller --batch-size"
-        raise runtime.DataFailed(sentence) from error
+        raise endings.DataFailed(sentence) from error
 
 
 @dataclass

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import endings
 import runtime
 from data import SCHEMAS, content_of, read_rows
 from eval import classify, retrieval
@@ -305,7 +306,7 @@ def main() -> None:
     """Command line: make the run, or take it up again, and train."""
     config, overrides = parse()
     runtime.keep_memory()
-    with runtime.process_group(config.device) as device, runtime.sole_run(config.out):
+    with runtime.process_group(config.device) as device, endings.sole_run(config.out):
         run = start(config, overrides, device)
         run.train()
         if run.best_step:

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import endings
 import runtime
 from data import Collate, Pairs, TwinBatches, captions_of, content_of, count_truncated, read_rows, training_batches
 from eval import retrieval
@@ -316,12 +317,12 @@ class Run:
         config, first = self.config, self.step
         last = min(stop_at or config.steps, config.steps)
         bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
-        with runtime.Interrupt() as interrupt, bar, contextlib.closing(self.batches()) as batches:
+        with endings.Interrupt() as interrupt, bar, contextlib.closing(self.batches()) as batches:
             since, self.stopped = (time.perf_counter(), self.step), False
             while self.step < last and not self.stopped and not self.settled:
                 try:
                     total = self.one_step(batches)
-                except runtime.DataFailed as error:
+                except endings.DataFailed as error:
                     if self.processes > 1 or self.step == first:
                         raise
                     self.save()
@@ -468,7 +469,7 @@ def main() -> None:
     """Command line: make the run, or take it up again, and train."""
     config, overrides = parse()
     runtime.keep_memory()
-    with runtime.process_group(config.device) as device, runtime.sole_run(config.out):
+    with runtime.process_group(config.device) as device, endings.sole_run(config.out):
         run = start(config, overrides, device)
         if run.step >= run.config.steps:
             print(f"{run.out} is already trained to its last step, {run.config.steps}; more --steps train it longer")

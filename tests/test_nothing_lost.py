@@ -30,6 +30,7 @@ from PIL import Image
 from test_finetune import SHORT
 from test_train import checkpoint, command, unix
 
+import endings
 import eval as evaluation
 import finetune
 import runtime
@@ -148,7 +149,7 @@ def test_what_nohup_ignores_stays_ignored():
     """A run that was started to outlive its terminal outlives it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with runtime.Interrupt() as interrupt:
+        with endings.Interrupt() as interrupt:
             signal.raise_signal(signal.SIGHUP)
             assert not interrupt.asked
     finally:
@@ -211,7 +212,7 @@ def test_a_picture_that_breaks_in_the_middle_costs_no_step_before_it(data, tmp_p
         for batch in batches():
             given.append(0)
             if len(given) == 4:
-                raise runtime.DataFailed("a.png cannot be decoded")
+                raise endings.DataFailed("a.png cannot be decoded")
             yield batch
 
     run.batches = breaking

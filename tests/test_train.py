@@ -28,6 +28,7 @@ from helpers import (
 )
 from processes import start
 
+import endings
 import runtime
 import train
 from data import TwinBatches, read_rows
@@ -269,7 +270,7 @@ def test_a_polite_kill_saves_too_and_gives_the_signals_back(data, tmp_path, caps
 
 def test_a_second_ctrl_c_ends_at_once():
     """Who is in a hurry does not want to wait for the end of a step."""
-    runtime.Interrupt()
+    endings.Interrupt()
     signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
