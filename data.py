@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import runtime
 from mamo import Config
 from tokenizer import Tokenizer, pad
 
@@ -147,6 +148,18 @@ def pictures_of(row: dict) -> list[str]:
 def captions_of(row: dict) -> list[str]:
     """The captions of a row, one or several, as a list."""
     return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+
+
+def content_of(rows: list[dict]) -> list:
+    """How many rows, and a digest of what is learned from them, in order; pictures by name, wherever they lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    keys = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for key in schema} - {"image", "images"})
+    for row in rows:
+        names = [Path(picture).name for picture in pictures_of(row)]
+        twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file that it was made unique to
+        said = [names, twin, row.get("group"), *(row.get(key) for key in keys)]
+        digest.update(json.dumps(said, sort_keys=True).encode())
+    return [len(rows), digest.hexdigest()]
 
 
 @lru_cache(maxsize=1_000_000)
@@ -264,12 +277,13 @@ def adds_up(room: int, stock: tuple[tuple[int, int], ...]) -> bool:
 def training_batches(
     dataset: Dataset, batches: TwinBatches, collate: Callable, workers: int, pin_memory: bool = False
 ) -> Iterator[dict]:
-    """Endless training batches, in the same order and with the same masks for any number of workers."""
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory)
-    try:
-        yield from loader
-    except ValueError as error:  # a worker puts its whole traceback around the sentence
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    """Endless training batches, in the same order and with the same masks for any number of workers.
+
+    Raises:  runtime.DataFailed for a picture that cannot be read, or a worker that was killed
+    """
+    collate = runtime.Shared(collate) if workers else collate
+    more = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": runtime.in_worker}
+    return runtime.batches_of(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **more))
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

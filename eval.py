@@ -474,6 +474,8 @@ def classify(model: Classifier, tokenizer: Tokenizer, rows: list[dict], device, 
             encoded.text[text].to(device).float(),
             encoded.attention_mask[text].to(device),
         )
+        if not logits.isfinite().all():
+            raise ValueError("what the model answers is not finite: its run diverged, take a smaller --lr")
         given.append(logits.argmax(dim=1).cpu())
     places = gather_shards(torch.cat([torch.empty(0, dtype=torch.long), *given]), len(rows))
     return [model.head_config.answers[place] for place in places.tolist()]
@@ -546,14 +548,21 @@ def result_table(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def keep_result(beside: Path, name: str, result: dict) -> Path:
-    """Put a result under its name into results.json beside a file; earlier results of other names stay."""
-    path = beside.parent / "results.json"
+def keep_result(path: Path, name: str, result: dict) -> str:
+    """Put a result under its name into a file of results; earlier results of other names stay. -> what was done"""
     if rank_and_size()[0] > 0:
-        return path  # one process writes
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    runtime.write_json(path, known | {name: result})
-    return path
+        return ""  # one process writes
+    said, known = f"not kept: give --results a file that can be written, in place of {path}", {}
+    with runtime.side_file(path):
+        if path.is_file():
+            try:
+                known = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                os.replace(path, path.with_name(path.name + ".damaged"))
+                runtime.warn(f"{path} was damaged and is now {path.name}.damaged: a new one begins")
+        runtime.write_json(path, known | {name: result})
+        said = f"kept in {path}"
+    return said
 
 
 def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
@@ -579,9 +588,11 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     else:
         result = judge_answers(task, rows, [prediction["answer"] for prediction in predictions])
     if model is not None and options.predictions and rank_and_size()[0] == 0:
-        write_predictions(options.predictions, rows, predictions)
+        with runtime.side_file(options.predictions):
+            write_predictions(options.predictions, rows, predictions)
     if options.figure and rank_and_size()[0] == 0:
-        draw_examples(task, rows, predictions, options.figure)
+        with runtime.side_file(options.figure):
+            draw_examples(task, rows, predictions, options.figure)
     return result | extra
 
 
@@ -645,6 +656,7 @@ def parse() -> argparse.Namespace:
         "--frame", default="{}", help="text that `grounding` reads a phrase in, such as 'there is a {}'"
     )
     parser.add_argument("--out", type=Path, default=Path("heat.png"), help="picture that `explain` writes")
+    parser.add_argument("--results", type=Path, help="JSON file for the results; without: results.json beside")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser.parse_args()
 
@@ -652,6 +664,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load a checkpoint, run one command, keep its result."""
     options = parse()
+    asked = {options.predictions, options.figure, options.results}
+    beside = options.checkpoint or options.predictions
+    options.results = options.results or (beside and beside.with_name("results.json"))
     with runtime.process_group(options.device) as device:
         model, tokenizer = load_for(options, device)
         if options.command in ("score", "explain"):
@@ -682,8 +697,9 @@ def main() -> None:
         else:
             result = judge(model, tokenizer, options, device)
             print(result_table(f"{options.command}, {name}", result))
-        beside = options.checkpoint or options.predictions
-        print(f"kept in {keep_result(beside, ' '.join([options.command, name]), result)}")
+        print(keep_result(options.results, f"{options.command} {name}", result))
+    if asked & runtime.UNWRITTEN:  # the figures are printed, and a script that waits for the file may not go on
+        raise ValueError(f"not written: {', '.join(map(str, asked & runtime.UNWRITTEN))}")
 
 
 def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
@@ -696,9 +712,11 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
         lists = []
         result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists)
     if model is not None and options.predictions and rank_and_size()[0] == 0:
-        write_predictions(options.predictions, rows, lists)
+        with runtime.side_file(options.predictions):
+            write_predictions(options.predictions, rows, lists)
     if options.figure and rank_and_size()[0] == 0:
-        draw_ranked(rows, lists, options.figure)
+        with runtime.side_file(options.figure):
+            draw_ranked(rows, lists, options.figure)
     return result
 
 
@@ -747,7 +765,7 @@ def print_score(pipeline: Pipeline, options: argparse.Namespace) -> None:
 
 def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
     """What the built-in world asks of a model that matches, each split apart, in one table and one results.json."""
-    folder, out = Path(options.data[0]), options.checkpoint.parent
+    folder, out = Path(options.data[0]), options.results.parent
     matches = model.config.w_itm > 0
     if matches:  # the layer is chosen on val, and test is only looked at
         layer = choose_layer(model, tokenizer, read_rows([folder / "grounding_val.jsonl"], "grounding"), device)
@@ -757,19 +775,20 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         lists = []
         result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists)
         print(retrieval_table(f"retrieval, {split}", result))
-        keep_result(options.checkpoint, f"pairs_{split}", result)
+        keep_result(options.results, f"pairs_{split}", result)
         if split == "test" and rank_and_size()[0] == 0:
-            draw_ranked(rows, lists, out / "ranked.png")
+            with runtime.side_file(out / "ranked.png"):
+                draw_ranked(rows, lists, out / "ranked.png")
         result = foils(model, tokenizer, read_rows([folder / f"foils_{split}.jsonl"], "foils"), device, by)
         print(foil_table(f"foils, {split}", result))
-        path = keep_result(options.checkpoint, f"foils_{split}", result)
+        said = keep_result(options.results, f"foils_{split}", result)
         if matches:
             rows = read_rows([folder / f"grounding_{split}.jsonl"], "grounding")
             result = judge_grounding(rows, ground(model, tokenizer, rows, device, layer))
             result |= {"layer": layer}
             print(result_table(f"grounding, {split}", result))
-            keep_result(options.checkpoint, f"grounding_{split}", result)
-    print(f"kept in {path}; some pictures with their best captions: {out / 'ranked.png'}")
+            keep_result(options.results, f"grounding_{split}", result)
+    print(f"{said}; some pictures with their best captions: {out / 'ranked.png'}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data import SCHEMAS, read_rows, sample_of
+from data import SCHEMAS, content_of, read_rows, sample_of
 from eval import classify, retrieval
 from mamo import Config
 from metrics import cluster_of, right_label, score_answers
@@ -277,8 +277,16 @@ class FineTune(Run):
             "best": [self.best, self.best_step, self.worse],
         }
 
+    def content(self) -> dict:
+        """As in train.py, with what is chosen on."""
+        return super().content() | {"rows to choose on": content_of(self.val_rows)}
+
     def load(self, saved: dict) -> None:
         """Go on, with what was best so far."""
+        rates = ((one["lr"], one["lr_head"]) for one in (saved["train"], vars(self.config)))
+        was, now = ((rate < head, rate > head) for rate, head in rates)
+        if was != now and self.config.init != "none":  # the optimiser's groups are in this order
+            raise ValueError("of --lr and --lr-head the larger one stays the larger when a run goes on: lower both")
         super().load(saved)
         self.best, self.best_step, self.worse = saved["best"]
         self.settled = 0 < self.config.patience <= self.worse
@@ -301,7 +309,7 @@ def main() -> None:
     """Command line: make the run, or take it up again, and train."""
     config, overrides = parse()
     runtime.keep_memory()
-    with runtime.process_group(config.device) as device:
+    with runtime.process_group(config.device) as device, runtime.sole_run(config.out):
         run = start(config, overrides, device)
         run.train()
         if run.best_step:

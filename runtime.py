@@ -1,25 +1,38 @@
-"""What every command needs around the method: options, processes, device, precision, checkpoints, log, interrupts."""
+"""What every command needs around the method: options, processes, device, precision, files, log, how a run ends."""
 
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import inspect
 import json
+import math
+import multiprocessing
 import os
 import pickle
 import platform
 import random
+import shutil
 import signal
 import sys
+import threading
 import types
 import typing
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import einops
 import numpy as np
@@ -91,9 +104,12 @@ def field_comments(config_class: type) -> dict[str, str]:
     return comments
 
 
-# Options that may change when a run goes on, because they do not change what it computes, up to rounding.
+# Options that may change when a run goes on, because they do not change what it computes, up to rounding. Data may lie
+# elsewhere: Run.load in train.py holds their content to what it was.
 FREE_ON_RESUME = {"out", "workers", "device", "precision", "compile", "grad_checkpointing", "check", "resume"}
-FREE_ON_RESUME |= {"log_every", "eval_every", "save_every"}
+FREE_ON_RESUME |= {"log_every", "eval_every", "save_every", "data", "val"}
+# A run may be made longer, and one that diverged may go on more slowly: what is new counts from the next step on.
+MAY_GROW, MAY_SHRINK = {"steps", "epochs"}, {"lr", "lr_head"}
 
 
 def resolve(given: dict, config_class: type, model_class: type) -> tuple:
@@ -104,6 +120,9 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
     run_fields = {field.name for field in dataclasses.fields(config_class)}
     options = {name: value for name, value in given.items() if name in run_fields}
     overrides = {name: value for name, value in given.items() if name not in run_fields}
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("clip", math.inf):
+            raise ValueError(f"{name} is {value}: give a finite number")
     path = Path(options.get("out", config_class.out)) / "checkpoint.pt"
     if options.get("resume") and path.is_file():
         saved = load_checkpoint(path)
@@ -112,19 +131,30 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
             raise ValueError(f"{path} is a run of {command}: take it up with that, or give another --out")
         # The defaults come first, for options that are younger than the checkpoint.
         before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
-        changed = [name for name in given if name not in FREE_ON_RESUME and plain(before[name]) != plain(given[name])]
+        changed = [name for name in given if not may_become(name, before[name], given[name])]
         if changed:
             was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
             raise ValueError(
-                f"a resumed run keeps its options, and these differ: {was}; leave them out or use another --out"
+                f"a resumed run keeps its options, and these differ: {was}; leave them out or use another --out "
+                "(only --steps and --epochs may grow, and --lr and --lr-head shrink)"
             )
-        options = saved["train"] | {name: value for name, value in options.items() if name in FREE_ON_RESUME}
+        free = FREE_ON_RESUME | MAY_GROW | MAY_SHRINK
+        options = saved["train"] | {name: value for name, value in options.items() if name in free}
+    elif options.get("resume") and "out" in given and given.keys() <= FREE_ON_RESUME - {"data"} | {"task"}:
+        runs = [run.parent.name for run in path.parent.parent.glob("*/checkpoint.pt")]
+        near = difflib.get_close_matches(path.parent.name, runs, n=1)
+        hint = f"did you mean {path.parent.with_name(near[0])}?" if near else "is --out right?"
+        raise ValueError(f"there is no {path} to go on from: {hint} A new run also needs --data")
     return config_class(**options), overrides
 
 
-def plain(value):
-    """A saved tuple and a list from the command line are the same value."""
-    return list(value) if isinstance(value, tuple) else value
+def may_become(name: str, was, now) -> bool:
+    """Whether a resumed run may be given this value of an option."""
+    if name in ("vocab", "init"):  # their content is in the checkpoint, and a place has many names
+        return os.path.realpath(was) == os.path.realpath(now)
+    grown, shrunk = name in MAY_GROW and now > was, name in MAY_SHRINK and 0 < now < was
+    equal = now == (list(was) if isinstance(was, tuple) else was)  # a list on the command line
+    return name in FREE_ON_RESUME or equal or grown or shrunk
 
 
 def fail(message: object) -> typing.NoReturn:
@@ -141,12 +171,16 @@ def end(stopped: bool) -> None:
 
 def guarded(main) -> None:
     """Run main(); a mistake in the user's input ends with its sentence, not with a traceback."""
+    Output.gone, streams = False, (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = map(Output, streams)
     try:
         main()
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted")
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 # -------------------------------------------------------------------------------------- processes, device, precision
@@ -306,19 +340,73 @@ def peak_memory_mb(device: torch.device) -> float:
 # ---------------------------------------------------------------------------------------- files: nothing is ever lost
 
 
-def write_beside(path: Path, write) -> None:
-    """write(temporary path), then rename: whoever reads path, whenever, finds a whole file, the old or the new."""
+def write_beside(path: Path, write, size: int = 0) -> None:
+    """write(temporary path), then rename: whoever reads path, whenever, finds a whole file, the old or the new.
+
+    size: bytes that will be written, if they are known. Whatever fails, nothing half written is left behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "r+b") as file:  # + because Windows flushes only what is open for writing
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as file:  # + because Windows flushes only what is open for writing
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        free, written = shutil.disk_usage(path.parent).free, temporary.stat().st_size if temporary.is_file() else 0
+        temporary.unlink(missing_ok=True)
+        # torch says no word of a full disk: its errors are about positions in a file.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free + written < size:
+            raise OSError(
+                f"the disk is full: {path} needs {max(size, written) / 2**20:.1f} MB or more, and {path.parent} has "
+                f"{(free + written) / 2**20:.1f} MB left for it; what was there before is whole: make room"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def side_file(path: Path):
+    """Around the writing of a file that the work can do without: where it cannot be written, a warning says so."""
+    try:
+        yield
+    except OSError as error:
+        UNWRITTEN.add(path)
+        warn(f"{path} cannot be written ({error}); the work goes on without it")
+
+
+UNWRITTEN: set[Path] = set()  # what side_file has warned of
+
+
+@functools.cache
+def warn(sentence: str) -> None:
+    """Say something once, below a progress bar."""
+    tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Save plain tensors and plain Python values."""
-    write_beside(path, lambda temporary: torch.save(state, temporary))
+    """Save plain tensors and plain Python values. Raises ValueError if a number in them is not finite."""
+    check_finite(state, f"at step {state.get('step')}", f"{path} was not written")
+    size = sum(value.nbytes for _, value in tensors_of(state))
+    write_beside(path, lambda temporary: torch.save(state, temporary), size)
+
+
+def tensors_of(value, name: str = "") -> typing.Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts, with its name."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from tensors_of(part, f"{name} {key}".strip())
+
+
+def check_finite(state: dict, when: str, so: str) -> None:
+    """Raise ValueError where a tensor is not finite: a run that diverged has no result."""
+    bad = [name for name, value in tensors_of(state) if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} tensors are not finite {when} ({bad[0]} first): the run diverged, and {so}; go on "
+            "from its last good checkpoint, if there is one, with --resume and a smaller --lr, or begin anew with that"
+        )
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -341,6 +429,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a whole checkpoint ({reason}): use another") from error
     if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
+    check_finite(state["model"], f"in {path}", "it is of no use")
     return state
 
 
@@ -351,6 +440,8 @@ def saved_run(config) -> dict | None:
     """
     path = Path(config.out) / "checkpoint.pt"
     if not path.is_file():
+        if config.resume:
+            print(f"there is no {path} to go on from: a new run begins")
         return None
     if not config.resume:
         raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
@@ -390,39 +481,63 @@ class CsvLog:
     """log.csv: one row per logging step. On resume, rows past the checkpoint's step are dropped and written anew."""
 
     def __init__(self, path: Path, first_step: int):
-        self.path, self.rows = path, []
+        self.path, self.rows, self.columns = path, [], []
         if path.is_file() and first_step > 0:
-            with open(path, newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
+                for row in csv.DictReader(file):
+                    whole = None not in row and None not in row.values() and row.get("step", "").isdecimal()
+                    if whole and int(row["step"]) <= first_step:  # half a line is what a kill may leave
+                        self.rows.append(row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rewrite()
+        with side_file(path):
+            write_beside(path, self.rewrite)
 
-    def rewrite(self) -> None:
-        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
+    def rewrite(self, path: Path) -> None:
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
             if self.rows:
                 writer.writeheader()
                 writer.writerows(self.rows)
+        self.columns = columns
 
     def write(self, row: dict) -> None:
-        """Append one row; a column that is new makes the file be written anew with it."""
+        """Append one row; a column that is new, or a row that could not be written, makes the file be written anew."""
         row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
         self.rows.append(row)
-        if not row.keys() <= set(self.columns):
-            self.rewrite()
-            return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        columns, self.columns = self.columns, []  # until it is written
+        with side_file(self.path):
+            if not row.keys() <= set(columns):
+                write_beside(self.path, self.rewrite)
+                return
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, columns).writerow(row)
+            self.columns = columns
+
+
+# ------------------------------------------------------------------------------------------------------ how a run ends
+#
+# Signals, readers that go away, workers that load data, one run in a folder at a time. However a run ends, its state is
+# whole: a stop that was asked for waits for the end of a step, and what may fail by itself, the next batch, is had
+# before the step begins.
+
+# Ctrl-C, a polite kill, a terminal that closes (not on Windows)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupt:
-    """Ctrl-C or a polite kill asks the loop to save and stop at the end of the step; a second Ctrl-C stops at once."""
+    """A signal, or an output that nobody reads any more, asks the loop to save and stop at the end of the step; a
+    second Ctrl-C stops at once. What `nohup` ignores stays ignored."""
 
     def __init__(self):
-        self.asked, self.before = False, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.ask)
+        self.signalled, self.before = False, {}
+        for number in STOP_SIGNALS:
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.ask)
+
+    @property
+    def asked(self) -> bool:
+        return self.signalled or Output.gone
 
     def __enter__(self):
         return self
@@ -433,7 +548,126 @@ class Interrupt:
             signal.signal(number, handler)
 
     def ask(self, number: int, frame) -> None:
-        if self.asked:
+        # Others than a hand on a keyboard often send a signal twice: to the group, and to each process of it.
+        if self.signalled and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
-        self.asked = True
+        self.signalled = True
+
+
+class DataFailed(ValueError):
+    """No next batch can be had. The step before is whole, so it can be saved."""
+
+
+def batches_of(loader) -> Iterator[dict]:
+    """The batches of a loader. Raises DataFailed, in one sentence, where the next one cannot be had."""
+    try:
+        yield from without_alarm(loader)
+    except (ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:
+        # A worker that lives puts its whole traceback around the sentence: "Caught ValueError in DataLoader worker".
+        sentence = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("ValueError: ")
+        if loader.num_workers and "Caught" not in str(error):
+            sentence = "a process that loads data was killed, as a system short of memory does: take fewer --workers"
+        elif "shared memory" in sentence:
+            sentence = "/dev/shm has no room for the batches of --workers: take fewer, or 0, or a smaller --batch-size"
+        raise DataFailed(sentence) from error
+
+
+@dataclass
+class Shared:
+    """A collate in a worker process whose batch lies in shared memory: where that is full, the worker can say so.
+
+    Left to torch, a batch that does not fit is dropped in a thread of its own, and training waits for it for ever.
+    """
+
+    collate: Callable
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        return {name: value.share_memory_() for name, value in self.collate(samples).items()}
+
+
+def without_alarm(loader) -> Iterator:
+    """The batches of a loader without torch's alarm for a worker that dies: it may ring in the middle of a step.
+
+    Its death is noticed all the same, within seconds, where its next batch is waited for.
+    """
+    alarms = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before, batches = alarms and signal.getsignal(signal.SIGCHLD), iter(loader)
+    if alarms:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def in_worker(_: int) -> None:
+    """In a process that loads data: whoever stops the run stops the process that trains, which ends this one."""
+    for lock in LOCKS:
+        os.close(lock)  # else the folder stays locked until the workers of a killed run have ended
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """What is left of them at the end: they ignore multiprocessing's SIGTERM, which would wait for them for ever."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
+class Output:
+    """Standard output or error whose reader may go away (`| head`, a closed terminal): that nobody listens is no error.
+
+    What is said from then on goes nowhere, and a run that trains saves and stops, see Interrupt.
+    """
+
+    gone = False  # whether a reader of this process has gone
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        if "\n" in text:  # a reader behind a pipe sees each line when it is said
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, do, *what) -> None:
+        try:
+            do(*what)
+        except OSError as error:
+            Output.gone |= error.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)  # and not where a disk is full
+            with open(os.devnull, "w") as nobody:
+                os.dup2(nobody.fileno(), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def sole_run(folder: str | Path):
+    """Around a command that trains: a second one in the same run folder is refused, as each would write over the other.
+
+    The lock is on the folder itself and ends with the process, however that ends; on Windows there is none.
+    """
+    if fcntl is None or int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    LOCKS.append(os.open(folder, os.O_RDONLY))
+    try:
+        try:
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # others than this one: a file system without locks
+            if isinstance(error, BlockingIOError):
+                raise ValueError(f"another process is training in {folder}: wait for it, or change --out") from error
+        yield
+    finally:
+        os.close(LOCKS.pop())
+        with contextlib.suppress(OSError):  # nothing was written
+            os.rmdir(folder)
+
+
+LOCKS: list[int] = []  # open folders of sole_run

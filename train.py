@@ -34,7 +34,17 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import runtime
-from data import Collate, Pairs, TwinBatches, captions_of, count_truncated, read_rows, sample_of, training_batches
+from data import (
+    Collate,
+    Pairs,
+    TwinBatches,
+    captions_of,
+    content_of,
+    count_truncated,
+    read_rows,
+    sample_of,
+    training_batches,
+)
 from eval import retrieval
 from mamo import PRESETS, VisionLanguageModel, ema_for, rank_and_size
 from siblings import OBJECTIVES, build_model, model_of
@@ -167,7 +177,7 @@ def make_order(config: TrainConfig, rows: list[dict], saved: dict | None) -> Twi
     rank, processes = rank_and_size()
     config.parts = config.parts or parts_for(config.batch_size, processes)
     order = TwinBatches(rows, config.batch_size, config.seed, rank=rank, processes=processes, parts=config.parts)
-    if config.epochs and not saved:
+    if config.epochs and (not saved or config.epochs > saved["train"]["epochs"]):
         config.steps = max(round(config.epochs * order.batches_per_epoch / config.accumulate), 1)
     return order
 
@@ -267,16 +277,18 @@ class Run:
             self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.rank == 0:
             self.log = runtime.CsvLog(self.out / "log.csv", self.step)
-            runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
+            with runtime.side_file(self.out / "config.json"):
+                runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
 
     def one_step(self, batches: Iterator[dict]) -> float:
         """One step of the optimiser -> the weighted total of the losses."""
         config, model, summed = self.config, self.model.train(), 0.0
+        parts = [next(batches) for _ in range(config.accumulate)]  # first: if one is missing, nothing has changed
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(self.step, config)
 
-        for part in range(config.accumulate):
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in next(batches).items()}
+        for part, batch in enumerate(parts):
+            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             batch["negative_noise"] = self.negative_noise(part, len(batch["images"]))
             # Processes exchange gradients once per step, in the last of its backward passes.
             waits = self.processes > 1 and part < config.accumulate - 1
@@ -310,19 +322,29 @@ class Run:
 
     def train(self, stop_at: int | None = None) -> None:
         """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
-        config, batches = self.config, self.batches()
+        config, first = self.config, self.step
         last = min(stop_at or config.steps, config.steps)
         bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
-        with runtime.Interrupt() as interrupt, bar:
+        with runtime.Interrupt() as interrupt, bar, contextlib.closing(self.batches()) as batches:
             since, self.stopped = (time.perf_counter(), self.step), False
             while self.step < last and not self.stopped and not self.settled:
-                total = self.one_step(batches)
+                try:
+                    total = self.one_step(batches)
+                except runtime.DataFailed as error:
+                    if self.processes > 1 or self.step == first:
+                        raise
+                    self.save()
+                    if not interrupt.asked:
+                        raise ValueError(f"{error}; the run is saved at step {self.step}, --resume goes on") from error
+                    self.stopped = True
+                    break
                 bar.update()
                 bar.set_postfix(loss=f"{total:.3f}", refresh=False)
                 row = {}
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     row |= self.means(since)
                 if self.val_rows and (self.step % config.eval_every == 0 or self.step == config.steps):
+                    runtime.check_finite(self.model.state_dict(), f"at step {self.step}", "has nothing to evaluate")
                     row |= self.evaluate(bar)
                 if row:
                     if self.rank == 0:
@@ -352,7 +374,7 @@ class Run:
         """The end of the sentence for a number that is not finite."""
         return (
             f"not finite at step {self.step + 1}; the step was not made and the last checkpoint is whole: "
-            "try a lower --lr or a longer --warmup"
+            "go on from it with --resume and a smaller --lr, or begin anew with that or a longer --warmup"
         )
 
     def count(self, name: str, value: torch.Tensor | int) -> None:
@@ -404,15 +426,37 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "meter": self.meter,
+            "data": self.content(),
         }
+
+    def content(self) -> dict:
+        """What the run depends on and a checkpoint cannot hold: how many rows there are, and a digest of them."""
+        return {"rows to train on": content_of(self.rows)}
 
     def load(self, saved: dict) -> None:
         """Go on from the content of a checkpoint."""
+        for what, now in self.content().items():
+            was = saved.get("data", {}).get(what, now)
+            if was != now:
+                raise ValueError(
+                    f"{self.out} began with {was[0]} {what}, and {now[0]} {'others ' * (was[0] == now[0])}are given "
+                    "now: give it what it began with, wherever that lies, or begin another run with another --out"
+                )
         runtime.load_weights(self.model, saved["model"], self.out / "checkpoint.pt")
+        scales = [group["scale"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
+            group["scale"] = scale
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.meter = saved["step"], saved["meter"]
+        before = self.config.__class__(**saved["train"])
+        rates = learning_rate(max(self.step - 1, 0), before), learning_rate(self.step, self.config)
+        if (before.lr, before.steps) != (self.config.lr, self.config.steps):
+            print(
+                f"now {self.config.steps} steps (were {before.steps}) at a peak of {self.config.lr} (was {before.lr}): "
+                f"step {self.step} took the rate {rates[0]:.3g}, and the next takes {rates[1]:.3g}"
+            )
 
     def announce(self, what: str, texts: list[str]) -> None:
         """Say what is about to run, and what a model that knows nothing would score."""
@@ -433,10 +477,10 @@ def main() -> None:
     """Command line: make the run, or take it up again, and train."""
     config, overrides = parse()
     runtime.keep_memory()
-    with runtime.process_group(config.device) as device:
+    with runtime.process_group(config.device) as device, runtime.sole_run(config.out):
         run = start(config, overrides, device)
         if run.step >= run.config.steps:
-            print(f"{run.out} is already trained to its last step, {run.config.steps}")
+            print(f"{run.out} is already trained to its last step, {run.config.steps}; more --steps train it longer")
         else:
             run.train()
     runtime.end(run.stopped)

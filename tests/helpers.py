@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import metrics
+import runtime
 import train
 
 # Resampling a few rows a thousand times is half of the time of an evaluation; tests of intervals do so all the same.
@@ -147,7 +148,7 @@ def same(one, other) -> bool:
 @contextmanager
 def kept_signals():
     """Afterwards Ctrl-C does what it did before: a training run takes the signals over."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.getsignal(number) for number in runtime.STOP_SIGNALS}
     try:
         yield
     finally:
