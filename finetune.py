@@ -17,6 +17,7 @@ which is what to evaluate.
 
 import argparse
 import dataclasses
+import functools
 import random
 import re
 from dataclasses import dataclass
@@ -277,9 +278,10 @@ class FineTune(Run):
             "best": [self.best, self.best_step, self.worse],
         }
 
+    @functools.cached_property
     def content(self) -> dict:
         """As in train.py, with what is chosen on."""
-        return super().content() | {"rows to choose on": content_of(self.val_rows)}
+        return super().content | {"rows to choose on": content_of(self.val_rows)}
 
     def load(self, saved: dict) -> None:
         """Go on, with what was best so far."""

@@ -22,6 +22,7 @@ negatives from its own pairs. A run may be taken up again by another number of p
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -426,16 +427,20 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "meter": self.meter,
-            "data": self.content(),
+            "data": self.content,
         }
 
+    @functools.cached_property
     def content(self) -> dict:
-        """What the run depends on and a checkpoint cannot hold: how many rows there are, and a digest of them."""
+        """What the run depends on and a checkpoint cannot hold: how many rows there are, and a digest of them.
+
+        Read once: every checkpoint has it, and rows do not change while a run goes on.
+        """
         return {"rows to train on": content_of(self.rows)}
 
     def load(self, saved: dict) -> None:
         """Go on from the content of a checkpoint."""
-        for what, now in self.content().items():
+        for what, now in self.content.items():
             was = saved.get("data", {}).get(what, now)
             if was != now:
                 raise ValueError(
