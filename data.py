@@ -1,40 +1,24 @@
 """From JSONL files and pictures to batches.
 
-One reading path for every data set: the built-in world, your own files, converted official releases. A data set is a
-JSONL file, one row a line, with image paths relative to that file:
-
-    pairs      {"image": "a.png", "caption": "a red circle"}   a list of captions means that all of them are right;
-                                                               optional "twin": rows that share it stay in one batch
-    foils      {"image": "a.png", "caption": "a red circle", "foils": {"colour": "a blue circle"}}
-    grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}   in pixels, any is right;
-                                                               optional "proposals": boxes to choose from
-    phrases    {"image": "a.png", "text": "a red circle"}      what grounding learns from: no boxes
-    vqa        {"image": "a.png", "question": "what colour is it?", "answers": {"red": 1.0}}      scores from 0 to 1
-    reasoning  {"images": ["a.png", "b.png"], "text": "both show a circle", "label": true}        one picture or two;
-                                                               optional "group": rows judged together
-    entailment {"image": "a.png", "text": "it is red", "label": "neutral"}      or entailment, or contradiction
-
-More keys are allowed and kept.
+One reading path for every data set: the built-in world, your own files, converted official releases. What a row holds,
+and how it is read and checked: reading/rows.py. Here a row of `pairs` is {"image": path, "caption": text or list of
+texts}, and rows that share the optional "twin" stay in one batch.
 
 Randomness belongs to the sample: the order of the rows follows from (seed, epoch); augmentation, the choice of a
 caption and the noise behind both masks follow from (seed, epoch, row). So a resumed run, another number of workers and
 another number of processes see the same samples masked in the same way.
 
 How to read it: a row becomes a sample, samples become a batch, and then which rows share a batch. Pictures and
-augmentation follow, and last how rows are read and checked.
+augmentation follow.
 """
 
 import hashlib
 import itertools
-import json
 import math
 import os
-import random
-import reprlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +26,27 @@ import torch
 from PIL import ExifTags, Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import runtime
 from mamo import Config
+from reading.rows import (  # noqa: F401  all that reading has, for whoever imports data
+    CHECKS,
+    ENTAILMENT_LABELS,
+    SCHEMAS,
+    captions_of,
+    check_row,
+    content_of,
+    json_lines,
+    lines_of,
+    open_rows,
+    pictures_of,
+    read_rows,
+    resolved,
+    sample_of,
+    size_of,
+    twins_of,
+)
+from reading.shards import picture_file
 from tokenizer import Tokenizer, pad
 
 # ------------------------------------------------------------------------------------------------- samples and batches
@@ -54,11 +55,12 @@ from tokenizer import Tokenizer, pad
 class Pairs(Dataset):
     """Rows of `pairs` as training samples; a sample's key is (epoch, row), and all its randomness follows from it."""
 
-    def __init__(self, rows: list[dict], tokenizer: Tokenizer, config: Config, augment: str = "none", seed: int = 0):
+    def __init__(
+        self, rows: Sequence[dict], tokenizer: Tokenizer, config: Config, augment: str = "none", seed: int = 0
+    ):
         self.rows, self.tokenizer, self.config, self.seed = rows, tokenizer, config, seed
-        self.pictures = Pictures(config.image_size, augment)
-        first: dict[str, int] = {}  # a picture's id is the first row that shows it: the same wherever the data lie
-        self.image_id = [first.setdefault(resolved(row["image"]), number) for number, row in enumerate(rows)]
+        self.pictures = Pictures(config.image_size, augment, len(rows))
+        self.folder = os.path.dirname(resolved(rows[0]["image"]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +76,8 @@ class Pairs(Dataset):
         return {
             "images": self.pictures(row["image"], rng),
             "input_ids": input_ids,
-            "image_id": self.image_id[number],
+            # By its place beside the first picture: the same wherever the data lie.
+            "image_id": stable_id(os.path.relpath(resolved(row["image"]), self.folder)),
             "caption_id": stable_id(str(input_ids)),
             "patch_noise": patch_noise,
             "token_noise": token_noise,
@@ -140,35 +143,6 @@ def make_batch(
     }
 
 
-def pictures_of(row: dict) -> list[str]:
-    """The pictures of a row, one or several, as a list."""
-    return [row["image"]] if "image" in row else row["images"]
-
-
-def captions_of(row: dict) -> list[str]:
-    """The captions of a row, one or several, as a list."""
-    return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-
-
-def content_of(rows: list[dict]) -> list:
-    """How many rows, and a digest of what is learned from them, in order; pictures by name, wherever they lie."""
-    digest = hashlib.blake2b(digest_size=16)
-    keys = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for key in schema} - {"image", "images"})
-    for row in rows:
-        names = [Path(picture).name for picture in pictures_of(row)]
-        twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file that it was made unique to
-        said = [names, twin, row.get("group"), *(row.get(key) for key in keys)]
-        digest.update(json.dumps(said, sort_keys=True).encode())
-    return [len(rows), digest.hexdigest()]
-
-
-@lru_cache(maxsize=1_000_000)
-def resolved(path: str | Path) -> str:
-    """The path of a picture behind "..", symbolic links and the folder that we are in: one for each file."""
-    return os.path.realpath(path)
-
-
-@lru_cache(maxsize=1_000_000)
 def stable_id(text: str) -> int:
     """The same 63-bit number for the same text in every process and every run; captions go by their token ids."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -185,15 +159,15 @@ def count_truncated(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int)
 class TwinBatches:
     """Endless batches of sample keys (epoch, row) from a given batch on, in which twins stay together.
 
-    Each epoch visits the groups (twins, or a row alone) in an order that follows from (seed, epoch). A batch is filled
-    in equal parts, each of whole groups; a group that does not fit into what is left of a part waits, and what does not
-    fill a last batch is left out. Processes share a batch by its parts, in order: so any number of processes that
-    divides the parts sees the same batches, and twins are on one process.
+    An epoch puts the groups (twins, or a row alone) into an order that follows from (seed, epoch), leaves out the last
+    rows, which do not fill a batch, and fills parts of equal size: with the largest groups first, as many as fit, then
+    with the smallest; where none fits, one is cut. Parts are shuffled, and some of them make a batch. Processes share
+    a batch by its parts: so any number of processes that divides the parts sees the same batches, and twins are on one.
     """
 
     def __init__(
         self,
-        rows: list[dict],
+        rows: Sequence[dict],
         batch_size: int,
         seed: int = 0,
         first: int = 0,
@@ -207,71 +181,55 @@ class TwinBatches:
                 f"a batch of {batch_size} pairs in {parts} parts cannot be shared by {processes} processes: "
                 f"use a number of processes that divides {parts}, and a --batch-size that is a multiple of it"
             )
-        self.seed, self.first, self.rank, self.processes, self.parts = seed, first, rank, processes, parts
-        self.size = batch_size // parts  # pairs of a part
-        groups: dict[str, list[int]] = {}
-        for number, row in enumerate(rows):
-            groups.setdefault(str(row.get("twin", f"row {number}")), []).append(number)
-        self.groups = list(groups.values())
-        stock = Counter(map(len, self.groups))
         if batch_size > len(rows):
             raise ValueError(
                 f"the batch of {batch_size} pairs is larger than the {len(rows)} rows at hand: "
                 f"use --batch-size {len(rows) // parts * parts} or less"
             )
-        self.batches_per_epoch = sum(1 for _ in self.parts_of(0)) // parts
-        if not self.batches_per_epoch:
-            raise ValueError(
-                f"a batch of {batch_size} in {parts} parts cannot be filled with twin groups of {sorted(stock)} rows: "
-                "use another --batch-size, or other --parts"
-            )
-        stuck = [size for size in sorted(stock) if not fillable(self.size - size, stock - Counter([size]))]
-        self.never = sum(size * stock[size] for size in stuck)  # rows of groups that no batch has room for
+        self.rows, self.batch_size, self.seed, self.first = len(rows), batch_size, seed, first
+        self.rank, self.processes, self.size = rank, processes, batch_size // parts  # size: pairs of a part
+        self.batches_per_epoch = len(rows) // batch_size
+        self.groups: list[list[int]] | range = range(len(rows))  # a row alone is its number
+        if (twins := twins_of(rows)) is not None:
+            by_group, counts = np.argsort(twins, kind="stable"), np.unique(twins, return_counts=True)[1]
+            whole = [group.tolist() for group in np.split(by_group, counts.cumsum()[:-1])]
+            self.groups = [group[i : i + self.size] for group in whole for i in range(0, len(group), self.size)]
 
-    def parts_of(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
-        """All parts of all batches of one epoch, one after another.
-
-        The next group is the first in this epoch's order after which the part can still be filled exactly.
-        """
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups)).tolist()
-        queues: dict[int, deque[int]] = {}  # by size: the groups that are in no batch yet, as places in the order
-        for place, i in enumerate(order):
-            queues.setdefault(len(self.groups[i]), deque()).append(place)
-        stock, part = Counter({size: len(queue) for size, queue in queues.items()}), []
-        while True:
-            room = self.size - len(part)
-            fitting = [size for size in queues if queues[size] and fillable(room - size, stock - Counter([size]))]
-            if not fitting:
-                return
-            size = min(fitting, key=lambda size: queues[size][0])
-            stock[size] -= 1
-            part += [(epoch, number) for number in self.groups[order[queues[size].popleft()]]]
-            if len(part) == self.size:
-                yield part
-                part = []
+    def epoch(self, number: int) -> np.ndarray:
+        """The batches of one epoch -> (batches, batch_size), numbers of rows."""
+        rng, used = np.random.default_rng([self.seed, number]), self.batches_per_epoch * self.batch_size
+        order = rng.permutation(np.arange(len(self.groups), dtype=np.int32))
+        if isinstance(self.groups, range):
+            return order[:used].reshape(-1, self.batch_size)
+        line, rest, parts, cut = [self.groups[place] for place in order], self.rows - used, [], []
+        while rest:
+            last = line.pop()
+            line += [last[rest:]] if len(last) > rest else []
+            rest -= min(rest, len(last))
+        line = deque(sorted(line, key=len, reverse=True))
+        while line or cut:
+            part = []
+            while room := self.size - len(part):
+                if cut:
+                    part.append(cut.pop())
+                elif len(line[0]) <= room:
+                    part += line.popleft()
+                elif len(line[-1]) <= room:
+                    part += line.pop()
+                else:
+                    cut = list(line.pop())
+            parts.append(part)
+        if len(set(map(len, self.groups))) > 1:  # else no part is like its neighbour by size
+            rng.shuffle(parts)
+        return np.array(parts).reshape(-1, self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step, share = 0, self.parts // self.processes
-        for epoch in itertools.count():
-            parts = self.parts_of(epoch)
-            while len(batch := list(itertools.islice(parts, self.parts))) == self.parts:
-                if step >= self.first:
-                    yield list(itertools.chain(*batch[self.rank * share : (self.rank + 1) * share]))
-                step += 1
-
-
-def fillable(room: int, stock: Counter) -> bool:
-    """Whether some of the groups at hand, stock[size] of each size, add up to exactly so many rows."""
-    return room >= 0 and adds_up(room, tuple((size, min(count, room // size)) for size, count in stock.items()))
-
-
-@lru_cache(maxsize=100_000)
-def adds_up(room: int, stock: tuple[tuple[int, int], ...]) -> bool:
-    """Whether room is a sum of sizes, each taken at most count times; stock = ((size, count), ...)"""
-    sums = {0}
-    for size, count in stock:
-        sums = {one + size * times for one in sums for times in range(count + 1) if one + size * times <= room}
-    return room in sums
+        start, place = divmod(self.first, self.batches_per_epoch)
+        share = self.batch_size // self.processes
+        for epoch in itertools.count(start):
+            for batch in self.epoch(epoch)[place:]:
+                yield [(epoch, row) for row in batch[self.rank * share : (self.rank + 1) * share].tolist()]
+            place = 0
 
 
 def training_batches(
@@ -290,20 +248,20 @@ def training_batches(
 
 
 class Pictures:
-    """Pictures as bytes by path, decoded once and kept, up to 256 MB, unless they are cropped."""
+    """Pictures as bytes by path. Unless they are cropped, and if those of all rows fit into 256 MB, they are kept."""
 
-    def __init__(self, image_size: tuple[int, int], augment: str = "none"):
+    def __init__(self, image_size: tuple[int, int], augment: str, rows: int):
         self.image_size, self.augment = image_size, augment
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] | None = {} if rows * 3 * math.prod(image_size) <= 2**28 else None
 
     def __call__(self, path: str, rng: np.random.Generator) -> Tensor:
         """Path -> (3, height, width), values in [-1, 1], augmented by draws from rng."""
         if self.augment == "photo":  # cropped before it is made small, so that details stay sharp
             return centred(to_pixels(photo(load_image(path), rng), self.image_size))
-        pixels = self.kept.get(path)
+        pixels = None if self.kept is None else self.kept.get(path)
         if pixels is None:
             pixels = to_pixels(load_image(path), self.image_size)
-            if len(self.kept) * pixels.nbytes < 256 * 2**20:
+            if self.kept is not None:
                 self.kept[path] = pixels
         if self.augment == "drawing":
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -321,7 +279,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return to_rgb(source)
     try:
-        with Image.open(source) as file:
+        with Image.open(picture_file(source)) as file:
             return to_rgb(file)
     except FileNotFoundError as error:
         raise ValueError(f"{source} is not a file: give the path of a picture") from error
@@ -343,13 +301,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height that load_image would give, from the header alone."""
-    with Image.open(path) as file:
-        quarter_turn = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 exchange width and height
-        return file.size[::-1] if quarter_turn else file.size
 
 
 def to_pixels(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
@@ -430,197 +381,3 @@ def shuffle_boxes(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     for place, box in enumerate(rng.permutation(3)):
         moved[:, :, 3 * eighth * place :][:, :, : 2 * eighth] = pixels[:, :, 3 * eighth * box :][:, :, : 2 * eighth]
     return moved
-
-
-# ----------------------------------------------------------------------------------------------- reading and checking
-
-
-def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> list[dict]:
-    """Read and check one or more JSONL files of a task.
-
-    Args:    paths      the files
-             task       a key of SCHEMAS
-             check      "header": every picture is there and its header can be read; "full": it can be decoded
-             skip_bad   leave bad rows out, with a count, instead of stopping at them
-    Returns: the rows, "twin" made unique to its file, paths of pictures made full: of several to one picture the first
-    Raises:  ValueError naming file, line, what was found and what was expected; for pictures a count and the first ten
-    """
-    paths = [paths] if isinstance(paths, str | Path) else paths
-    rows, complaints = [], []
-    for path in map(Path, paths):
-        for place, line in lines_of(path):
-            try:
-                row = parse_object(line)
-                check_row(row, task)
-            except ValueError as fault:
-                complaints.append(f"{place}: {fault}")
-                continue
-            if "images" in SCHEMAS[task]:
-                row.pop("image", None)  # a further key; pictures_of goes by it
-                row["images"] = [str(path.parent / image) for image in row["images"]]
-            else:
-                row["image"] = str(path.parent / row["image"])
-            if row.get("twin") is None:
-                row.pop("twin", None)
-            else:
-                row["twin"] = f"{path}:{row['twin']}"
-            rows.append(row)
-    if complaints and not skip_bad:
-        raise ValueError(f"{complaints[0]}{f' ({len(complaints)} bad rows in all)' if len(complaints) > 1 else ''}")
-
-    status = {}  # each picture once, however many rows show it
-    for row in tqdm(rows, desc="checking pictures", disable=len(rows) < 5000, leave=False):
-        for image in pictures_of(row):
-            if image not in status:
-                status[image] = check_image(image, check)
-        if task == "grounding" and not status[row["image"]]:
-            status[row["image"]] = check_boxes(row["image"], row["boxes"] + row.get("proposals", []))
-    broken = [f"{image}: {fault}" for image, fault in status.items() if fault]
-    if broken and not skip_bad:
-        listed = "\n  ".join(broken[:10])
-        raise ValueError(
-            f"{len(broken)} of {len(status)} pictures cannot be used; mend paths (relative to the JSONL file), "
-            f"pictures or boxes, or pass --skip-bad. The first are:\n  {listed}"
-        )
-    good = [row for row in rows if not any(status[image] for image in pictures_of(row))]
-    if complaints or broken:
-        print(f"left out: {len(complaints)} bad rows and {len(rows) - len(good)} rows whose picture cannot be used")
-    if not good:
-        raise ValueError(f"no rows in {', '.join(map(str, paths))}: expected one JSON object a line")
-    first: dict[str, str] = {}  # by its resolved path, how the data name a picture
-    for row in good:
-        images = [first.setdefault(resolved(image), image) for image in pictures_of(row)]
-        row |= {"image": images[0]} if "image" in row else {"images": images}
-    return good
-
-
-def sample_of(rows: list[dict], most: int) -> list[dict]:
-    """At most so many rows to evaluate on, from all over the file, which may be sorted; the same ones in every run."""
-    if len(rows) <= most:
-        return rows
-    print(f"val: {most} of {len(rows)} rows, drawn at random")
-    return [rows[number] for number in sorted(random.Random(0).sample(range(len(rows)), most))]
-
-
-def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
-    """("file:line", text) of the lines of a text file that are not blank."""
-    if not Path(path).is_file():
-        world = "; make the built-in world with: python -m world.scenes --out data/scenes"
-        make = world if "scenes" in str(path) else ""
-        raise ValueError(f"{path} is not a file: give the path of a file with one row a line{make}")
-    # -sig, because Windows editors write a byte order mark; only a line feed ends a line.
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-        except UnicodeDecodeError as fault:
-            raise ValueError(f"{path} is not UTF-8 text ({fault.reason}): is it packed, or another file?") from fault
-
-
-def parse_object(line: str) -> dict:
-    """One line -> its JSON object. Raises ValueError if it holds none."""
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({getattr(error, 'msg', error)}): expected one object a line") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"found {type(value).__name__}: expected an object")
-    return value
-
-
-def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) of a JSONL file. Raises ValueError, with that place, at the first line that is none."""
-    for place, line in lines_of(path):
-        try:
-            value = parse_object(line)
-        except ValueError as fault:
-            raise ValueError(f"{place}: {fault}") from fault
-        yield place, value
-
-
-def check_row(row: dict, task: str) -> None:
-    """Raise ValueError for a row that lacks a key of its task, or holds another kind of value."""
-    schema = SCHEMAS[task]
-    if not schema.keys() <= row.keys():
-        wanted = "; ".join(f'"{key}": {what}' for key, (what, _) in schema.items())
-        raise ValueError(f"found the keys {sorted(row)}: expected {wanted}")
-    for key, (what, fits) in (schema | OPTIONAL.get(task, {})).items():
-        if key in row and not fits(row[key]):
-            raise ValueError(f"{key} is {reprlib.repr(row[key])}: expected {what}")
-
-
-def is_text(value) -> bool:
-    """Whether a value is a text that is not blank."""
-    return isinstance(value, str) and bool(value.strip())
-
-
-def is_score(value) -> bool:
-    """Whether a value is a number from 0 to 1."""
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-def is_box(box) -> bool:
-    """Whether a value is [x, y, width, height] with a place that is not negative and a size that is not zero."""
-    if not isinstance(box, list) or len(box) != 4:
-        return False
-    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in box)
-    return numbers and min(box[:2]) >= 0 and min(box[2:]) > 0
-
-
-def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -> Callable:
-    """A test for a list, or the values of a dict, of so many values that fit."""
-
-    def test(value) -> bool:
-        values = list(value.values()) if isinstance(value, dict) else value
-        return isinstance(value, kind) and least <= len(value) <= most and all(map(fits, values))
-
-    return test
-
-
-# Of each key what it holds, as an error says it, and a test of its value.
-PATH = ("a path relative to this file", lambda value: isinstance(value, str))
-PATHS = ("a list of one or two paths relative to this file", all_of(PATH[1], list, 1, 2))
-TEXT = ("a text that is not empty", is_text)
-TEXTS = (
-    "a text that is not empty, or a list of such texts",
-    lambda value: is_text(value) or all_of(is_text, list)(value),
-)
-BOXES = ("[[x, y, width, height], ...] in pixels, at least one, none of them empty", all_of(is_box, list))
-FOILS = ('{"kind": "wrong caption", ...} with no empty text', all_of(is_text, dict, least=0))
-ANSWERS = ('{"answer": score from 0 to 1, ...}, at least one', all_of(is_score, dict))
-TRUTH = ("true or false", lambda value: isinstance(value, bool))
-ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
-LABEL = (", ".join(ENTAILMENT_LABELS), lambda value: value in ENTAILMENT_LABELS)
-SCHEMAS = {
-    "pairs": {"image": PATH, "caption": TEXTS},
-    "foils": {"image": PATH, "caption": TEXT, "foils": FOILS},
-    "grounding": {"image": PATH, "text": TEXT, "boxes": BOXES},
-    "phrases": {"image": PATH, "text": TEXT},
-    "vqa": {"image": PATH, "question": TEXT, "answers": ANSWERS},
-    "reasoning": {"images": PATHS, "text": TEXT, "label": TRUTH},
-    "entailment": {"image": PATH, "text": TEXT, "label": LABEL},
-}
-OPTIONAL = {"grounding": {"proposals": BOXES}}
-
-
-def check_image(path: str, check: str) -> str | None:
-    """What is wrong with a picture, or None. "header" reads the first bytes, "full" decodes everything."""
-    try:
-        with Image.open(path) as image:
-            if check == "full":
-                image.load()
-    except FileNotFoundError:
-        return "missing"
-    except Exception as error:  # Pillow raises many kinds for broken files
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def check_boxes(path: str, boxes: list) -> str | None:
-    """Which box reaches outside a picture, or None."""
-    width, height = size_of(path)
-    for x, y, w, h in boxes:
-        if x + w > width or y + h > height:
-            return f"the box {[x, y, w, h]} reaches outside the picture of {width} x {height} pixels"
-    return None

@@ -127,7 +127,10 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
     run = FineTune(config, device, tokenizer, model, optimizer, rows, val_rows, order, dataset, collate, saved, script)
 
     run.fresh = tuple(fresh)
-    run.announce(f"{config.task}, {'a linear probe' if config.freeze else 'fine-tuned'} from {config.init}", texts)
+    run.announce(
+        f"{config.task}, {'a linear probe' if config.freeze else 'fine-tuned'} from {config.init}",
+        lambda row: texts_of(row, schema),
+    )
     if config.task == "vqa":
         shares = [f"{coverage(part, head.answers):.1f} % of {what}" for what, part in
                   (("train", rows), ("val", val_rows)) if part]  # fmt: skip
@@ -153,8 +156,8 @@ def read(config: FineConfig) -> tuple[list[dict], list[dict]]:
         print(f"no val file: {len(val)} of {len(rows) + len(val)} rows are kept apart to choose on")
     if read_as(config.task) == "pairs":
         rows, val = by_picture(rows, schema), by_picture(val, schema)
-        return rows, sample_of(val, 500)
-    return rows, sample_of(val, 2000)
+        return rows, sample_of(val, 500, "val")
+    return rows, sample_of(val, 2000, "val")
 
 
 def adapted(
@@ -218,7 +221,7 @@ def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
 def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
     """--data -> training files, and the val files beside them that are there: X stands for X_train.jsonl, and "val" for
     the last word "train" of a name; "constrained" has none."""
-    train = [Path(path) if path.endswith(".jsonl") else Path(f"{path}_train.jsonl") for path in paths]
+    train = [Path(path) if path.endswith((".jsonl", ".tar")) else Path(f"{path}_train.jsonl") for path in paths]
     words = [re.match(r"(.*)(?<![^\W\d_])train(?![^\W\d_])(.*)", path.name) for path in train]
     beside = [path.with_name("val".join(word.groups())) for path, word in zip(train, words, strict=True) if word]
     return train, [path for path in beside if path.is_file()]

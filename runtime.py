@@ -295,6 +295,20 @@ def compile_step(model: torch.nn.Module) -> None:
     model.compile(dynamic=False)
 
 
+@contextlib.contextmanager
+def first_process_first():
+    """The block runs in the first process, then in all others, which find what the first one wrote."""
+    if not dist.is_initialized():
+        yield
+        return
+    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    if dist.get_rank() > 0:
+        dist.barrier(waiting)
+    yield
+    if dist.get_rank() == 0:
+        dist.barrier(waiting)
+
+
 def any_process(flag: bool) -> bool:
     """Whether any process says so. All processes must ask at the same point."""
     if not dist.is_initialized():

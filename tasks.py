@@ -328,7 +328,7 @@ class TaskRows(Dataset):
     ):
         self.rows, self.head, self.tokenizer, self.seed = rows, head, tokenizer, seed
         self.schema = read_as(head.task)
-        self.max_tokens, self.pictures = config.max_tokens, Pictures(config.image_size, augment)
+        self.max_tokens, self.pictures = config.max_tokens, Pictures(config.image_size, augment, len(rows))
         self.place = {named(head.task, answer): place for place, answer in enumerate(head.answers)}
 
     def __len__(self) -> int:

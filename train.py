@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,12 +36,14 @@ from tqdm import tqdm
 
 import runtime
 from data import (
+    CHECKS,
     Collate,
     Pairs,
     TwinBatches,
     captions_of,
     content_of,
     count_truncated,
+    open_rows,
     read_rows,
     sample_of,
     training_batches,
@@ -58,7 +60,7 @@ from tokenizer import Tokenizer
 class TrainConfig:
     """All of a run that is not the model's shape; with the objective's Config it makes up the command line."""
 
-    data: list[str] = field(default_factory=lambda: ["data/scenes/pairs_train.jsonl"])  # JSONL files to train on
+    data: list[str] = field(default_factory=lambda: ["data/scenes/pairs_train.jsonl"])  # JSONL files or tar archives
     val: list[str] = field(default_factory=list)  # JSONL files to evaluate on; without: pairs_val.jsonl beside data
     out: str = "runs/demo"  # run folder
     objective: str = "mamo"  # mamo, control = ITC + ITM + MLM, or a sibling: maskvlm, glscl, vlmae
@@ -85,7 +87,7 @@ class TrainConfig:
     log_every: int = 50  # steps between rows of log.csv
     eval_every: int = 500  # steps between evaluations on val
     save_every: int = 500  # steps between checkpoints
-    check: str = "header"  # header, or full = decode every picture before the first step
+    check: str = "header"  # header, full = decode every picture before the first step, or none
     skip_bad: bool = False  # leave bad rows out instead of stopping at them
     resume: bool = False  # go on from the checkpoint in the run folder, if there is one
 
@@ -98,7 +100,7 @@ class TrainConfig:
             "objective": OBJECTIVES,
             "preset": PRESETS,
             "augment": ("none", "photo", "drawing", "boxes"),
-            "check": ("header", "full"),
+            "check": CHECKS,
             "precision": ("auto", *runtime.PRECISIONS),
         }
         for name, allowed in choices.items():
@@ -149,14 +151,14 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
              device      this process's
     """
     saved = runtime.saved_run(config)
-    rows = read_rows(config.data, "pairs", config.check, config.skip_bad)
+    rows = open_rows(config.data, "pairs", config.check, config.skip_bad)
     beside = Path(config.data[0]).with_name("pairs_val.jsonl")
     val_paths = config.val or ([beside] if beside.is_file() else [])
     val_rows = read_rows(val_paths, "pairs", config.check, config.skip_bad) if val_paths else []
-    val_rows = sample_of(val_rows, 1000)
+    val_rows = sample_of(val_rows, 1000, "val")
     order = make_order(config, rows, saved)
 
-    texts = [caption for row in rows for caption in captions_of(row)]
+    texts = (caption for row in rows for caption in captions_of(row))
     tokenizer = Tokenizer(saved["vocab"]) if saved else make_vocabulary(config, texts)
     runtime.seed_everything(config.seed)
     model = build_model(config.objective, saved["config"] if saved else new_shape(config, overrides, tokenizer))
@@ -169,11 +171,11 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     optimizer = make_optimizer(model, config)
     run = Run(config, device, tokenizer, model, optimizer, rows, val_rows, order, dataset, collate, saved)
     teacher = "no teacher" if model.teacher is None else f"teacher {model.config.ema:.4f}"
-    run.announce(f"{config.objective} {config.preset}, {teacher}", texts)
+    run.announce(f"{config.objective} {config.preset}, {teacher}", captions_of)
     return run
 
 
-def make_order(config: TrainConfig, rows: list[dict], saved: dict | None) -> TwinBatches:
+def make_order(config: TrainConfig, rows: Sequence[dict], saved: dict | None) -> TwinBatches:
     """Which rows share a batch; config.parts and, from --epochs, config.steps are set here."""
     rank, processes = rank_and_size()
     config.parts = config.parts or parts_for(config.batch_size, processes)
@@ -190,7 +192,7 @@ def parts_for(batch_size: int, processes: int) -> int:
     return parts if parts % processes == 0 else processes
 
 
-def make_vocabulary(config: TrainConfig, texts: list[str]) -> Tokenizer:
+def make_vocabulary(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
     """From --vocab, else built from the training texts."""
     return Tokenizer.from_file(config.vocab) if config.vocab else Tokenizer.build(texts)
 
@@ -249,7 +251,7 @@ class Run:
     tokenizer: Tokenizer
     model: VisionLanguageModel
     optimizer: torch.optim.Optimizer
-    rows: list[dict]  # to train on
+    rows: Sequence[dict]  # to train on
     val_rows: list[dict]  # to evaluate on
     order: TwinBatches
     dataset: Dataset
@@ -442,7 +444,9 @@ class Run:
         """Go on from the content of a checkpoint."""
         for what, now in self.content.items():
             was = saved.get("data", {}).get(what, now)
-            if was != now:
+            if "" in now or "" in was:
+                print(f"the {what} are not compared with those that the run began with: --check none")
+            elif was != now:
                 raise ValueError(
                     f"{self.out} began with {was[0]} {what}, and {now[0]} {'others ' * (was[0] == now[0])}are given "
                     "now: give it what it began with, wherever that lies, or begin another run with another --out"
@@ -463,17 +467,17 @@ class Run:
                 f"step {self.step} took the rate {rates[0]:.3g}, and the next takes {rates[1]:.3g}"
             )
 
-    def announce(self, what: str, texts: list[str]) -> None:
-        """Say what is about to run, and what a model that knows nothing would score."""
+    def announce(self, what: str, read_texts: Callable) -> None:
+        """Say what is about to run, and what a model that knows nothing would score. read_texts: row -> its texts"""
         config, model = self.config, self.model
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         where = f"{self.device}, {self.processes} processes" if self.processes > 1 else f"{self.device}"
         print(f"{what}: {millions:.2f} M parameters on {where}, {len(self.rows)} rows")
         print(f"{config.steps} steps of {config.batch_size} x {config.accumulate}, {self.precision}: {self.why}")
-        if self.order.never:
-            print(f"{self.order.never} rows are left out: no batch of {config.batch_size} has room for their twins")
+        texts = [text for row in sample_of(self.rows, 10_000) for text in read_texts(row)]
         if cut := count_truncated(texts, self.tokenizer, model.config.max_tokens):
-            print(f"{cut} texts are longer than max_tokens {model.config.max_tokens} and lose their end")
+            of = f"{cut} of {len(texts)} texts" + (", drawn at random," if len(self.rows) > 10_000 else "")
+            print(f"{of} are longer than max_tokens {model.config.max_tokens} and lose their end")
         chance = ", ".join(f"{name} {level:.2f}" for name, level in model.chance(config.batch_size).items())
         print(f"losses of a model that knows nothing: {chance}")
 

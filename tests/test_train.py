@@ -692,7 +692,7 @@ def test_an_unknown_option_that_resembles_none_is_told(capsys):
         ("--preset huge", "unknown preset 'huge': use one of nano, tiny, small, base"),
         ("--objective clip", "unknown objective 'clip': use one of mamo, control"),
         ("--augment flip", "unknown augment 'flip': use one of none, photo, drawing, boxes"),
-        ("--check some", "unknown check 'some': use one of header, full"),
+        ("--check some", "unknown check 'some': use one of none, header, full"),
         ("--batch-size 1", "batch_size is 1: contrast and matching need at least 2 pairs"),
         ("--batch-size 23", "batch of 23 pairs is larger than the 22 rows"),
         ("--image-size 250 256 --patch-size 16", "image_size 250 is not a multiple of patch_size 16: use 240 or 256"),

@@ -1,0 +1,469 @@
+"""Rows of a data set: JSONL files, one object a line, image paths relative to the file; checked before they are used.
+
+    pairs      {"image": "a.png", "caption": "a red circle"}   a list of captions means that all of them are right;
+                                                               optional "twin": rows that share it stay in one batch
+    foils      {"image": "a.png", "caption": "a red circle", "foils": {"colour": "a blue circle"}}
+    grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}   in pixels, any is right;
+                                                               optional "proposals": boxes to choose from
+    phrases    {"image": "a.png", "text": "a red circle"}      what grounding learns from: no boxes
+    vqa        {"image": "a.png", "question": "what colour is it?", "answers": {"red": 1.0}}      scores from 0 to 1
+    reasoning  {"images": ["a.png", "b.png"], "text": "both show a circle", "label": true}        one picture or two;
+                                                               optional "group": rows judged together
+    entailment {"image": "a.png", "text": "it is red", "label": "neutral"}      or entailment, or contradiction
+
+More keys are allowed and kept. In place of a JSONL file of pairs a tar archive will do, see shards.py.
+
+A file is read once from its first line to its last, checked on the way, and of each row is kept where its line begins:
+eight bytes. `Rows` parses a row when it is asked for. What a check of more than a second found is kept beside the file,
+in FILE.index, for the next start and for the other processes of a run, which map it into their memory and share it.
+"""
+
+import codecs
+import hashlib
+import json
+import math
+import mmap
+import os
+import random
+import reprlib
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+import runtime
+from reading.shards import MEMBER, as_rows, expand, picture_file
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+CHECKS = ("none", "header", "full")  # each asks for what stands before it, too
+SAVE_AFTER = 1.0  # seconds that a check may take before its outcome is kept
+
+
+class Rows(Sequence):
+    """Checked rows of one or more files, each parsed when it is asked for; a slice is a list."""
+
+    def __init__(self, indexes: list["Index"], task: str):
+        self.indexes, self.task = indexes, task
+        self.starts = np.cumsum([0, *(len(index.offsets) for index in indexes)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, number: int | slice) -> dict | list[dict]:
+        if isinstance(number, slice):
+            return [self[place] for place in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        number %= len(self)
+        file = int(np.searchsorted(self.starts, number, side="right")) - 1
+        index = self.indexes[file]
+        return completed(json.loads(index.line(number - int(self.starts[file]))), index.path, self.task)
+
+    @property
+    def content(self) -> list:
+        """As content_of: how many rows, and a digest of each file; "" where nothing was checked."""
+        return [len(self), *(index.digest for index in self.indexes)]
+
+    @cached_property
+    def twins(self) -> np.ndarray | None:
+        """By row, the first of the rows that share its "twin"; None where all rows stand alone."""
+        if all(index.twins is None for index in self.indexes):
+            return None
+        parts = zip(self.starts.tolist(), self.indexes, strict=False)
+        return np.concatenate(
+            [start + (np.arange(len(one.offsets)) if one.twins is None else one.twins) for start, one in parts]
+        )
+
+
+@dataclass
+class Index:
+    """What is kept of a checked file."""
+
+    path: Path
+    offsets: np.ndarray  # (rows,) where the line of each good row begins
+    twins: np.ndarray | None  # (rows,) the first row that shares its "twin"; None where no two do
+    digest: str  # of what is learned from the rows; "" where they were not checked
+    lines: list[str]  # what is wrong with which lines
+    pictures: list[str]  # which pictures cannot be used, and why
+    shown: int  # pictures in all
+    lost: int  # rows whose picture cannot be used
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.lines and not self.pictures
+
+    def line(self, number: int) -> bytes:
+        """The line of a row, from the file's pages in memory, which all processes share."""
+        start = int(self.offsets[number])
+        end = self.mapped.find(b"\n", start)
+        return self.mapped[start : end if end >= 0 else None]
+
+    @cached_property
+    def mapped(self) -> mmap.mmap:
+        """The file's bytes."""
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __getstate__(self) -> dict:
+        """For a worker that is started, not forked: it maps the file itself."""
+        return {name: value for name, value in vars(self).items() if name != "mapped"}
+
+
+def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> Rows:
+    """Check one or more files of a task, unless that was done before, and open them.
+
+    Args:    paths      JSONL files; of pairs also tar archives, one by one or as 'shards/{00000..01242}.tar'
+             task       a key of SCHEMAS
+             check      "header": rows hold what they should, and every picture is there and its header can be read;
+                        "full": it can be decoded; "none": nothing, for who knows
+             skip_bad   leave bad rows out, with a count, instead of stopping at them
+    Raises:  ValueError naming file, line, what was found and what was expected; for pictures a count and the first ten
+    """
+    paths = expand([paths] if isinstance(paths, str | Path) else paths)
+    with runtime.first_process_first():
+        indexes = [index_of(as_rows(path), task, check, skip_bad) for path in paths]
+    lines, pictures = ([fault for one in indexes for fault in getattr(one, of)] for of in ("lines", "pictures"))
+    if lines and not skip_bad:
+        raise ValueError(f"{lines[0]}{f' ({len(lines)} bad rows in all)' if len(lines) > 1 else ''}")
+    if pictures and not skip_bad:
+        listed = "\n  ".join(pictures[:10])
+        raise ValueError(
+            f"{len(pictures)} of {sum(one.shown for one in indexes)} pictures cannot be used; mend paths (relative to "
+            f"the JSONL file), pictures or boxes, or pass --skip-bad. The first are:\n  {listed}"
+        )
+    if lines or pictures:
+        lost = sum(one.lost for one in indexes)
+        print(f"left out: {len(lines)} bad rows and {lost} rows whose picture cannot be used")
+    rows = Rows(indexes, task)
+    if not len(rows):
+        raise ValueError(f"no rows in {', '.join(map(str, paths))}: expected one JSON object a line")
+    return rows
+
+
+def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> list[dict]:
+    """As open_rows, but all rows at once, and of several paths to one picture the first in place of the others."""
+    rows, first = list(open_rows(paths, task, check, skip_bad)), {}
+    for row in rows:
+        images = [first.setdefault(resolved(image), image) for image in pictures_of(row)]
+        row |= {"image": images[0]} if "image" in row else {"images": images}
+    return rows
+
+
+def completed(row: dict, path: Path, task: str) -> dict:
+    """A row with its pictures' paths made full, and its "twin" made unique to its file."""
+    if "images" in SCHEMAS[task]:
+        row.pop("image", None)  # a further key; pictures_of goes by it
+        row["images"] = [str(path.parent / image) for image in row["images"]]
+    else:
+        row["image"] = str(path.parent / row["image"])
+    twin = row.pop("twin", None)
+    return row if twin is None else row | {"twin": f"{path}:{twin}"}
+
+
+def pictures_of(row: dict) -> list[str]:
+    """The pictures of a row, one or several, as a list."""
+    return [row["image"]] if "image" in row else row["images"]
+
+
+def captions_of(row: dict) -> list[str]:
+    """The captions of a row, one or several, as a list."""
+    return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+
+
+def sample_of(rows: Sequence, most: int, what: str = "") -> list[dict]:
+    """At most so many rows, from all over the file, which may be sorted; the same ones in every run. what: said, if
+    some are left out"""
+    if len(rows) <= most:
+        return list(rows)
+    if what:
+        print(f"{what}: {most} of {len(rows)} rows, drawn at random")
+    return [rows[number] for number in sorted(random.Random(0).sample(range(len(rows)), most))]
+
+
+def twins_of(rows: Sequence) -> np.ndarray | None:
+    """By row, the first of the rows that share its "twin"; None where all stand alone."""
+    if isinstance(rows, Rows):
+        return rows.twins
+    first: dict[str, int] = {}
+    twins = [first.setdefault(row["twin"], n) if row.get("twin") is not None else n for n, row in enumerate(rows)]
+    return np.array(twins) if len(set(twins)) < len(rows) else None
+
+
+def content_of(rows: Sequence) -> list:
+    """How many rows, and a digest of what is learned from them, in order; pictures by name, wherever they lie."""
+    if isinstance(rows, Rows):
+        return rows.content
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(said(row))
+    return [len(rows), digest.hexdigest()]
+
+
+def said(row: dict) -> bytes:
+    """What is learned from a row."""
+    names = [os.path.basename(picture) for picture in pictures_of(row)]
+    twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file that it was made unique to
+    return json.dumps([names, twin, row.get("group"), *map(row.get, LEARNED)], sort_keys=True).encode()
+
+
+@lru_cache(maxsize=100_000)
+def resolved(path: str | Path) -> str:
+    """The path of a picture behind "..", symbolic links and the folder that we are in: one for each file. Of a member
+    of an archive that of the archive, with the member's name."""
+    member = MEMBER.fullmatch(str(path))
+    return f"{os.path.realpath(member[1])}#{member[2]}" if member else os.path.realpath(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def index_of(path: Path, task: str, check: str, skip_bad: bool) -> Index:
+    """The index of a file: from FILE.index if that was made of this very file with as many checks, else made now."""
+    kept, began = path.with_name(path.name + ".index"), time.monotonic()
+    index = kept_index(kept, path, task, check)
+    if index and (skip_bad or index.good):
+        return index
+    index = checked(path, task, check, skip_bad)
+    if time.monotonic() - began > SAVE_AFTER and (skip_bad or index.good):
+        with runtime.side_file(kept):
+            runtime.write_beside(kept, lambda temporary: keep(index, temporary, task, check))
+            index = kept_index(kept, path, task, check) or index
+    return index
+
+
+def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
+    """Read a file from its first line to its last. Without skip_bad no picture is looked at after a bad row."""
+    offsets, twins, first = array("q"), array("q"), {}  # first: by "twin", the first row that has it
+    lines, pictures, shown, lost, digest = [], {}, array("q"), 0, hashlib.blake2b(digest_size=16)
+    for number, start, line in progress(path):
+        row, twin = {}, None
+        if check != "none" or b'"twin"' in line:
+            text = decoded(line, path)
+            try:
+                row = parse_object(text)
+                check_row(row, task)
+            except ValueError as fault:
+                lines.append(f"{path}:{number}: {fault}")
+                continue
+            row = completed(row, path, task)
+            twin = row.get("twin")
+        if check != "none" and (skip_bad or not lines):
+            shown.extend(map(hash, pictures_of(row)))
+            faults = {image: fault for image in pictures_of(row) if (fault := fault_of(image, row, task, check))}
+            pictures |= faults
+            if faults:
+                lost += 1
+                continue
+            digest.update(said(row))
+        twins.append(len(offsets) if twin is None else first.setdefault(twin, len(offsets)))
+        offsets.append(start)
+    faults = [f"{image}: {fault}" for image, fault in pictures.items()]
+    told = "" if check == "none" else digest.hexdigest()
+    return Index(
+        path, np.array(offsets), np.array(twins) if first else None, told, lines, faults, len(set(shown)), lost
+    )
+
+
+def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """lines_at, with a bar for a file that takes long."""
+    size = path.stat().st_size if path.is_file() else 0
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False, delay=2, desc=f"checking {path.name}") as bar:
+        for number, start, line in lines_at(path):
+            yield number, start, line
+            bar.update(start + len(line) - bar.n)
+
+
+def keep(index: Index, path: Path, task: str, check: str) -> None:
+    """Write an index: a line of JSON, filled up with blanks to a multiple of 8 bytes, then the arrays."""
+    about = {name: value for name, value in vars(index).items() if name not in ("path", "offsets", "twins", "mapped")}
+    about |= made_of(index.path) | {"task": task, "check": check, "rows": len(index.offsets)}
+    line = json.dumps(about | {"twins": index.twins is not None}).encode()
+    with open(path, "wb") as file:
+        file.write(line + b" " * (-(len(line) + 1) % 8) + b"\n")
+        index.offsets.tofile(file)
+        if index.twins is not None:
+            index.twins.tofile(file)
+
+
+def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
+    """What keep wrote, mapped into memory, if it is whole, of this very file, and was checked as thoroughly."""
+    try:
+        with open(kept, "rb") as file:
+            line = file.readline()
+            about = json.loads(line)
+        checks = about.pop("check")
+        if about | made_of(path) | {"task": task} != about or CHECKS.index(checks) < CHECKS.index(check):
+            return None
+        count, twins = about["rows"], about["twins"]
+        arrays = np.memmap(kept, np.int64, "r", len(line), (1 + twins, count)) if count else np.zeros((2, 0), np.int64)
+        parts = {name: about[name] for name in ("digest", "lines", "pictures", "shown", "lost")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    print(f"{path}: {count} rows, checked before; to check again delete {kept}")
+    return Index(path, arrays[0], arrays[1] if twins else None, **parts)
+
+
+def made_of(path: Path) -> dict:
+    """By what an index knows the file that it was made of."""
+    about = path.stat()
+    return {"size": about.st_size, "time": about.st_mtime_ns}
+
+
+def lines_at(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file that are not blank: number, counted from 1, place in the file, bytes."""
+    if not Path(path).is_file():
+        world = "; make the built-in world with: python -m world.scenes --out data/scenes"
+        make = world if "scenes" in str(path) else ""
+        raise ValueError(f"{path} is not a file: give the path of a file with one row a line{make}")
+    with open(path, "rb") as file:  # only a line feed ends a line
+        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0  # Windows editors write one
+        file.seek(start)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, start, line
+            start += len(line)
+
+
+def decoded(line: bytes, path: str | Path) -> str:
+    """A line as text."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"{path} is not UTF-8 text ({fault.reason}): is it packed, or another file?") from fault
+
+
+def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
+    """("file:line", text) of the lines of a text file that are not blank."""
+    for number, _, line in lines_at(path):
+        yield f"{path}:{number}", decoded(line, path)
+
+
+def parse_object(line: str) -> dict:
+    """One line -> its JSON object. Raises ValueError if it holds none."""
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({getattr(error, 'msg', error)}): expected one object a line") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"found {type(value).__name__}: expected an object")
+    return value
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", object) of a JSONL file. Raises ValueError, with that place, at the first line that is none."""
+    for place, line in lines_of(path):
+        try:
+            value = parse_object(line)
+        except ValueError as fault:
+            raise ValueError(f"{place}: {fault}") from fault
+        yield place, value
+
+
+def check_row(row: dict, task: str) -> None:
+    """Raise ValueError for a row that lacks a key of its task, or holds another kind of value."""
+    schema = SCHEMAS[task]
+    if not schema.keys() <= row.keys():
+        wanted = "; ".join(f'"{key}": {what}' for key, (what, _) in schema.items())
+        raise ValueError(f"found the keys {sorted(row)}: expected {wanted}")
+    for key, (what, fits) in (schema | OPTIONAL.get(task, {})).items():
+        if key in row and not fits(row[key]):
+            raise ValueError(f"{key} is {reprlib.repr(row[key])}: expected {what}")
+
+
+def is_text(value) -> bool:
+    """Whether a value is a text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_score(value) -> bool:
+    """Whether a value is a number from 0 to 1."""
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def is_box(box) -> bool:
+    """Whether a value is [x, y, width, height] with a place that is not negative and a size that is not zero."""
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in box)
+    return numbers and min(box[:2]) >= 0 and min(box[2:]) > 0
+
+
+def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -> Callable:
+    """A test for a list, or the values of a dict, of so many values that fit."""
+
+    def test(value) -> bool:
+        values = list(value.values()) if isinstance(value, dict) else value
+        return isinstance(value, kind) and least <= len(value) <= most and all(map(fits, values))
+
+    return test
+
+
+# Of each key what it holds, as an error says it, and a test of its value.
+PATH = ("a path relative to this file", lambda value: isinstance(value, str))
+PATHS = ("a list of one or two paths relative to this file", all_of(PATH[1], list, 1, 2))
+TEXT = ("a text that is not empty", is_text)
+TEXTS = (
+    "a text that is not empty, or a list of such texts",
+    lambda value: is_text(value) or all_of(is_text, list)(value),
+)
+BOXES = ("[[x, y, width, height], ...] in pixels, at least one, none of them empty", all_of(is_box, list))
+FOILS = ('{"kind": "wrong caption", ...} with no empty text', all_of(is_text, dict, least=0))
+ANSWERS = ('{"answer": score from 0 to 1, ...}, at least one', all_of(is_score, dict))
+TRUTH = ("true or false", lambda value: isinstance(value, bool))
+ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
+LABEL = (", ".join(ENTAILMENT_LABELS), lambda value: value in ENTAILMENT_LABELS)
+SCHEMAS = {
+    "pairs": {"image": PATH, "caption": TEXTS},
+    "foils": {"image": PATH, "caption": TEXT, "foils": FOILS},
+    "grounding": {"image": PATH, "text": TEXT, "boxes": BOXES},
+    "phrases": {"image": PATH, "text": TEXT},
+    "vqa": {"image": PATH, "question": TEXT, "answers": ANSWERS},
+    "reasoning": {"images": PATHS, "text": TEXT, "label": TRUTH},
+    "entailment": {"image": PATH, "text": TEXT, "label": LABEL},
+}
+OPTIONAL = {"grounding": {"proposals": BOXES}}
+LEARNED = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for key in schema} - {"image", "images"})
+
+
+def fault_of(image: str, row: dict, task: str, check: str) -> str | None:
+    """What is wrong with a picture of a row, or with the boxes in it, or None."""
+    fault = check_image(image, check)
+    return check_boxes(image, row["boxes"] + row.get("proposals", [])) if task == "grounding" and not fault else fault
+
+
+@lru_cache(maxsize=100_000)  # rows of one picture need not stand together
+def check_image(path: str, check: str) -> str | None:
+    """What is wrong with a picture, or None. "header" reads the first bytes, "full" decodes everything."""
+    try:
+        with Image.open(picture_file(path)) as image:
+            if check == "full":
+                image.load()
+    except FileNotFoundError:
+        return "missing"
+    except Exception as error:  # Pillow raises many kinds for broken files
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def check_boxes(path: str, boxes: list) -> str | None:
+    """Which box reaches outside a picture, or None."""
+    width, height = size_of(path)
+    for x, y, w, h in boxes:
+        if x + w > width or y + h > height:
+            return f"the box {[x, y, w, h]} reaches outside the picture of {width} x {height} pixels"
+    return None
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height that load_image would give, from the header alone."""
+    with Image.open(picture_file(path)) as file:
+        quarter_turn = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 exchange width and height
+        return file.size[::-1] if quarter_turn else file.size

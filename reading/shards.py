@@ -1,0 +1,120 @@
+"""Tar archives of pictures and captions, as img2dataset and webdataset write them: `key.jpg` beside `key.txt`, or
+`key.json` with a "caption".
+
+An archive is read once, header by header, to a JSONL file of pairs beside it, ARCHIVE.tar.jsonl. A picture's path in it
+says where the picture's bytes are, `00000.tar#000012.jpg@1536+20480`: member 000012.jpg, 20,480 bytes from byte 1,536
+on. So order, masks and resuming are those of loose files: any row can be read at any time, and nothing is unpacked.
+"""
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import runtime
+
+MEMBER = re.compile(r"(.*\.tar)#(.*)@(\d+)\+(\d+)", re.DOTALL)
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def picture_file(path: str | Path) -> str | Path | io.BytesIO:
+    """What Pillow opens for a path: the path itself, or the bytes of a member of an archive.
+
+    Raises:  FileNotFoundError without the archive
+    """
+    member = MEMBER.fullmatch(str(path))
+    if not member:
+        return path
+    with open(member[1], "rb") as file:
+        file.seek(int(member[3]))
+        return io.BytesIO(file.read(int(member[4])))
+
+
+def expand(paths: list) -> list[Path]:
+    """Paths, in which 'shards/{00000..01242}.tar' stands for a row of files."""
+    return [Path(path) for one in paths for path in spelled(str(one))]
+
+
+def spelled(path: str) -> Iterator[str]:
+    """Every path that a pattern stands for."""
+    found = RANGE.search(path)
+    if not found:
+        yield path
+        return
+    for number in range(int(found[1]), int(found[2]) + 1):
+        yield from spelled(path[: found.start()] + str(number).zfill(len(found[1])) + path[found.end() :])
+
+
+def as_rows(path: Path) -> Path:
+    """A JSONL file as it is; of an archive the JSONL file of its pairs, made if there is none of this very archive.
+
+    Raises:  ValueError for a file that is not a tar archive, or holds no pair
+    """
+    if path.suffix in (".tgz", ".gz", ".zst", ".bz2", ".xz"):
+        raise ValueError(
+            f"{path} is compressed: unpack it to a JSONL file or a plain .tar, which can be read in any order"
+        )
+    if path.suffix != ".tar":
+        return path
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give archives that are there, such as 'shards/{{00000..00009}}.tar'")
+    rows = path.with_name(path.name + ".jsonl")
+    made = path.stat().st_mtime_ns
+    if not rows.is_file() or rows.stat().st_mtime_ns != made:  # one archive, one time
+        runtime.write_beside(rows, lambda temporary: write_rows(path, temporary))
+        os.utime(rows, ns=(made, made))
+    return rows
+
+
+def write_rows(path: Path, out: Path) -> None:
+    """The pairs of an archive as JSONL, in its order."""
+    count, without = 0, 0
+    with open(out, "w", encoding="utf-8") as file:
+        for name, picture, caption in tqdm(samples(path), desc=f"listing {path.name}", delay=2, leave=False):
+            if picture is None or not caption.strip():
+                without += 1
+                continue
+            image = f"{path.name}#{name}@{picture.offset_data}+{picture.size}"
+            file.write(json.dumps({"image": image, "caption": caption.strip()}) + "\n")
+            count += 1
+    if without:
+        print(f"{path}: {without} of {count + without} samples lack a picture or a caption and are left out")
+    if not count:
+        raise ValueError(f"{path} holds no pair: expected members such as 000012.jpg beside 000012.txt or 000012.json")
+
+
+def samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo | None, str]]:
+    """Of each key the picture's name, the picture and the caption; members of one key stand together."""
+    endings, key, name, picture, caption = Image.registered_extensions(), None, "", None, ""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in iter(archive.next, None):
+                archive.members.clear()  # else it keeps all of them
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                own, _, ending = base.partition(".")
+                if (folder, own) != key:
+                    if key:
+                        yield name, picture, caption
+                    key, name, picture, caption = (folder, own), "", None, ""
+                if "." + ending.lower() in endings:
+                    name, picture = member.name, member
+                elif ending == "txt":
+                    caption = archive.extractfile(member).read().decode("utf-8")
+                elif ending == "json" and not caption:
+                    said = json.loads(archive.extractfile(member).read()).get("caption")
+                    caption = said if isinstance(said, str) else ""
+            if key:
+                yield name, picture, caption
+            archive.fileobj.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+            if any(archive.fileobj.read()):
+                raise EOFError("the empty block that ends an archive is missing")
+    except (tarfile.TarError, ValueError, AttributeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read to its end ({error}): expected a whole, plain tar archive") from error
