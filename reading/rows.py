@@ -13,16 +13,15 @@
 
 More keys are allowed and kept. In place of a JSONL file of pairs a tar archive will do, see shards.py.
 
-A file is read once from its first line to its last, checked on the way, and of each row is kept where its line begins:
-eight bytes. `Rows` parses a row when it is asked for. What a check of more than a second found is kept beside the file,
-in FILE.index, for the next start and for the other processes of a run, which map it into their memory and share it.
+A file is read once from its first line to its last, checked on the way, and of each row is kept where its line begins,
+in four bytes. `Rows` reads and parses a row when it is asked for. What a check of more than a second found is kept
+beside the file, in FILE.index, for the next start and for the other processes of a run.
 """
 
 import codecs
 import hashlib
 import json
 import math
-import mmap
 import os
 import random
 import reprlib
@@ -78,7 +77,10 @@ class Rows(Sequence):
             return None
         parts = zip(self.starts.tolist(), self.indexes, strict=False)
         return np.concatenate(
-            [start + (np.arange(len(one.offsets)) if one.twins is None else one.twins) for start, one in parts]
+            [
+                start + (np.arange(len(one.offsets)) if one.twins is None else one.twins.astype(int))
+                for start, one in parts
+            ]
         )
 
 
@@ -94,6 +96,7 @@ class Index:
     pictures: list[str]  # which pictures cannot be used, and why
     shown: int  # pictures in all
     lost: int  # rows whose picture cannot be used
+    before: bool = False  # whether it was checked at an earlier start
 
     @property
     def good(self) -> bool:
@@ -101,20 +104,10 @@ class Index:
         return not self.lines and not self.pictures
 
     def line(self, number: int) -> bytes:
-        """The line of a row, from the file's pages in memory, which all processes share."""
-        start = int(self.offsets[number])
-        end = self.mapped.find(b"\n", start)
-        return self.mapped[start : end if end >= 0 else None]
-
-    @cached_property
-    def mapped(self) -> mmap.mmap:
-        """The file's bytes."""
-        with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __getstate__(self) -> dict:
-        """For a worker that is started, not forked: it maps the file itself."""
-        return {name: value for name, value in vars(self).items() if name != "mapped"}
+        """The line of a row, read from the file."""
+        with open(self.path, "rb") as file:  # not kept open: a thousand archives would be too many open files
+            file.seek(int(self.offsets[number]))
+            return file.readline()
 
 
 def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> Rows:
@@ -129,7 +122,8 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
     """
     paths = expand([paths] if isinstance(paths, str | Path) else paths)
     with runtime.first_process_first():
-        indexes = [index_of(as_rows(path), task, check, skip_bad) for path in paths]
+        began = time.monotonic()
+        indexes = [index_of(as_rows(path), task, check, skip_bad, began) for path in paths]
     lines, pictures = ([fault for one in indexes for fault in getattr(one, of)] for of in ("lines", "pictures"))
     if lines and not skip_bad:
         raise ValueError(f"{lines[0]}{f' ({len(lines)} bad rows in all)' if len(lines) > 1 else ''}")
@@ -142,6 +136,8 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
     if lines or pictures:
         lost = sum(one.lost for one in indexes)
         print(f"left out: {len(lines)} bad rows and {lost} rows whose picture cannot be used")
+    if before := sum(one.before for one in indexes):
+        print(f"{before} of {len(indexes)} files were checked before; to check them again delete {paths[0]}.index")
     rows = Rows(indexes, task)
     if not len(rows):
         raise ValueError(f"no rows in {', '.join(map(str, paths))}: expected one JSON object a line")
@@ -225,9 +221,10 @@ def resolved(path: str | Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def index_of(path: Path, task: str, check: str, skip_bad: bool) -> Index:
-    """The index of a file: from FILE.index if that was made of this very file with as many checks, else made now."""
-    kept, began = path.with_name(path.name + ".index"), time.monotonic()
+def index_of(path: Path, task: str, check: str, skip_bad: bool, began: float) -> Index:
+    """The index of a file: from FILE.index if that was made of this very file with as many checks, else made now.
+    began: when the first of all files was begun"""
+    kept = path.with_name(path.name + ".index")
     index = kept_index(kept, path, task, check)
     if index and (skip_bad or index.good):
         return index
@@ -235,7 +232,6 @@ def index_of(path: Path, task: str, check: str, skip_bad: bool) -> Index:
     if time.monotonic() - began > SAVE_AFTER and (skip_bad or index.good):
         with runtime.side_file(kept):
             runtime.write_beside(kept, lambda temporary: keep(index, temporary, task, check))
-            index = kept_index(kept, path, task, check) or index
     return index
 
 
@@ -281,34 +277,38 @@ def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
             bar.update(start + len(line) - bar.n)
 
 
+def shortest(numbers: array) -> np.ndarray:
+    """Numbers in four bytes each, if that is enough."""
+    return np.array(numbers, np.uint32 if max(numbers, default=0) < 2**32 else np.int64)
+
+
 def keep(index: Index, path: Path, task: str, check: str) -> None:
-    """Write an index: a line of JSON, filled up with blanks to a multiple of 8 bytes, then the arrays."""
-    about = {name: value for name, value in vars(index).items() if name not in ("path", "offsets", "twins", "mapped")}
+    """Write an index: a line of JSON, then the arrays."""
+    arrays = {name: one for name in ("offsets", "twins") if (one := getattr(index, name)) is not None}
+    about = {name: value for name, value in vars(index).items() if name not in ("path", "offsets", "twins", "before")}
     about |= made_of(index.path) | {"task": task, "check": check, "rows": len(index.offsets)}
-    line = json.dumps(about | {"twins": index.twins is not None}).encode()
     with open(path, "wb") as file:
-        file.write(line + b" " * (-(len(line) + 1) % 8) + b"\n")
-        index.offsets.tofile(file)
-        if index.twins is not None:
-            index.twins.tofile(file)
+        file.write(
+            json.dumps(about | {"arrays": {name: str(one.dtype) for name, one in arrays.items()}}).encode() + b"\n"
+        )
+        for one in arrays.values():
+            one.tofile(file)
 
 
 def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
-    """What keep wrote, mapped into memory, if it is whole, of this very file, and was checked as thoroughly."""
+    """What keep wrote, if it is whole, of this very file, and was checked as thoroughly."""
     try:
         with open(kept, "rb") as file:
-            line = file.readline()
-            about = json.loads(line)
-        checks = about.pop("check")
-        if about | made_of(path) | {"task": task} != about or CHECKS.index(checks) < CHECKS.index(check):
+            about = json.loads(file.readline())
+            if about | made_of(path) | {"task": task} != about or CHECKS.index(about["check"]) < CHECKS.index(check):
+                return None
+            arrays = {name: np.fromfile(file, kind, about["rows"]) for name, kind in about["arrays"].items()}
+        if any(len(one) < about["rows"] for one in arrays.values()):
             return None
-        count, twins = about["rows"], about["twins"]
-        arrays = np.memmap(kept, np.int64, "r", len(line), (1 + twins, count)) if count else np.zeros((2, 0), np.int64)
         parts = {name: about[name] for name in ("digest", "lines", "pictures", "shown", "lost")}
+        return Index(path, arrays["offsets"], arrays.get("twins"), **parts, before=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    print(f"{path}: {count} rows, checked before; to check again delete {kept}")
-    return Index(path, arrays[0], arrays[1] if twins else None, **parts)
 
 
 def made_of(path: Path) -> dict:

@@ -67,7 +67,7 @@ def test_what_was_checked_is_not_checked_again_until_the_file_changes(tmp_path, 
         return bool(seen)
 
     assert checked() and not checked() and not checked(check="none")
-    assert "6 rows, checked before; to check again delete" in capsys.readouterr().out
+    assert "1 of 1 files were checked before; to check them again delete" in capsys.readouterr().out
     assert checked(check="full") and not checked() and not checked(check="full")
     os.utime(path, ns=(0, 10**18))
     assert checked() and not checked()
