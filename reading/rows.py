@@ -29,7 +29,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ class Rows(Sequence):
         """As content_of: how many rows, and a digest of each file; "" where nothing was checked."""
         return [len(self), *(index.digest for index in self.indexes)]
 
-    @cached_property
+    @property
     def twins(self) -> np.ndarray | None:
         """By row, the first of the rows that share its "twin"; None where all rows stand alone."""
         if all(index.twins is None for index in self.indexes):
