@@ -37,10 +37,6 @@ from explain import (
     Heat,
     check_layer,
     choose_layer,
-    draw_examples,
-    draw_found,
-    draw_heats,
-    draw_ranked,
     ground,
     heats_of,
     middle_layer,
@@ -63,6 +59,7 @@ from metrics import (
 from siblings import build_model
 from tasks import TASKS, Classifier, HeadConfig, build_task, coverage, read_as, slots, texts_of
 from tokenizer import Tokenizer
+from tools import sheet
 
 # ------------------------------------------------------------------------------------------------------------- models
 
@@ -592,7 +589,7 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
             write_predictions(options.predictions, rows, predictions)
     if options.figure and rank_and_size()[0] == 0:
         with runtime.side_file(options.figure):
-            draw_examples(task, rows, predictions, options.figure)
+            sheet.draw_examples(task, rows, predictions, options.figure)
     return result | extra
 
 
@@ -716,7 +713,7 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
             write_predictions(options.predictions, rows, lists)
     if options.figure and rank_and_size()[0] == 0:
         with runtime.side_file(options.figure):
-            draw_ranked(rows, lists, options.figure)
+            sheet.draw_ranked(rows, lists, options.figure)
     return result
 
 
@@ -736,7 +733,7 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
     if any(one["matching"] is not None for one in found):
         print("ordered by matching; --k 0 orders by contrast alone, which is learned earlier")
     if options.figure and rank_and_size()[0] == 0:
-        draw_found(options.text, [one["image"] for one in found], options.figure)
+        sheet.draw_found(options.text, [one["image"] for one in found], options.figure)
         print(f"the pictures are in {options.figure}")
 
 
@@ -747,7 +744,7 @@ def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
     where = "" if phrase == options.text else f" in: {options.text}"
     said = f"   {pipeline.answers(options.image, options.text)[0][0]}" if isinstance(model, Classifier) else ""
     heats = pipeline.heat(options.image, options.text, phrase, layer)
-    draw_heats(heats, options.out, f"{phrase}{where}{said}   (fusion block {layer})")
+    sheet.draw_heats(heats, options.out, f"{phrase}{where}{said}   (fusion block {layer})")
     print_score(pipeline, options)
     print(f"fusion block {layer} of 0 to {model.config.fusion_depth - 1}; the map is in {options.out}")
 
@@ -778,7 +775,7 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         keep_result(options.results, f"pairs_{split}", result)
         if split == "test" and rank_and_size()[0] == 0:
             with runtime.side_file(out / "ranked.png"):
-                draw_ranked(rows, lists, out / "ranked.png")
+                sheet.draw_ranked(rows, lists, out / "ranked.png")
         result = foils(model, tokenizer, read_rows([folder / f"foils_{split}.jsonl"], "foils"), device, by)
         print(foil_table(f"foils, {split}", result))
         said = keep_result(options.results, f"foils_{split}", result)

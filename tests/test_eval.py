@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import eval as evaluation
-import explain
 from data import captions_of, load_image, pad, read_rows, to_tensor
-from eval import draw_ranked, encode_rows, foils, load_model, ranks, rerank, retrieval
+from eval import encode_rows, foils, load_model, ranks, rerank, retrieval
 from metrics import chance_recalls, recalls
+from tools import sheet
 
 CPU = torch.device("cpu")
 SIDES = ("image_to_text", "text_to_image")
@@ -119,8 +119,8 @@ def test_the_command_search_prints_and_draws_what_it_finds(command, checkpoint, 
     assert len(found) == 10 and [row[0] for row in found] == sorted((row[0] for row in found), reverse=True)
     captions = {row["image"]: captions_of(row)[0] for row in reversed(read_rows([gallery], "pairs"))}
     assert set(captions.values()) >= {row[3] for row in found}
-    with Image.open(tmp_path / "found.png") as sheet:
-        assert np.asarray(sheet).std() > 10
+    with Image.open(tmp_path / "found.png") as found:
+        assert np.asarray(found).std() > 10
     status, _, error = command(*asked)
     assert status == 2 and error == 'error: search needs a text: --text "a red circle"\n'
     status, _, error = command(*asked, "--text", "a red square", "--k", "-1")
@@ -290,11 +290,11 @@ def test_another_spelling_is_not_another_answer(model_and_words, gallery, respel
 
 def test_the_sheet_marks_right_answers_however_they_are_spelled(model_and_words, gallery, respelled, monkeypatch):
     sheets = []
-    monkeypatch.setattr(explain, "draw_sheet", lambda cells, path: sheets.append([cell.lines for cell in cells]))
+    monkeypatch.setattr(sheet, "draw_sheet", lambda cells, path: sheets.append([cell.lines for cell in cells]))
     for path in (gallery, respelled):
         rows, lists = read_rows([path], "pairs"), []
         retrieval(*model_and_words, rows, CPU, lists=lists)
-        draw_ranked(rows if path == gallery else rows[::-1], lists, Path("none.png"))
+        sheet.draw_ranked(rows if path == gallery else rows[::-1], lists, Path("none.png"))
     assert sheets[0] == sheets[1] and any(text.startswith("+") for lines in sheets[0] for text, _ in lines)
 
 
@@ -519,10 +519,10 @@ def test_the_sheet_of_ranked_captions_shows_pictures_and_marks_right_answers(
     )
     lists = []
     retrieval(*model_and_words, rows, CPU, lists=lists)
-    draw_ranked(rows, lists, tmp_path / "new" / "ranked.png", pictures=24)
-    with Image.open(tmp_path / "new" / "ranked.png") as sheet:
-        assert sheet.format == "PNG"
-        colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20)}
+    sheet.draw_ranked(rows, lists, tmp_path / "new" / "ranked.png", pictures=24)
+    with Image.open(tmp_path / "new" / "ranked.png") as drawn:
+        assert drawn.format == "PNG"
+        colours = {colour for _, colour in drawn.convert("RGB").getcolors(1 << 20)}
     assert {
         square(int(Path(path).stem)).getpixel((x, y)) for path in images for x in (0, 23) for y in (0, 15)
     } <= colours

@@ -17,7 +17,6 @@ from eval import load_model
 from explain import (
     check_layer,
     choose_layer,
-    draw_heats,
     ground,
     heat_maps,
     heats_of,
@@ -33,6 +32,7 @@ from mamo import record_attention
 from metrics import judge_grounding, patch_centres
 from tasks import HeadConfig, build_task
 from tokenizer import Tokenizer
+from tools.sheet import draw_heats
 
 CPU = torch.device("cpu")
 BOXES = ([0, 0, 12, 8], [12, 0, 12, 8], [0, 8, 12, 8], [12, 8, 12, 8])  # of the four corners of helpers.square

@@ -7,7 +7,7 @@ import pytest
 from helpers import square
 from PIL import Image, ImageDraw
 
-from explain import GAP, LINE, RIGHT, WRONG, draw_examples, draw_found, draw_ranked
+from tools.sheet import GAP, LINE, RIGHT, WRONG, draw_examples, draw_found, draw_ranked
 
 WIDE, HIGH, COLUMN = 128, 85, 600  # of a picture of 48 x 32 pixels, and of a cell
 

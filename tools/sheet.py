@@ -1,0 +1,134 @@
+"""Sheets to look at, as PNG: pictures beside what was found or answered, right in green and wrong in red."""
+
+import textwrap
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data import load_image, pictures_of
+from explain import Heat, save_png
+from metrics import fits, points_into, right_answers, right_label, score_answers, text_of
+
+RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # beside + and -, so that a sheet does not rest on colour alone
+GAP, LINE = 12, 22  # pixels
+
+
+@dataclass
+class Cell:
+    """A part of a sheet: pictures side by side, and to their right lines of text, each with its colour."""
+
+    pictures: list[Image.Image]
+    lines: list[tuple[str, str]]
+
+
+def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600, title: str = "") -> None:
+    """Cells row by row, each so many pixels wide, below a title."""
+    pen_font = ImageFont.load_default(size=15)
+    height = max(picture.height for cell in cells for picture in cell.pictures) + GAP
+    top = GAP + (LINE + GAP if title else 0)
+    sheet = Image.new("RGB", (columns * width + GAP, top + -(-len(cells) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    if title:
+        pen.text((GAP, GAP), title, fill="black", font=pen_font)
+    for number, cell in enumerate(cells):
+        x, y = GAP + number % columns * width, top + number // columns * height
+        for picture in cell.pictures:
+            sheet.paste(picture, (x, y))
+            x += picture.width + GAP
+        for place, (text, colour) in enumerate(cell.lines):
+            pen.text((x, y + LINE * place), text, fill=colour, font=pen_font)
+    save_png(sheet, path)
+
+
+def thumbnail(path: str, side: int = 128) -> Image.Image:
+    """A picture in its own proportions, its longer side so many pixels."""
+    picture = load_image(path)
+    return ImageOps.contain(
+        picture, (side, side), Image.Resampling.NEAREST if side > 2 * max(picture.size) else Image.Resampling.BICUBIC
+    )
+
+
+def some_of(items: list, count: int) -> list:
+    """So many of the items, from all over them."""
+    return items[:: max(len(items) // count, 1)][:count]
+
+
+def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
+    """Each picture beside itself with its map over it."""
+    panels = [panel for heat in heats for panel in (heat.picture, heat.image())]
+    draw_sheet([Cell(panels, [])], path, width=sum(panel.width + GAP for panel in panels), title=line)
+
+
+def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int = 8, best: int = 5) -> None:
+    """Some pictures of a gallery beside the captions ranked first, by matching where there is matching."""
+    right, names = right_answers(rows, lists)
+    picture, text = names["image_to_text"]
+    way = lists[-1]["way"]  # matching comes behind contrast
+    ranked = {one["query"]: one["found"] for one in lists if one["way"] == way and one["direction"] == "image_to_text"}
+    cells = []
+    for image in some_of(list(ranked), pictures):
+        marks = [(text(caption) in right["image_to_text"][picture(image)], caption) for caption in ranked[image][:best]]
+        lines = [(f"{'+' if good else '-'} {caption}", RIGHT if good else WRONG) for good, caption in marks]
+        cells.append(Cell([thumbnail(image)], lines))
+    draw_sheet(cells, path)
+
+
+def draw_found(text: str, images: list[str], path: Path) -> None:
+    """The pictures that were found for a text, best first, row by row."""
+    cells = [Cell([thumbnail(image)], [(str(place), "black")]) for place, image in enumerate(images, 1)]
+    draw_sheet(cells, path, columns=5, width=180, title=text)
+
+
+def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Path, each: int = 6) -> None:
+    """Right answers on the left, wrong ones on the right, with picture, text, answer and what would have been right.
+
+    Of grounding the right box is drawn in green, and inside it or elsewhere the proposal, or else the box, in red; the
+    point is a dot.
+    """
+    cells = {True: [], False: []}
+    for row, prediction in zip(rows, predictions, strict=True):
+        if task == "grounding":
+            good = hit(row, prediction)
+            said = ["+ found" if good else "- missed"]
+        else:
+            answer = prediction["answer"]
+            good = score_answers(task, [row], [answer])[0] > 0.5
+            right = max(row["answers"], key=row["answers"].get) if task == "vqa" else right_label(row)
+            said = [f"+ {answer}"] if good else [f"- {answer}", f"right: {right}"]
+        lines = [
+            (line, RIGHT if good else WRONG)
+            for line in [*textwrap.wrap(text_of(row), 36, break_long_words=False, break_on_hyphens=False), *said]
+        ]
+        cells[good].append((row, prediction, lines))
+    pairs = zip_longest(some_of(cells[True], each), some_of(cells[False], each))
+    shown = [
+        Cell([], []) if one is None else Cell([with_boxes(path, *one[:2]) for path in pictures_of(one[0])], one[2])
+        for pair in pairs
+        for one in pair
+    ]
+    draw_sheet(shown, path, columns=2)
+
+
+def hit(row: dict, prediction: dict) -> bool:
+    """Whether the chosen proposal, or without proposals the point, is right."""
+    if "proposals" in row:
+        return fits(prediction.get("proposal"), row["boxes"])
+    return points_into(prediction.get("point"), row["boxes"])
+
+
+def with_boxes(path: str, row: dict, prediction: dict) -> Image.Image:
+    """A thumbnail, of grounding with its boxes and the point."""
+    small = thumbnail(path)
+    scale, pen = small.width / load_image(path).width, ImageDraw.Draw(small)
+    chosen = prediction.get("proposal") or prediction.get("box")
+    for boxes, colour, out in ((row.get("boxes", []), RIGHT, 3), ([chosen] if chosen else [], WRONG, 0)):
+        for x, y, w, h in boxes:
+            x0, y0 = x * scale - out, y * scale - out
+            corners = (x0, y0, max((x + w) * scale - 1 + out, x0), max((y + h) * scale - 1 + out, y0))
+            pen.rectangle(corners, outline=colour, width=2)
+    if prediction.get("point"):
+        x, y = prediction["point"][0] * scale, prediction["point"][1] * scale
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=WRONG)
+    return small
