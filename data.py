@@ -127,7 +127,7 @@ def make_batch(
         raise ValueError(f"{len(images)} images and {len(texts)} texts: give a list of each, one text for each image")
     names = [resolved(image) if isinstance(image, str | Path) else number for number, image in enumerate(images)]
     if not isinstance(images, Tensor):
-        images = torch.stack([to_tensor(load_image(image), config.image_size) for image in images])
+        images = torch.stack([to_tensor(image, config.image_size) for image in images])
     input_ids, attention_mask = tokenizer(texts, config.max_tokens)
     (b, l), draw = input_ids.shape, torch.Generator().manual_seed(seed)  # noqa: E741
     return {
@@ -257,10 +257,11 @@ class Pictures:
     def __call__(self, path: str, rng: np.random.Generator) -> Tensor:
         """Path -> (3, height, width), values in [-1, 1], augmented by draws from rng."""
         if self.augment == "photo":  # cropped before it is made small, so that details stay sharp
-            return centred(to_pixels(photo(load_image(path), rng), self.image_size))
+            image = load_image(path, 2 * max(self.image_size))  # twice, because of the crop
+            return centred(to_pixels(photo(image, rng), self.image_size))
         pixels = None if self.kept is None else self.kept.get(path)
         if pixels is None:
-            pixels = to_pixels(load_image(path), self.image_size)
+            pixels = to_pixels(path, self.image_size)
             if self.kept is not None:
                 self.kept[path] = pixels
         if self.augment == "drawing":
@@ -271,15 +272,19 @@ class Pictures:
         return centred(pixels)
 
 
-def load_image(source: str | Path | Image.Image) -> Image.Image:
+def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
     """A picture, or the path of one, of any mode as RGB, turned as EXIF says.
 
+    Args:    side   pixels that will be wanted of the longer side at most: a JPEG is decoded at a half, a quarter or an
+                    eighth of its size where that leaves twice as many; 0 = decode all
     Raises:  ValueError naming a file that is missing or cannot be decoded
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
     try:
         with Image.open(picture_file(source)) as file:
+            if side:
+                file.draft(None, (2 * side, 2 * side))
             return to_rgb(file)
     except FileNotFoundError as error:
         raise ValueError(f"{source} is not a file: give the path of a picture") from error
@@ -303,19 +308,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
-    """Resize to image_size (height, width) -> (3, height, width) of bytes."""
+def to_pixels(source: str | Path | Image.Image, image_size: tuple[int, int]) -> Tensor:
+    """A picture, or the path of one, at image_size (height, width) -> (3, height, width) of bytes."""
     height, width = image_size
-    if image.mode != "RGB":
-        image = to_rgb(image)
+    image = load_image(source, max(image_size))
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_tensor(image: Image.Image, image_size: tuple[int, int]) -> Tensor:
-    """Resize to image_size (height, width) -> (3, height, width), values in [-1, 1]."""
-    return centred(to_pixels(image, image_size))
+def to_tensor(source: str | Path | Image.Image, image_size: tuple[int, int]) -> Tensor:
+    """A picture, or the path of one, at image_size (height, width) -> (3, height, width), values in [-1, 1]."""
+    return centred(to_pixels(source, image_size))
 
 
 def centred(pixels: Tensor) -> Tensor:

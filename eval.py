@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, load_image, pictures_of, read_rows, resolved, to_tensor
+from data import captions_of, pictures_of, read_rows, resolved, to_tensor
 from explain import (
     Heat,
     check_layer,
@@ -95,7 +95,7 @@ class Pipeline:
     def pixels(self, images) -> Tensor:
         """One picture or several -> (b, 3, height, width), values in [-1, 1]"""
         size = self.model.config.image_size
-        return torch.stack([to_tensor(load_image(image), size) for image in several(images)]).to(self.device)
+        return torch.stack([to_tensor(image, size) for image in several(images)]).to(self.device)
 
     def tokens(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
         """One text or several -> input_ids, attention_mask (b, l)"""
@@ -203,7 +203,7 @@ def encode(
     input_ids, attention_mask = tokenizer(texts, config.max_tokens)
 
     def encode_pictures(rows: slice) -> tuple[Tensor, Callable]:
-        pixels = torch.stack([to_tensor(load_image(path), config.image_size) for path in images[rows]])
+        pixels = torch.stack([to_tensor(path, config.image_size) for path in images[rows]])
         return model.encode_image(pixels.to(device)), model.embed_image
 
     def encode_words(rows: slice) -> tuple[Tensor, Callable]:

@@ -117,7 +117,7 @@ def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> Tenso
     parts, batch = [], 1 if isinstance(model, Classifier) else 50
     for start in range(0, len(phrases), batch):
         chunk = phrases[start : start + batch]
-        images = torch.stack([to_tensor(load_image(one.image), model.config.image_size) for one in chunk])
+        images = torch.stack([to_tensor(one.image, model.config.image_size) for one in chunk])
         found = [phrase_rows(tokenizer, one.text, one.phrase, model.config.max_tokens) for one in chunk]
         input_ids, attention_mask = pad([ids for ids, _ in found], tokenizer.pad_id)
         rows = torch.zeros_like(attention_mask)
@@ -231,7 +231,7 @@ def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, 
     Raises:  ValueError for a map of zeros, which says nothing
     """
     pictures = [load_image(image) for image in images]
-    tensors = torch.stack([to_tensor(picture, model.config.image_size) for picture in pictures]).to(device)
+    tensors = torch.stack([to_tensor(image, model.config.image_size) for image in images]).to(device)
     ids, counted = phrase_rows(tokenizer, text, phrase, model.config.max_tokens)
     rows = torch.tensor([counted] * len(images), device=device)
     input_ids = torch.tensor([ids] * len(images), device=device)

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import load_image, to_pixels
+from data import to_pixels
 
 
 def main(path: Path) -> None:
@@ -24,7 +24,7 @@ def main(path: Path) -> None:
     for style in ("twemoji", "openmoji"):
         those = styles[style] = [row for row in rows if row["style"] == style and row["category"] != "Flags"]
         path.with_name(f"{style}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in those), encoding="utf-8")
-        pictures = [to_pixels(load_image(path.parent / row["image"]), (16, 16)) for row in those]
+        pictures = [to_pixels(path.parent / row["image"], (16, 16)) for row in those]
         small[style] = np.stack([picture.numpy().ravel() for picture in pictures]).astype(np.float32)
     one, other = small["openmoji"], small["twemoji"]
     distance = (one**2).sum(axis=1)[:, None] - 2 * one @ other.T + (other**2).sum(axis=1)

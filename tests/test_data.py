@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import caption, square, write_rows, write_squares
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from data import (
     Collate,
@@ -28,6 +29,7 @@ from data import (
     shuffle_boxes,
     size_of,
     stable_id,
+    to_pixels,
     to_tensor,
     training_batches,
 )
@@ -726,6 +728,26 @@ def test_truncated_captions_are_counted():
     lengths = [len(tokenizer.encode(text)) for text in texts]
     assert lengths == [5, 6, 7, 3]
     assert [count_truncated(texts, tokenizer, limit) for limit in (7, 6, 5, 4, 3, 2)] == [0, 1, 2, 3, 3, 4]
+
+
+def test_a_large_jpeg_is_scaled_while_it_is_decoded_and_looks_the_same(tmp_path, monkeypatch):
+    """Within a few grey levels of decoding all of it, turned or not; small ones and PNGs to the last bit."""
+    drafted, draft = [], JpegImageFile.draft
+    monkeypatch.setattr(
+        JpegImageFile, "draft", lambda file, mode, size: (drafted.append(draft(file, mode, size)), file.size)[1]
+    )
+    noise = np.random.default_rng(0).integers(0, 255, (20, 10, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((600, 1200), Image.Resampling.BICUBIC)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for name, exif in (("a.jpg", None), ("turned.jpg", turned)):
+        large.save(tmp_path / name, quality=95, **({"exif": exif} if exif else {}))
+        scaled, whole = (to_pixels(one, (32, 48)).float() for one in (tmp_path / name, load_image(tmp_path / name)))
+        assert drafted[-1] is not None and load_image(tmp_path / name, 48).size[0] < 600
+        assert (scaled - whole).abs().mean() < 1 and (scaled - whole).abs().max() < 12
+    for name, size in (("b.jpg", (90, 90)), ("c.png", (1200, 1200)), ("d.jpg", (1200, 90))):
+        large.resize(size).save(tmp_path / name)
+        assert torch.equal(to_pixels(tmp_path / name, (32, 48)), to_pixels(load_image(tmp_path / name), (32, 48)))
 
 
 # ----------------------------------------------------------------------------------------------------- batches of twins

@@ -3,6 +3,7 @@
     python -m tools.benchmark step --presets nano --length 14 --vocab-size 125   a whole step, and what bounds it
     python -m tools.benchmark step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
     python -m tools.benchmark loader --data data/scenes/pairs_train.jsonl        real batches against a repeated one
+    python -m tools.benchmark decode --data my/pairs.jsonl                       JPEGs, scaled as they are decoded
 
 The variants take turns, round by round, so that a machine that slows down slows all of them; quoted is the median of
 the ratios of the rounds, with the smallest and the largest.
@@ -18,15 +19,18 @@ import argparse
 import functools
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import runtime
-from data import Collate, Pairs, TwinBatches, captions_of, read_rows, training_batches
+from data import Collate, Pairs, TwinBatches, captions_of, load_image, read_rows, to_pixels, training_batches
 from mamo import PRESETS, Config
 from siblings import OBJECTIVES, build_model
 from tokenizer import Tokenizer
@@ -108,6 +112,43 @@ def loader(options: argparse.Namespace) -> dict:
     loaded, repeated = lambda: [step(next(batches) | noise) for _ in range(20)], lambda: [step() for _ in range(20)]
     seconds = take_turns({"loaded": loaded, "repeated": repeated}, options.rounds)
     return {"ratios": {"loaded / repeated": ratios(seconds, "loaded", "repeated")}}
+
+
+def decode(options: argparse.Namespace) -> dict:
+    """Reading JPEGs at 256 x 256 px as training does, scaled while they are decoded, against decoding all of them.
+
+    Synthetic photographs of three sizes (noise at all scales), and of --data the first twenty pictures.
+    """
+    what = "JPEGs read at 256 x 256 px; differences in grey levels of 255"
+    report = {"what": what, "rounds": options.rounds, "rows": [], "ratios": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = {f"{side} px": [Path(folder, f"{side}.jpg")] for side in (512, 1024, 4000)}
+        for side, (path,) in zip((512, 1024, 4000), kinds.values(), strict=True):
+            photograph(side).save(path, quality=90)
+        if options.data:
+            kinds["--data"] = list(dict.fromkeys(row["image"] for row in read_rows(options.data, "pairs")))[:20]
+        for kind, paths in kinds.items():
+            variants = {
+                "scaled": lambda paths=paths: [to_pixels(path, (256, 256)) for path in paths],
+                "full": lambda paths=paths: [to_pixels(load_image(path), (256, 256)) for path in paths],
+            }
+            pairs = zip(*(torch.stack(variant()).float() for variant in variants.values()), strict=True)
+            away = torch.stack([(one - other).abs() for one, other in pairs])
+            seconds = take_turns(variants, options.rounds)
+            rates = {name: len(paths) / statistics.median(some) for name, some in seconds.items()}
+            difference = {"mean": away.mean().item(), "largest": away.max().item()}
+            report["rows"].append({"pictures": kind, "pictures_per_s": rates, "difference_of_255": difference})
+            report["ratios"][f"{kind}: full / scaled"] = ratios(seconds, "full", "scaled")
+    return report
+
+
+def photograph(side: int) -> Image.Image:
+    """A square picture with detail at all scales, as photographs have it."""
+    draw, picture = np.random.default_rng(0), np.zeros((side, side, 3))
+    for cells in (4, 16, 64, 256):
+        noise = Image.fromarray(draw.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
+        picture += np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC), float) / cells**0.5
+    return Image.fromarray((picture * 255 / picture.max()).astype(np.uint8))
 
 
 def step_of(objective: str, config: Config, size: int, options: argparse.Namespace, device) -> TrainingStep:
@@ -256,7 +297,7 @@ def step(options: argparse.Namespace) -> dict:
     return report
 
 
-COMMANDS = {"step": step, "loader": loader}
+COMMANDS = {"step": step, "loader": loader, "decode": decode}
 
 
 def parse() -> argparse.Namespace:
@@ -275,7 +316,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for step")
     parser.add_argument("--compile", action="store_true", help="compile the step, for step")
     parser.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks twice, for step")
-    parser.add_argument("--data", nargs="+", help=f"JSONL files, for loader; {DATA} if none is given")
+    parser.add_argument("--data", nargs="+", help=f"JSONL files, for loader ({DATA} if none is given) and decode")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data, for loader")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the processor")
     parser.add_argument("--rounds", type=int, default=5)

@@ -116,7 +116,7 @@ def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], layer: 
     maps, longest = [], model.config.max_tokens
     for start in range(0, len(pairs), 50):
         chunk = pairs[start : start + 50]
-        seen = {path: to_tensor(load_image(path), model.config.image_size) for path in {path for path, _ in chunk}}
+        seen = {path: to_tensor(path, model.config.image_size) for path in {path for path, _ in chunk}}
         images = torch.stack([seen[path] for path, _ in chunk])
         input_ids, attention_mask = read(tokenizer, [text for _, text in chunk], longest, device)
         tokens = token_maps(model, images.to(device), input_ids, attention_mask)[layer].cpu()
@@ -242,7 +242,7 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
     config, count = model.config, len(paths)
     noise = torch.rand(count, config.num_patches, generator=torch.Generator().manual_seed(0))
     index, patch_mask = model.mask_image(noise)
-    pixels = torch.stack([to_pixels(load_image(path), config.image_size) for path in paths])  # bytes
+    pixels = torch.stack([to_pixels(path, config.image_size) for path in paths])  # bytes
     predicted, misled, target = [], [], []
     for start in range(0, count, 50):
         some = slice(start, start + 50)
