@@ -17,6 +17,7 @@ from helpers import environment
 from PIL import Image
 
 import data
+from reading.rows import is_box
 from tools import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -471,7 +472,7 @@ def test_clipped_boxes_never_exceed_the_picture():
         width, height = draw.randint(20, 700), draw.randint(20, 700)
         x, y = round(draw.uniform(-2, width - 1), draw.choice((2, 9))), round(draw.uniform(-2, height - 1), 2)
         box = prepare.clip((x, y, draw.uniform(1, 800), draw.uniform(1, 800)), width, height)
-        assert box is None or (data.is_box(box) and box[0] + box[2] <= width and box[1] + box[3] <= height)
+        assert box is None or (is_box(box) and box[0] + box[2] <= width and box[1] + box[3] <= height)
 
 
 def test_albef_lists_of_every_task(tmp_path):
