@@ -1,6 +1,7 @@
 """Official annotation files become rows that data.py reads back exactly; each mistake is named with its place."""
 
 import argparse
+import csv
 import io
 import itertools
 import json
@@ -184,6 +185,22 @@ def test_coco_has_a_row_a_picture_and_restval_joins_train(tmp_path, capsys):
     assert b"\r" not in (out / "pairs_train.jsonl").read_bytes()
 
 
+def test_captions_in_cocos_own_form(tmp_path, capsys):
+    picture(tmp_path / "pictures", "1.jpg", "2.jpg", "3.jpg")
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in (3, 1, 2)]
+    said = [(1, "A dog."), (3, "A hen. "), (1, "A pet."), (2, " ")]
+    document = {"info": {}, "images": images, "annotations": [{"image_id": n, "caption": text} for n, text in said]}
+    write(tmp_path / "a.json", json.dumps(document))
+    out = run(tmp_path, "coco-captions", "--annotations", tmp_path / "a.json", "--split", "val")
+    expected = [{"image": "3.jpg", "caption": ["A hen."]}, {"image": "1.jpg", "caption": ["A dog.", "A pet."]}]
+    assert rows(out / "pairs_val.jsonl", "pairs") == expected
+    assert "left out: 1 blank texts\nleft out: 1 pictures without a caption" in capsys.readouterr().out
+    document["annotations"].append({"image_id": 9, "caption": "A cow."})
+    write(tmp_path / "a.json", json.dumps(document))
+    wanted = "a.json: annotations[4]: image_id is 9: expected the id of one of the images"
+    assert wanted in refused(tmp_path, "coco-captions", "--annotations", tmp_path / "a.json")
+
+
 def test_flickr30k_names_pictures_without_a_folder(tmp_path):
     picture(tmp_path / "pictures", "1.jpg", "2.jpg")
     images = [karpathy("1.jpg", "train", "A.", "B."), karpathy("2.jpg", "test", "C."), karpathy("3.jpg", "val", " ")]
@@ -264,6 +281,49 @@ def test_captions_of_a_folder_come_from_texts_beside_the_pictures_or_from_their_
         {"image": "two  dogs (1).webp", "caption": ["two dogs"]},
     ]
     assert "left out: 2 pictures without a caption, DSC-7.png first" in capsys.readouterr().out
+
+
+def test_captions_of_a_folder_come_from_metadata_and_the_folders_of_splits(tmp_path, capsys):
+    """Hugging Face's image folders: one file for all or one in each, JSONL or CSV, any column for the caption."""
+    names = ("train/a/1.jpg", "train/b.jpg", "validation/3.jpg", "test/4.jpg")
+    pictures = tmp_path / "pictures"
+    picture(pictures, *names, "train/5.jpg")
+
+    def written(*arguments):
+        out = run(tmp_path, "folder", "--force", *arguments)
+        for path in pictures.rglob("metadata.*"):
+            path.unlink()
+        return {split: rows(out / f"pairs_{split}.jsonl", "pairs") for split in ("train", "val", "test")}
+
+    texts = ("A dog", 'Cats, "two"\nof them', "A hen", "A cow")
+    expected = [{"image": name, "caption": [text]} for name, text in zip(names, texts, strict=True)]
+    expected = {"train": expected[:2], "val": expected[2:3], "test": expected[3:]}
+    entries = [{"file_name": name, "text": text} for name, text in zip(names, texts, strict=True)]
+    write(pictures / "metadata.jsonl", "\n".join(map(json.dumps, entries)))
+    assert written() == expected
+    assert "left out: 1 pictures without a caption, train/5.jpg first" in capsys.readouterr().out
+    for folder in ("train", "validation", "test"):
+        lines = [(entry["file_name"], entry["text"]) for entry in entries if entry["file_name"].startswith(folder)]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("file_name", "width", "said")] + [(n[len(folder) + 1 :], 4, t) for n, t in lines])
+        write(pictures / folder / "metadata.csv", text.getvalue())
+    assert written("--column", "said") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("metadata.jsonl", '{"file_name": "1.jpg", "said": "A dog"}', "found the columns file_name, said: expected one"),
+        ("metadata.jsonl", '{"text": "A dog"}', "jsonl:1: found the keys ['text']: expected 'file_name', a text"),
+        ("metadata.csv", "file_name,text,caption\n1.jpg,a,b\n", "csv:2: found the columns file_name, text, caption"),
+        ("metadata.csv", "file_name,text\n9.jpg,A dog\n", "1 of 1 rows show a picture that is not in"),
+        ("metadata.parquet", "PAR1", "metadata.parquet is a Parquet file, which is not read here: save it as"),
+    ],
+)  # fmt: skip
+def test_metadata_that_do_not_fit_are_refused(tmp_path, name, content, wanted):
+    picture(tmp_path / "pictures", "1.jpg")
+    write(tmp_path / "pictures" / name, content)
+    assert wanted in refused(tmp_path, "folder")
 
 
 def test_a_picture_of_a_folder_keeps_its_split_whatever_lies_beside_it(tmp_path):

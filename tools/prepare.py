@@ -55,6 +55,28 @@ def karpathy(args: argparse.Namespace, left_out: Counter) -> Rows:
             yield place, split, {"image": image, "caption": captions}
 
 
+def coco_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
+    """COCO's own captions_train2017.json, and files of that form: one row for each picture, with all its captions.
+
+    The published splits, not Karpathy's: a file is one of them, --split says which.
+    """
+    names, captions = {}, {}
+    for place, entry in entries(args.annotations, "images"):
+        with at(place):
+            names[take(entry, "id", int)] = place, take(entry, "file_name")
+    for place, entry in entries(args.annotations, "annotations"):
+        with at(place):
+            number = take(entry, "image_id", int)
+            if number not in names:
+                raise ValueError(f"image_id is {number}: expected the id of one of the images")
+            captions.setdefault(number, []).extend(not_blank([take(entry, "caption")], left_out))
+    for number, (place, name) in names.items():
+        if captions.get(number):
+            yield place, args.split, {"image": name, "caption": captions[number]}
+        else:
+            left_out["pictures without a caption"] += 1
+
+
 def flickr8k(args: argparse.Namespace, left_out: Counter) -> Rows:
     """Flickr8k: one row for each picture. Pictures that no official list in --splits names are left out.
 
@@ -104,14 +126,19 @@ CAMERA = {"img", "image", "dsc", "dscf", "dscn", "pxl", "mvimg", "photo", "pictu
 def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     """Your own pictures, also in subfolders: one row for each. Captions come from the first of these that exists:
 
-    captions.txt or captions.csv in the folder (see read_captions); dog.txt beside dog.jpg, one caption a line; the
-    name of the picture, as in a_red-circle_03.png. A hash of the name decides which pictures go to val.
+    captions.txt or captions.csv in the folder (see read_captions); metadata.jsonl or metadata.csv there or in
+    subfolders (see read_metadata); dog.txt beside dog.jpg, one caption a line; the name of the picture, as in
+    a_red-circle_03.png. A hash of the name decides which pictures go to val; where metadata list the pictures, a folder
+    called train, validation or test at the top does.
     """
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val-share is {args.val_share}: give a share from 0 to below 1")
     files = list(args.images.rglob("*"))
-    lists = [path for path in (args.images / "captions.txt", args.images / "captions.csv") if path.is_file()]
+    lists = [path for path in (args.images / "captions.txt", args.images / "captions.csv") if path.is_file()][:1]
+    metadata = [] if lists else sorted(path for path in files if path.stem == "metadata" and path.suffix in METADATA)
     listed = read_captions(lists[0]) if lists else {}
+    for path in metadata:
+        listed |= read_metadata(path, args.images, args.column)
     names = {path.relative_to(args.images).as_posix() for path in files if path.suffix.lower() in PICTURES}
     unread = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
@@ -120,7 +147,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     without, first = [], {}  # first: by its resolved path, the name of a picture that lies there several times
     for name in sorted(names | listed.keys()):  # convert reports those that are listed but missing
         path = args.images / name
-        if lists:
+        if lists or metadata:
             captions = not_blank(listed.get(name, []), left_out)
         elif path.with_suffix(".txt").is_file():
             captions = [line.strip() for _, line in lines_of(path.with_suffix(".txt"))]
@@ -128,11 +155,49 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
             captions = caption_in_name(path.stem)
         if captions:
             share = zlib.crc32(first.setdefault(resolved(path), name).encode()) / 2**32
-            yield str(path), "val" if share < args.val_share else "train", {"image": name, "caption": captions}
+            by_share = "val" if share < args.val_share else "train"
+            split = SPLIT_FOLDERS.get(name.partition("/")[0], by_share) if metadata else by_share
+            yield str(path), split, {"image": name, "caption": captions}
         else:
             without.append(name)
     if without:
         left_out[f"pictures without a caption, {without[0]} first (give captions in captions.txt)"] = len(without)
+
+
+METADATA = (".jsonl", ".csv", ".parquet")
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def read_metadata(path: Path, images: Path, column: str) -> dict[str, list[str]]:
+    """The captions of each picture, from metadata.jsonl or metadata.csv in the form of Hugging Face's image folders.
+
+    Each entry has file_name, which counts from the folder of the file, and the caption, or a list, in a column of the
+    given name; without one, in "text" or "caption".
+    """
+    if path.suffix == ".parquet":
+        raise ValueError(f"{path} is a Parquet file, which is not read here: save it as metadata.jsonl beside it")
+    captions = {}
+    for place, entry in json_lines(path) if path.suffix == ".jsonl" else csv_entries(path):
+        with at(place):
+            names = [column] if column else [name for name in ("text", "caption") if name in entry]
+            if len(names) != 1:
+                wanted = "one of text and caption, or say with --column which holds the caption"
+                raise ValueError(f"found the columns {', '.join(map(str, entry))}: expected {wanted}")
+            name = os.path.relpath(path.parent / take(entry, "file_name"), images).replace(os.sep, "/")
+            captions.setdefault(name, []).extend(texts_in(take(entry, names[0], object)))
+    return captions
+
+
+def csv_entries(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, entry) of the lines of a CSV file with a header."""
+    with open(path, encoding="utf-8-sig", newline="") as file, at(str(path)):
+        reader = csv.DictReader(file)
+        for entry in reader:
+            yield f"{path}:{reader.line_num}", entry
 
 
 def caption_in_name(name: str) -> list[str]:
@@ -503,14 +568,16 @@ OPTIONS = {
     "--pattern": {"help": "other names of pictures: cc knows {row}, {shard}, {name} (of the url), vqa {id}, {split}"},
     "--orders": {"type": int, "choices": range(1, 7), "default": 1, "help": "pictures of each entry (%(default)s)"},
     "--task": {"choices": tuple(ALBEF), "required": True, "help": "what the list is for"},
+    "--column": {"default": "", "help": 'column of metadata that holds the caption ("text" or "caption")'},
     "--val-share": {"type": float, "default": 0.0, "help": "share of the pictures to keep apart as val (%(default)s)"},
     "--strip": {"default": "", "help": "beginning of the paths in the file, which --images stands for"},
 }
 ONE = ("--annotations",)
 # command: (converter, task, help, options); the task of ALBEF's lists is an option
 COMMANDS = {
-    "folder": (folder, "pairs", "your own pictures and captions", ("--val-share",)),
+    "folder": (folder, "pairs", "your own pictures and captions", ("--val-share", "--column")),
     "coco": (karpathy, "pairs", "COCO captions: Karpathy's dataset_coco.json", ONE),
+    "coco-captions": (coco_captions, "pairs", "COCO's own captions_train2017.json", (*ONE, "--split")),
     "flickr30k": (karpathy, "pairs", "Karpathy's dataset_flickr30k.json, or dataset_flickr8k.json", ONE),
     "flickr8k": (flickr8k, "pairs", "captions.txt or Flickr8k.token.txt", (*ONE, "--splits")),
     "cc": (conceptual_captions, "pairs", "Conceptual Captions 3M and 12M", (*ONE, "--split", "--pattern")),
