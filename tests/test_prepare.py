@@ -313,7 +313,7 @@ def test_captions_of_a_folder_come_from_metadata_and_the_folders_of_splits(tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "wanted"),
     [
-        ("metadata.jsonl", '{"file_name": "1.jpg", "said": "A dog"}', "found the columns file_name, said: expected one"),
+        ("metadata.jsonl", '{"file_name": "1.jpg", "said": "A dog"}', "found the columns file_name, said: expected"),
         ("metadata.jsonl", '{"text": "A dog"}', "jsonl:1: found the keys ['text']: expected 'file_name', a text"),
         ("metadata.csv", "file_name,text,caption\n1.jpg,a,b\n", "csv:2: found the columns file_name, text, caption"),
         ("metadata.csv", "file_name,text\n9.jpg,A dog\n", "1 of 1 rows show a picture that is not in"),
