@@ -735,10 +735,36 @@ class VisionLanguageModel(nn.Module):
         Returns: the loss, and the cosines (b, b) of this process's pairs, without gradient, for matching_views
         """
         image_embed, text_embed = self.embed_image(image), self.embed_text(text)
-        candidates = queued or (other_positives(batch), gather(image_embed), gather(text_embed))
         with torch.autocast(image.device.type, enabled=False):  # fp32: as in the contrast itself
             similarity = (image_embed @ text_embed.T).detach()
+        if "parts" in batch:  # a step in several passes: this one's rows, with gradient, among those of all
+            batch = batch["parts"]
+            image_embed = among_parts(image_embed, batch["image"], batch["own"])
+            text_embed = among_parts(text_embed, batch["text"], batch["own"])
+        candidates = queued or (other_positives(batch), gather(image_embed), gather(text_embed))
         return self.loss_itc(image_embed, text_embed, *candidates), similarity
+
+    @property
+    def contrasts_parts(self) -> bool:
+        """Whether contrast compares the pairs of all passes of a step, where an optimiser's step has several."""
+        return self.config.w_itc > 0
+
+    @torch.no_grad()
+    def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What contrast compares of a batch: image, text (b, e); image_id, caption_id (b,).
+
+        A step in k passes asks for the features of all passes first, without gradient, and then gives them to each pass
+        as batch["parts"]: these, one behind the other, and own (b,), the places of the pass's own rows among them. So
+        the contrast is over k * b pairs, and its gradient that of a batch of k * b, as in GradCache (arXiv 2101.06983);
+        only the features' own forward pass is made twice.
+        """
+        image, text = self.contrasted_image(batch), self.encode_text(batch["input_ids"], batch["attention_mask"])
+        ids = {"image_id": batch["image_id"], "caption_id": batch["caption_id"]}
+        return {"image": self.embed_image(image), "text": self.embed_text(text)} | ids
+
+    def contrasted_image(self, batch: dict[str, Tensor]) -> Tensor:
+        """The encoded image as contrast sees it -> (b, 1 + n, d)"""
+        return self.encode_image(batch["images"])
 
     def loss_itc(self, image: Tensor, text: Tensor, left_out: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
         """Image-text contrast: among all candidates, find one's own partner, both ways.  (as ALBEF)
@@ -827,6 +853,16 @@ def encode_together(encode: Callable, inputs: dict[str, tuple]) -> dict[str, Ten
         return {}
     together = [None if some[0] is None else torch.cat(some) for some in zip(*inputs.values(), strict=True)]
     return dict(zip(inputs, encode(*together).chunk(len(inputs)), strict=True))
+
+
+def among_parts(features: Tensor, parts: Tensor, own: Tensor) -> Tensor:
+    """features (b, e) of one pass in their places own (b,) among those of all k passes, parts (k * b, e).
+
+    Their gradient is k times as large: each pass computes the whole contrast, of which training takes the mean over the
+    passes, but only this one sends a gradient into these features.
+    """
+    k = len(parts) // len(features)
+    return parts.index_copy(0, own, features.detach() + k * (features - features.detach()))
 
 
 def same_pairs(batch: dict[str, Tensor]) -> Tensor:
@@ -943,6 +979,11 @@ class MAMO(VisionLanguageModel):
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
+
+    @property
+    def contrasts_parts(self) -> bool:
+        """Not with a queue, whose candidates are the teacher's."""
+        return super().contrasts_parts and self.queue is None
 
     def mask_image(self, patch_noise: Tensor) -> tuple[Tensor, Tensor]:
         """Which patches I' masks, see mask_patches; who shows what a model recovers asks here too."""

@@ -58,6 +58,7 @@ class Retrieval(VisionLanguageModel):
 
     schema, pictures = "pairs", 1
     losses = ("w_itc", "w_itm")
+    contrasts_parts = False  # --accumulate adds no negatives
 
     def __init__(self, config: Config, head: HeadConfig):
         super().__init__(config)

@@ -70,7 +70,7 @@ class TrainConfig:
     epochs: float = 0.0  # passes over the data; when given, steps follow from it
     batch_size: int = 64  # pairs per forward pass, of all processes together
     parts: int = 0  # equal parts a batch is filled in, twins whole, for processes to share; 0 = 8, fewer if it is small
-    accumulate: int = 1  # forward passes per optimiser step; does not add negatives to the contrast
+    accumulate: int = 1  # forward passes per optimiser step, as if the batch were so many times as large: see Run.parts
     lr: float = 2e-3  # peak learning rate
     lr_end: float = 0.01  # learning rate of the last step as a share of the peak
     warmup: float = 0.05  # share of the steps in which the learning rate rises
@@ -286,12 +286,12 @@ class Run:
     def one_step(self, batches: Iterator[dict]) -> float:
         """One step of the optimiser -> the weighted total of the losses."""
         config, model, summed = self.config, self.model.train(), 0.0
-        parts = [next(batches) for _ in range(config.accumulate)]  # first: if one is missing, nothing has changed
+        parts = self.parts(batches)  # first: if one is missing, nothing has changed
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(self.step, config)
 
         for part, batch in enumerate(parts):
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+            batch = self.on_device(batch)
             batch["negative_noise"] = self.negative_noise(part, len(batch["images"]))
             # Processes exchange gradients once per step, in the last of its backward passes.
             waits = self.processes > 1 and part < config.accumulate - 1
@@ -364,6 +364,30 @@ class Run:
         self.order.first = self.step * self.config.accumulate
         pin_memory = self.device.type == "cuda"
         return training_batches(self.dataset, self.order, self.collate, self.config.workers, pin_memory)
+
+    def parts(self, batches: Iterator[dict]) -> list[dict]:
+        """The batches of one step; of several, each with the features of all for contrast, see VisionLanguageModel.
+
+        The step is that of one large batch but for this: ITM draws negatives from a part, and means over masked words
+        are means of the parts' means. Features are computed without dropout.
+        """
+        parts = [next(batches) for _ in range(self.config.accumulate)]
+        if len(parts) > 1 and self.model.contrasts_parts:
+            self.model.eval()
+            with runtime.autocast(self.device, self.precision):
+                features = [self.model.features(self.on_device(batch)) for batch in parts]
+            self.model.train()
+            rows = {name: torch.cat([some[name] for some in features]) for name in features[0]}
+            places = torch.arange(len(rows["image"]), device=self.device).chunk(len(parts))
+            parts = [batch | {"parts": rows | {"own": own}} for batch, own in zip(parts, places, strict=True)]
+        return parts
+
+    def on_device(self, batch: dict) -> dict:
+        """A batch on this process's device."""
+        return {
+            name: value if name == "parts" else value.to(self.device, non_blocking=True)
+            for name, value in batch.items()
+        }
 
     def negative_noise(self, part: int, rows: int) -> torch.Tensor:
         """Noise (2, rows, rows) for ITM's draws among this process's rows, from (seed, step, part, rank).
@@ -478,7 +502,10 @@ class Run:
         if cut := count_truncated(texts, self.tokenizer, model.config.max_tokens):
             of = f"{cut} of {len(texts)} texts" + (", drawn at random," if len(self.rows) > 10_000 else "")
             print(f"{of} are longer than max_tokens {model.config.max_tokens} and lose their end")
-        chance = ", ".join(f"{name} {level:.2f}" for name, level in model.chance(config.batch_size).items())
+        levels = model.chance(config.batch_size)
+        if config.accumulate > 1 and model.contrasts_parts:
+            levels["itc"] = math.log(config.batch_size * config.accumulate)
+        chance = ", ".join(f"{name} {level:.2f}" for name, level in levels.items())
         print(f"losses of a model that knows nothing: {chance}")
 
 

@@ -134,6 +134,10 @@ class VLMAE(VisionLanguageModel):
             losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
 
+    def contrasted_image(self, batch: dict[str, Tensor]) -> Tensor:
+        """The visible patches alone, as in forward -> (b, 1 + k, d)"""
+        return self.student.image(batch["images"], kept=drop_patches(batch["patch_noise"], self.config.mask_image)[1])
+
     def loss_rmim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
         """Regional masked image modelling: predicted, pixels (b, m, 3 * patch_size ** 2) -> scalar, the mean square.
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -377,40 +377,38 @@ def test_decay_is_for_matrices_only(data, tmp_path):
     assert all(name.endswith("weight") and run.model.get_parameter(name).ndim == 2 for name in with_decay)
 
 
-def test_the_gradient_of_accumulated_passes_is_their_mean(data, tmp_path):
-    """Two passes of four pairs: gradients and logged losses are the means of the two; the weights of the losses count.
+@pytest.mark.parametrize("objective", ["mamo", "control", "vlmae"])
+@pytest.mark.parametrize("passes", [2, 4])
+def test_accumulated_passes_are_one_large_batch(tmp_path, capsys, objective, passes):
+    """Gradients and logged losses are those of a batch of 16, contrast over all 16 pairs included.
 
-    Done again by hand: the first two batches, each with its own draws of negatives, one after another.
+    Done again by hand in one forward pass, in which ITM's draws are kept within the parts. The texts are equally long.
     """
-    more = ("--accumulate", "2", "--clip", "1e9", "--w-mim", "0.3", "--w-itm", "2")
-    run, again = new_run(data, tmp_path / "run", *more), new_run(data, tmp_path / "again", *more)
+    data = write_squares(tmp_path / "pairs.jsonl", 16)
+    texts = [f"{one} {other}" for one in ("a", "b", "c", "d") for other in ("red", "blue", "white", "pink")]
+    write_rows(data, [json.loads(row) | {"caption": text} for row, text in zip(data.open(), texts, strict=True)])
+    b, more = 16 // passes, ["--objective", objective, "--parts", "1", "--clip", "1e9", "--w-itm", "2"]
+    run = new_run(data, tmp_path / "run", *more, "--batch-size", str(b), "--accumulate", str(passes))
+    assert "itc 2.77" in capsys.readouterr().out, "the chance level is ln 16"
+    large = new_run(data, tmp_path / "large", *more, "--batch-size", "16")
     seen = gradients(run)
     run.train(stop_at=1)
 
-    weights, grads, logged, total = again.model.config.loss_weights, {}, {}, 0.0
-    again.model.train()
-    for part, batch in enumerate(islice(again.batches(), 2)):
+    model, noise, part_of = large.model.train(), torch.zeros(2, 16, 16), torch.arange(16) // b
+    for part in range(passes):
         runtime.seed_everything(0, 0, part)
-        losses = again.model(batch | {"negative_noise": torch.rand(2, 4, 4)})
-        loss = sum(weights[name] * losses[name] for name in LOSSES)
-        again.model.zero_grad()
-        loss.backward()
-        total += loss.item() / 2
-        for name in LOSSES:
-            logged[name] = logged.get(name, 0.0) + losses[name].item() / 2
-        for name, parameter in again.model.named_parameters():
-            if parameter.grad is not None:
-                grads[name] = grads.get(name, 0.0) + parameter.grad / 2
-    assert weights == {"itc": 1.0, "itm": 2.0, "mrm": 1.0, "mim": 0.3, "mlm": 1.0}
-    assert grads.keys() == seen[0].keys() - {"lr"}
+        noise[:, part * b : (part + 1) * b, part * b : (part + 1) * b] = torch.rand(2, b, b)
+    draw, elsewhere = model.draw_negatives, part_of[:, None] != part_of
+    model.draw_negatives = lambda similarity, same, noise: draw(similarity, same | elsewhere, noise)
+    losses = model(next(large.batches()) | {"negative_noise": noise})
+    model.total(losses).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {"itc", "itm", "mlm"} <= losses.keys() and grads.keys() == seen[0].keys() - {"lr"}
     for name, gradient in grads.items():
-        assert torch.allclose(gradient, seen[0][name], atol=1e-6, rtol=1e-4), name
+        torch.testing.assert_close(seen[0][name], gradient, atol=2e-6, rtol=1e-4, msg=name)
     row = read_log(tmp_path / "run")[0]
-    for name in LOSSES:
-        assert float(row[name]) == pytest.approx(logged[name], rel=1e-4), name
-    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in grads.values()))
-    assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-4)
-    assert total > 0
+    for name, loss in losses.items():
+        assert float(row[name]) == pytest.approx(loss.item(), rel=1e-4), name
 
 
 def test_the_gradient_is_clipped_by_its_norm_over_all_parameters(data, tmp_path):
