@@ -148,6 +148,7 @@ class MAMOConfig(Config):
 
     mask_image: float = 0.75  # share of the patches masked in I'
     mask_text: float = 0.25  # share of the words masked in T'
+    drop_masked: bool = False  # masked patches skip the image encoder, as in MAE; fusion sees mask tokens for them
     mask_both: bool = False  # mask both at once: one pass (I', T') in place of (I', T) and (I, T')
     w_mrm: float = 1.0  # weight of masked representation modelling
     w_mim: float = 1.0  # weight of masked image modelling
@@ -335,7 +336,7 @@ class ImageEncoder(nn.Module):
         """images (b, 3, height, width) -> (b, 1 + n, d), class token first.
 
         Args:    patch_mask (b, n)   True = masked: a learned token takes its place, and the sequence keeps its length
-                 kept (b, k)         for the siblings: only these patches enter the blocks -> (b, 1 + k, d)
+                 kept (b, k)         only these patches enter the blocks -> (b, 1 + k, d), see put_back
         differs: the paper does not say how a patch is masked; here after the patch embedding, before the positions.
         """
         if tuple(images.shape[1:]) != (3, *self.image_size) or not images.is_floating_point():
@@ -502,6 +503,22 @@ def mask_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     patch_index = patch_noise.argsort(dim=1)[:, :count]
     patch_mask = torch.zeros_like(patch_noise, dtype=torch.bool).scatter(1, patch_index, True)
     return patch_index, patch_mask
+
+
+def drop_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k)."""
+    dropped, patch_mask = mask_patches(patch_noise, ratio)
+    return dropped, patch_noise.masked_fill(patch_mask, -1.0).argsort(dim=1)[:, dropped.shape[1] :]
+
+
+def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
+    """The whole sequence again: visible (b, 1 + k, d) where they stood, the mask token (d) elsewhere -> (b, 1 + n, d).
+
+    positions (1 + n, d) are added everywhere, because a mask token must know where it stands.
+    """
+    whole = repeat(mask_token, "d -> b n d", b=len(visible), n=len(positions)).to(visible.dtype)
+    index = repeat(F.pad(1 + kept, (1, 0)), "b k -> b k d", d=visible.shape[-1])
+    return whole.scatter(1, index, visible) + positions
 
 
 class MaskedWords(NamedTuple):
@@ -994,16 +1011,20 @@ class MAMO(VisionLanguageModel):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """I and I' (b, 1 + n, d), T and T' (b, l, d), as "whole" and "masked", as far as a loss asks for them."""
         config, images, attention_mask = self.config, batch["images"], batch["attention_mask"]
-        image_inputs, text_inputs = {}, {}
+        image_inputs, text_inputs, in_place = {}, {}, config.masks_patches and not config.drop_masked
         if config.sees_image:  # a mask that masks nothing, to stand beside the other in one tensor
-            image_inputs["whole"] = images, None if patch_mask is None else torch.zeros_like(patch_mask)
-        if config.masks_patches:
+            image_inputs["whole"] = images, torch.zeros_like(patch_mask) if in_place else None
+        if in_place:
             image_inputs["masked"] = images, patch_mask
         if config.sees_text:
             text_inputs["whole"] = batch["input_ids"], attention_mask
         if config.masks_words:
             text_inputs["masked"] = words.input_ids, attention_mask
-        return encode_together(self.encode_image, image_inputs), encode_together(self.encode_text, text_inputs)
+        image = encode_together(self.encode_image, image_inputs)
+        if config.masks_patches and config.drop_masked:
+            encoder, kept = self.student.image, drop_patches(batch["patch_noise"], config.mask_image)[1]
+            image["masked"] = put_back(encoder(images, kept=kept), kept, encoder.mask_token, encoder.positions)
+        return image, encode_together(self.encode_text, text_inputs)
 
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor], places: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamo import Config, View, VisionLanguageModel, encode_together, mask_patches, mask_words, require
-from siblings.masking import drop_patches, mask_whole_words, matched, nce, whole_pairs
+from mamo import Config, View, VisionLanguageModel, drop_patches, encode_together, mask_patches, mask_words, require
+from siblings.masking import mask_whole_words, matched, nce, whole_pairs
 
 
 @dataclass

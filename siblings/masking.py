@@ -1,7 +1,6 @@
 """What the sibling objectives share and MAMO does without: other ways to mask, and other things to recover.
 
     mask      blank     the pixels of chosen patches, before the image encoder sees them             MaskVLM
-              drop      patches never enter the image encoder, which makes its sequence shorter      GLSCL, VLMAE
               words     chosen as a whole, all pieces of a word or none                              GLSCL
     recover   pixels    by a decoder that is thrown away after pre-training                          MaskVLM, VLMAE
               vectors   by contrast: which of all candidates is the one that stood here?             GLSCL
@@ -57,22 +56,6 @@ def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
     rows = images.shape[2] // patch_size
     pixels = repeat(patch_mask, "b (y x) -> b 1 (y p) (x q)", y=rows, p=patch_size, q=patch_size)
     return images.masked_fill(pixels, 0.0)
-
-
-def drop_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k)."""
-    dropped, patch_mask = mask_patches(patch_noise, ratio)
-    return dropped, patch_noise.masked_fill(patch_mask, -1.0).argsort(dim=1)[:, dropped.shape[1] :]
-
-
-def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
-    """The whole sequence again: visible (b, 1 + k, d) where they stood, the mask token (d) elsewhere -> (b, 1 + n, d).
-
-    positions (1 + n, d) are added everywhere, because a mask token must know where it stands.
-    """
-    whole = repeat(mask_token, "d -> b n d", b=len(visible), n=len(positions)).to(visible.dtype)
-    index = repeat(F.pad(1 + kept, (1, 0)), "b k -> b k d", d=visible.shape[-1])
-    return whole.scatter(1, index, visible) + positions
 
 
 def mask_whole_words(

@@ -34,6 +34,7 @@ from mamo import (
     View,
     VisionLanguageModel,
     at,
+    drop_patches,
     encode_together,
     global_mean,
     init_weights,
@@ -41,10 +42,11 @@ from mamo import (
     move_teacher,
     normalised,
     patchify,
+    put_back,
     require,
     teacher_of,
 )
-from siblings.masking import PixelDecoder, drop_patches, matched, put_back, whole_pairs
+from siblings.masking import PixelDecoder, matched, whole_pairs
 
 
 @dataclass

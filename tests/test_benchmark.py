@@ -42,6 +42,8 @@ MAMOS = [
     only("itc", "mim") | {"queue_size": 7},
     only("itc", "itm", "mlm") | {"queue_size": 7, "image_depth": 1, "fusion_depth": 3, "mask_image": 0.6},
     {"mask_both": True},
+    {"drop_masked": True},
+    only("mim", "mlm") | {"drop_masked": True, "mask_image": 0.6},
     {"mask_both": True, "w_itc": 0.0, "w_itm": 0.0},
     {"mim_target": "pixels", "w_mrm": 0.0},
 ]

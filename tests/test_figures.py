@@ -10,9 +10,9 @@ import pytest
 from conftest import tiny_batch, tiny_objective
 from test_benchmark import COUNTED
 
-from mamo import PRESETS, mask_patches, mask_words
+from mamo import PRESETS, drop_patches, mask_patches, mask_words
 from siblings import OBJECTIVES
-from siblings.masking import drop_patches, mask_units
+from siblings.masking import mask_units
 from tools import figures
 from tools.figures import Side, traced
 

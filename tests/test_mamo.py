@@ -102,9 +102,10 @@ def changed_slots(one: Tensor, other: Tensor) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------- nothing hidden leaks
 
 
-def test_hidden_patches_cannot_leak():
+@pytest.mark.parametrize("drop_masked", [False, True])
+def test_hidden_patches_cannot_leak(drop_masked):
     """New pixels in the hidden patches change not one bit of what the student fuses and says for (I', T)."""
-    model = tiny_model()
+    model = tiny_model(tiny_config(drop_masked=drop_masked))
     batch = tiny_batch(model.config)
     _, patch_mask = mask_patches(batch["patch_noise"], model.config.mask_image)
     other = with_pixels(model.config, batch, patch_mask)

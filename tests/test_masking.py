@@ -21,15 +21,13 @@ from test_losses import (
 )
 from torch import Tensor, nn
 
-from mamo import mask_patches, mask_words
+from mamo import drop_patches, mask_patches, mask_words, put_back
 from siblings.masking import (
     PixelDecoder,
     blank,
-    drop_patches,
     mask_units,
     mask_whole_words,
     nce,
-    put_back,
 )
 
 CONTINUED = ORDINARY[20:]  # in these tests, the pieces that go on with a word

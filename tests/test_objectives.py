@@ -160,7 +160,7 @@ def test_every_objective_is_a_case():
 def test_a_run_logs_its_losses_announces_chance_and_saves(trained, case):
     """The losses of this case and no other; levels that follow from batch and vocabulary; a config of its kind."""
     run, state = trained(case), trained(case).state()
-    losses, levels = CASES[case][1].split(), {"itc": math.log(4), "itm": 0.6365}
+    losses, levels = CASES[case][1].split(), {"itc": math.log(2 * 4), "itm": 0.6365}
     levels["mlm"] = math.log(len(state["vocab"]))
     levels |= {"mamo": {"mrm": 2.0, "mim": 0.798}, "both masked": {"mrm": 2.0, "mim": 0.798}}.get(case, {})
     levels |= {"pixels": {"mrm": 2.0}}.get(case, {}) | ({"mgsc": 4 * math.log(4)} if "mgsc" in losses else {})

@@ -31,13 +31,13 @@ from test_mamo import changed_slots, with_pixels, without_mixing
 from test_masking import CONTINUED, naive_nce, naive_units, naive_whole_words, words_of_pieces
 from torch import Tensor
 
-from mamo import VisionLanguageModel, mask_patches, mask_words
+from mamo import VisionLanguageModel, drop_patches, mask_patches, mask_words
 from siblings import OBJECTIVES
-from siblings.masking import drop_patches, mask_units, mask_whole_words
+from siblings.masking import mask_units, mask_whole_words
 
 CONFIGS = {name: model.config_class for name, (model, changes) in OBJECTIVES.items() if not changes}
 OWN = {name: tuple(config().loss_weights) for name, config in CONFIGS.items() if name != "mamo"}  # losses of a sibling
-BOTH, PIXELS = {"mask_both": True}, {"mim_target": "pixels"}
+BOTH, PIXELS, DROP = {"mask_both": True}, {"mim_target": "pixels"}, {"drop_masked": True}
 
 
 def tiny_sibling(name: str, **changes) -> VisionLanguageModel:
@@ -196,6 +196,12 @@ def naive_glscl(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def naive_put_back(vectors: Tensor, kept: list[int], token: Tensor, positions: Tensor) -> Tensor:
+    """Class token, then for each patch its vector or the mask token; positions are added to all of them."""
+    patches = [vectors[1 + kept.index(k)] if k in kept else token for k in range(len(positions) - 1)]
+    return torch.stack([vectors[0], *patches])[None] + positions
+
+
 def naive_vlmae(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     config, student, texts, n = model.config, model.student, texts_of(batch), model.config.num_patches
     encoded, rmim, ifr, mlm = [], [], [], []
@@ -205,19 +211,15 @@ def naive_vlmae(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         visible = encode_only(student.image, image, kept, config)
         encoded.append(visible)
 
-        def put_back(vectors, token, kept=kept):
-            """Class token, then for each patch its vector or the mask token; positions are added to all of them."""
-            patches = [vectors[1 + kept.index(k)] if k in kept else token for k in range(n)]
-            return torch.stack([vectors[0], *patches])[None] + student.image.positions
-
         fused = fuse(student, visible, texts[i])
-        whole = put_back(fused.image[0], model.pixel_token)
+        whole = naive_put_back(fused.image[0], kept, model.pixel_token, student.image.positions)
         decoded = model.decoder.stream(whole, fused.text, no_padding(texts[i])).image[0]
         for k in dropped:
             rmim.append((model.decoder.pixels(decoded[1 + k]), naive_normalised(naive_pixels(image, k, config))))
         with torch.no_grad():
             target = encode_image(model.teacher, image)[0]
-        predicted = model.feature_head(model.feature_block(put_back(visible[0], model.feature_token)))[0]
+        restored = naive_put_back(visible[0], kept, model.feature_token, student.image.positions)
+        predicted = model.feature_head(model.feature_block(restored))[0]
         ifr += [(predicted[1 + k], naive_normalised(target[1 + k])) for k in dropped]
         chosen, shown = naive_words_of(batch, i, config.mask_text)
         mlm += [(fuse(student, visible, shown).text[0, k], texts[i][k]) for k in chosen]
@@ -226,7 +228,7 @@ def naive_vlmae(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def naive_mamo(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """MAMO with its ablations: one pass with patches and words hidden, and pixels as the target of MIM."""
+    """MAMO with its options: hidden patches dropped, one pass with patches and words hidden, pixels as MIM's target."""
     config, student, teacher, texts = model.config, model.student, model.teacher, texts_of(batch)
     losses = naive_pairs(model, batch, [encode_image(student.image, image) for image in batch["images"]])
     mrm_patches, mrm_words, mim, mlm = [], [], [], []
@@ -234,6 +236,10 @@ def naive_mamo(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         hidden = naive_patches(batch["patch_noise"][i], config.mask_image)
         chosen, shown = naive_words_of(batch, i, config.mask_text)
         rest = encode_image(student.image, image, hidden)
+        if config.drop_masked:
+            kept = [k for k in range(config.num_patches) if k not in hidden]
+            visible = encode_only(student.image, image, kept, config)[0]
+            rest = naive_put_back(visible, kept, student.image.mask_token, student.image.positions)
         if config.mask_both:
             patches = words = fuse(student, rest, shown)
         else:
@@ -766,6 +772,17 @@ PLAN = [
     ),
     (
         "mamo",
+        DROP,
+        {
+            "image": [(B, 25), (B, 7)],
+            "text": [(2 * B, 11)],
+            "fusion": [(5 * B, 36)],
+            "teacher": [(B, 25)],
+            "teacher's fusion": [(B, 36)],
+        },
+    ),
+    (
+        "mamo",
         BOTH | {"w_itc": 0.0, "w_itm": 0.0, "w_mrm": 0.0},
         {"image": [(B, 25)], "text": [(B, 11)], "fusion": [(B, 36)], "teacher": [(B, 25)]},
     ),
@@ -923,7 +940,7 @@ def test_the_options_have_the_values_of_the_papers():
 # ----------------------------------------------------------------------------------------------------- MAMO's ablations
 
 
-@pytest.mark.parametrize("changes", [BOTH, PIXELS, BOTH | PIXELS, PIXELS | {"w_mrm": 0.0}], ids=str)
+@pytest.mark.parametrize("changes", [BOTH, PIXELS, BOTH | PIXELS, PIXELS | {"w_mrm": 0.0}, DROP, DROP | BOTH | PIXELS], ids=str)
 def test_mamo_with_both_hidden_or_pixels_equals_the_naive_step(changes: dict):
     check_whole_step("mamo", **changes)
 

@@ -94,7 +94,8 @@ def mamo(config: MAMOConfig, costs: Costs) -> Passes:
     heads = mrm * (patches + words) * predictor + mim * patches * 4 * d * (d + target)
     teacher = config.needs_teacher * (costs.embedding + costs.image(1 + n)) + (mrm or queue) * costs.text()
     teacher += mrm * costs.fusion(1 + n, patches + words) + queue * 2 * d * config.embed_dim
-    images = [1 + n] * (config.sees_image + config.masks_patches)
+    entering = n - patches if config.drop_masked else n
+    images = [1 + n] * config.sees_image + [1 + entering] * config.masks_patches
     mlm = (config.w_mlm > 0) * words
     return Passes(images, config.sees_text + config.masks_words, fused, mlm, heads, teacher=teacher)
 
