@@ -370,7 +370,8 @@ def write_beside(path: Path, write, size: int = 0) -> None:
         free, written = shutil.disk_usage(path.parent).free, temporary.stat().st_size if temporary.is_file() else 0
         temporary.unlink(missing_ok=True)
         # torch says no word of a full disk: its errors are about positions in a file.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free + written < size:
+        full = isinstance(error, RuntimeError) and (free < 2**20 or free + written < size)
+        if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 f"the disk is full: {path} needs {max(size, written) / 2**20:.1f} MB or more, and {path.parent} has "
                 f"{(free + written) / 2**20:.1f} MB left for it; what was there before is whole: make room"
