@@ -11,7 +11,7 @@ from helpers import write_squares
 from torch.utils.flop_counter import FlopCounterMode
 
 import runtime
-from mamo import MAMO, Encoders, FusionEncoder, record_attention
+from mamo import MAMO, PRESETS, Encoders, FusionEncoder, record_attention
 from siblings import OBJECTIVES
 from tools import benchmark, costs
 from tools.benchmark import random_batch, ratios, row_of
@@ -75,6 +75,31 @@ def test_the_formula_counts_the_operations_that_torch_counts(objective, changes)
     with record_attention(model), FlopCounterMode(display=False) as counter:
         model.total(model(batch)).backward()
     assert sum(flops_of_step(model.config, 5, 11).values()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [("control", {}), *(("mamo", some) for some in ({}, {"drop_masked": True}, {"mask_both": True}, {"w_mrm": 0.0}))],
+)
+def test_the_formula_of_memory_counts_what_torch_keeps_for_the_backward_pass(objective, changes):
+    """Every storage once, parameters aside, to 3 %."""
+    model_class, weights = OBJECTIVES[objective]
+    config = model_class.config_class(**PRESETS["tiny"], **(weights | changes))
+    model, kept = model_class(config).train(), {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor, so that its place is not given away
+        return tensor
+
+    batch = random_batch(config, 4, 20)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = model(batch)
+    counted = costs.memory_of_step(config, 4, 20)
+    assert losses and counted["activations"] == pytest.approx(sum(size for size, _ in kept.values()), rel=0.03)
+    assert counted["weights"] == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_ratio_is_the_median_of_the_rounds():
@@ -146,10 +171,22 @@ def test_operations_of_a_fusion_that_is_not_counted_are_not_quoted(monkeypatch, 
         assert not {"gflop", "gflop_per_pair", "utilisation"} & row.keys()
     assert len(report["ratios"]) == 1 and report["by_formula"] == {}
     assert printed.count("OtherFusion") == 1 and "by formula" not in printed
+    monkeypatch.setattr("sys.argv", ["tools/costs.py"])
     with pytest.raises(SystemExit):
         runtime.guarded(costs.main)
     output = capsys.readouterr()
     assert not output.out and re.fullmatch(r"error: .*OtherFusion.*\n", output.err)
+
+
+def test_agreement_is_exact_where_nothing_differs_and_seen_where_something_does(monkeypatch, tmp_path):
+    """On a CPU the variants of half precision are left out: they take hundreds of times as long."""
+    kinds = {"again": [], "other rate": ["--lr", "0.01"], "half": ["--precision", "bf16"]}
+    monkeypatch.setattr(benchmark, "ANOTHER", kinds)
+    data, out = write_squares(tmp_path / "pairs.jsonl"), tmp_path / "agreement.json"
+    run(monkeypatch, "agreement", *SMALL.split(), "--data", str(data), "--out", str(out))
+    again, other = json.loads(out.read_text())["rows"]
+    assert again["relative difference"] == {"first step": 0, "largest of 20": 0}
+    assert other["relative difference"]["first step"] == 0 < other["relative difference"]["largest of 20"]
 
 
 def test_loader_reports_its_ratio(monkeypatch, tmp_path):

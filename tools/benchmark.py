@@ -4,6 +4,7 @@
     python -m tools.benchmark step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
     python -m tools.benchmark loader --data data/scenes/pairs_train.jsonl        real batches against a repeated one
     python -m tools.benchmark decode --data my/pairs.jsonl                       JPEGs, scaled as they are decoded
+    python -m tools.benchmark agreement --data data/scenes/pairs_train.jsonl     bf16, fp16, compiled, against fp32
 
 The variants take turns, round by round, so that a machine that slows down slows all of them; quoted is the median of
 the ratios of the rounds, with the smallest and the largest.
@@ -36,6 +37,8 @@ from siblings import OBJECTIVES, build_model
 from tokenizer import Tokenizer
 from tools.costs import flops_of_step, uncounted
 from train import TrainConfig, make_optimizer
+from train import parse as parse_training
+from train import start as start_training
 
 DATA = "data/scenes/pairs_train.jsonl"  # what `loader` loads unless told otherwise
 TURN = 0.2  # seconds that a turn of `step` lasts at least
@@ -142,6 +145,36 @@ def decode(options: argparse.Namespace) -> dict:
     return report
 
 
+ANOTHER = {  # what is compared with fp32, as options of train.py; on a CPU only what needs no half precision
+    "fp32 again": [],
+    "fp32, compiled": ["--compile"],
+    "bf16": ["--precision", "bf16"],
+    "fp16": ["--precision", "fp16"],
+    "bf16, compiled": ["--precision", "bf16", "--compile"],
+}
+
+
+def agreement(options: argparse.Namespace) -> dict:
+    """The total loss of 20 steps of train.py, the same batches and masks, against the same steps in fp32."""
+    device = runtime.pick_device(options.device)
+    kinds = {name: more for name, more in ANOTHER.items() if device.type == "cuda" or "--precision" not in more}
+    given = ["--data", *(options.data or [DATA]), "--preset", options.presets[0], "--device", options.device]
+    given += ["--batch-size", str(options.batch_size[0])]
+    totals = {}
+    for name, more in ({"fp32": []} | kinds).items():
+        torch.compiler.reset()
+        with tempfile.TemporaryDirectory() as out:
+            run = start_training(*parse_training([*given, "--out", out, "--precision", "fp32", *more]))
+            batches = run.batches()
+            totals[name] = [run.one_step(batches) for _ in range(20)]
+    rows = []
+    for name in kinds:
+        away = [abs(other / one - 1) for one, other in zip(totals["fp32"], totals[name], strict=True)]
+        rows.append({"variant": name, "relative difference": {"first step": away[0], "largest of 20": max(away)}})
+        print(f"{name:20} first step {away[0]:.1e}, largest of 20 steps {max(away):.1e}")
+    return {"what": agreement.__doc__, "device": str(device), "rows": rows, "ratios": {}}
+
+
 def photograph(side: int) -> Image.Image:
     """A square picture with detail at all scales, as photographs have it."""
     draw, picture = np.random.default_rng(0), np.zeros((side, side, 3))
@@ -168,6 +201,8 @@ def config_of(objective: str, preset: str, options: argparse.Namespace) -> Confi
     shape = {"vocab_size": options.vocab_size, "max_tokens": max(Config.max_tokens, options.length)}
     if options.image_size:
         shape["image_size"] = options.image_size
+    if options.drop_masked and objective == "mamo":
+        shape["drop_masked"] = True
     return model.config_class(**PRESETS[preset] | shape | changes)
 
 
@@ -297,7 +332,7 @@ def step(options: argparse.Namespace) -> dict:
     return report
 
 
-COMMANDS = {"step": step, "loader": loader, "decode": decode}
+COMMANDS = {"step": step, "loader": loader, "decode": decode, "agreement": agreement}
 
 
 def parse() -> argparse.Namespace:
@@ -315,6 +350,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu, for step")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for step")
     parser.add_argument("--compile", action="store_true", help="compile the step, for step")
+    parser.add_argument("--drop-masked", action="store_true", help="MAMO's option of that name, for step")
     parser.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks twice, for step")
     parser.add_argument("--data", nargs="+", help=f"JSONL files, for loader ({DATA} if none is given) and decode")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data, for loader")
@@ -328,8 +364,8 @@ def parse() -> argparse.Namespace:
     if min(options.batch_size) < 2:
         raise ValueError(f"batch_size is {min(options.batch_size)}: contrast and matching need at least 2 pairs")
     for name in ("presets", "batch_size"):
-        if options.command == "loader" and len(getattr(options, name)) > 1:
-            raise ValueError(f"loader takes one of {name}, and {len(getattr(options, name))} were given")
+        if options.command in ("loader", "agreement") and len(getattr(options, name)) > 1:
+            raise ValueError(f"{options.command} takes one of {name}, and {len(getattr(options, name))} were given")
     return options
 
 

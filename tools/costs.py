@@ -1,4 +1,8 @@
-"""What a training step of each objective costs, by formula: the floating-point operations of its matrix products.
+"""What a training step of each objective costs, by formula: the floating-point operations of its matrix products, and
+for MAMO and the control the memory that it holds.
+
+    python -m tools.costs                                            the table of docs/objectives.md
+    python -m tools.costs --memory base --batch-size 1 32 256        bytes of a step of MAMO
 
 A backward pass costs twice the forward pass, a gradient for each of the two factors; but pixels, the keys of a queue
 and detached targets need no gradient, and the teacher and the similarities that draw negatives have no backward pass at
@@ -8,6 +12,7 @@ Each objective below is the list of the passes that its forward makes, counted a
 them. Fusion is counted as mamo.FusionEncoder computes it, see `uncounted`.
 """
 
+import argparse
 import math
 from dataclasses import dataclass
 
@@ -15,7 +20,7 @@ import torch
 from torch import nn
 
 import runtime
-from mamo import PRESETS, Config, Encoders, FusionEncoder, MAMOConfig, mask_patches, require
+from mamo import MAMO, PRESETS, Config, Encoders, FusionEncoder, MAMOConfig, mask_patches, require
 from siblings import OBJECTIVES
 from siblings.glscl import GLSCLConfig
 from siblings.maskvlm import MaskVLMConfig
@@ -178,6 +183,58 @@ def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int
     }
 
 
+def memory_of_step(
+    config: MAMOConfig, batch_size: int, length: int, grad_checkpointing: bool = False
+) -> dict[str, int]:
+    """Bytes that a training step in fp32 holds between its forward and its backward pass.
+
+    A block keeps 3 vectors of each token for the backward pass (what it was given, key, value) and 13 of each output:
+    query, mixed values, what enters either norm or the MLP, and the MLP's middle twice, which is four times as wide.
+    Not counted: what single operations need for a moment, and what the allocator keeps.
+
+    Args:    grad_checkpointing   a block then keeps what it was given, and one at a time makes the rest again
+    Returns: "weights" of student, heads and teacher, "gradients", "optimiser" (AdamW's two moments), "activations"
+    """
+    costs, d = Costs(config, batch_size, length), config.width
+    passes, n = mamo(config, costs), costs.n
+    with torch.device("meta"):
+        model = MAMO(config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # The stacks of blocks that run in one call: depth, tokens of all views, and outputs of the last block.
+    stacks = [(config.image_depth, sum(passes.images), sum(passes.images))]
+    stacks.append((config.text_depth, passes.texts * length, passes.texts * length))
+    fused = sum(length + tokens for tokens, _ in passes.fused)
+    stacks.append((config.fusion_depth, fused, sum(wanted for _, wanted in passes.fused)))
+    whole = [((depth - 1) * 16 * tokens + 3 * tokens + 13 * outputs) * d for depth, tokens, outputs in stacks]
+    embeddings = len(passes.images) * n * costs.patch + 2 * sum(passes.images) * d + 2 * passes.texts * length * d
+    patches = config.masks_patches * costs.masked(config.mask_image, n)
+    words = config.masks_words * costs.slots(config.mask_text)
+    heads = 9 * d * ((config.w_mrm > 0) * (patches + words) + (config.w_mim > 0) * patches)
+    heads += (config.w_mlm > 0) * words * (4 * d + 2 * config.vocab_size)
+    kept = sum(whole)
+    if grad_checkpointing:
+        kept = sum(depth * tokens for depth, tokens, _ in stacks) * d + max(16 * tokens * d for _, tokens, _ in stacks)
+    return {
+        "weights": 4 * sum(p.numel() for p in model.parameters()),
+        "gradients": 4 * trained,
+        "optimiser": 8 * trained,
+        "activations": 4 * batch_size * (embeddings + kept + heads),
+    }
+
+
+def memory_table(preset: str, batch_sizes: list[int], length: int = 30, words: int = 30522) -> str:
+    """GB of a step of MAMO by batch size: as it is, with checkpointing, with masked patches dropped, and with both."""
+    rows = []
+    for size in batch_sizes:
+        cells = [str(size)]
+        for again in (False, True):
+            for drop in (False, True):
+                config = MAMOConfig(**PRESETS[preset], drop_masked=drop, vocab_size=words)
+                cells.append(f"{sum(memory_of_step(config, size, length, again).values()) / 1e9:.1f}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def table() -> str:
     """The rows of the table in docs/objectives.md: relative to control, and shares in base."""
 
@@ -198,9 +255,13 @@ def table() -> str:
 
 def main() -> None:
     """Command line: print the rows, unless the encoders fuse in a way that is not counted here."""
+    parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", choices=PRESETS, help="bytes of a step of this preset, in place of operations")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32, 64, 256])
+    options = parser.parse_args()
     why = uncounted(Encoders(MAMOConfig()).fusion)
     require(not why, why)
-    print(table())
+    print(memory_table(options.memory, options.batch_size) if options.memory else table())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""How fast the demo trains on an idle machine and beside busy programs, by how its threads wait for each other.
+
+    python experiments/crowded.py --data data/scenes/pairs_train.jsonl --busy 0 1 --results results/crowded.json
+
+Each way trains for some steps with train.py in a process of its own; a way's rate is the median over the rows of the
+log but the first. The ways take turns, round by round, and what is kept is each round's ratio to the first way with no
+busy program. A busy program is a loop that counts. Its share of the cores explains a part of what it costs: of c
+cores and t threads in all, a thread gets c / t of a core at best where t is more than c.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import runtime  # noqa: E402
+
+STEPS, ROW = 80, 20  # steps of a run, and between two rows of its log
+DDP = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+WAYS = {  # name: (what stands before train.py, variables)
+    "threads that spin": ([], {}),
+    "threads that sleep": ([], {"OMP_WAIT_POLICY": "passive"}),
+    "one thread": ([], {"OMP_NUM_THREADS": "1"}),
+    "two processes of one thread": (DDP, {"OMP_NUM_THREADS": "1"}),
+}
+
+
+def rate(way: str, data: str, out: Path, tree: Path) -> float:
+    """Pairs per second of a short run."""
+    before, variables = WAYS[way]
+    arguments = ["--data", data, "--steps", str(STEPS), "--log-every", str(ROW), "--out", str(out)]
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, *before, str(tree / "train.py"), *arguments]
+    environment = known | variables | {"PYTHONPATH": str(tree)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-2000:])
+    with open(out / "log.csv", newline="") as file:
+        return statistics.median(float(row["pairs_per_s"]) for row in list(csv.DictReader(file))[1:])
+
+
+def main() -> None:
+    """Command line."""
+    parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--busy", type=int, nargs="+", default=(0, 1), help="busy programs beside the run")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, required=True, help="JSON file; what it holds already is kept")
+    options = parser.parse_args()
+    rates = {f"{way}, {busy} busy": [] for busy in options.busy for way in options.ways}
+    for _ in range(options.rounds):
+        for busy in options.busy:
+            programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+            try:
+                for way in options.ways:
+                    with tempfile.TemporaryDirectory() as folder:
+                        rates[f"{way}, {busy} busy"].append(rate(way, options.data, Path(folder, "run"), ROOT))
+                    print(f"{way}, {busy} busy: {rates[f'{way}, {busy} busy'][-1]:.0f} pairs/s")
+            finally:
+                for program in programs:
+                    program.kill()
+    first, *_ = rates.values()
+    rows = {}
+    for name, each in rates.items():
+        relative = [a / b for a, b in zip(each, first, strict=True)]
+        spread = {"median": statistics.median(relative), "min": min(relative), "max": max(relative)}
+        rows[name] = {"pairs_per_s": each, "rate relative to the first": spread}
+    what = f"Demo training, {STEPS} steps a run, {options.rounds} rounds, {os.cpu_count()} cores"
+    known = json.loads(options.results.read_text()) if options.results.is_file() else {}
+    runtime.write_json(
+        options.results, known | {"what": what, "rates": rows} | runtime.how_made("experiments/crowded.py")
+    )
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
