@@ -45,7 +45,8 @@ page-test: .venv/ready
 .venv/ready: requirements.txt constraints.txt
 	python3 -m venv .venv
 	$(PYTHON) -m pip install -q -r requirements.txt -c constraints.txt
-	$(PYTHON) -c "import pathlib, site; pathlib.Path(site.getsitepackages()[-1], 'here.pth').write_text('$(CURDIR)')"  # every command works from any folder
+	# Every command works from any folder, and threads that wait sleep: they leave their core to a browser.
+	$(PYTHON) -c "import pathlib, site; pathlib.Path(site.getsitepackages()[-1], 'here.pth').write_text('$(CURDIR)\nimport os; os.environ.setdefault(\'OMP_WAIT_POLICY\', \'passive\')\n')"
 	touch .venv/ready
 
 .venv/notebooks: .venv/ready notebooks/requirements.txt

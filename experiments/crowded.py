@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
 
-STEPS, ROW = 80, 20  # steps of a run, and between two rows of its log
+STEPS, ROW = 60, 20  # steps of a run, and between two rows of its log
 DDP = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
 WAYS = {  # name: (what stands before train.py, variables)
-    "threads that spin": ([], {}),
+    "threads that spin": ([], {"GOMP_SPINCOUNT": "300000"}),  # which is what the library does unless it is told
     "threads that sleep": ([], {"OMP_WAIT_POLICY": "passive"}),
     "one thread": ([], {"OMP_NUM_THREADS": "1"}),
     "two processes of one thread": (DDP, {"OMP_NUM_THREADS": "1"}),

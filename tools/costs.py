@@ -3,6 +3,7 @@ for MAMO and the control the memory that it holds.
 
     python -m tools.costs                                            the table of docs/objectives.md
     python -m tools.costs --memory base --batch-size 1 32 256        bytes of a step of MAMO
+    python -m tools.costs --growth base                              what doubling each size does to both
 
 A backward pass costs twice the forward pass, a gradient for each of the two factors; but pixels, the keys of a queue
 and detached targets need no gradient, and the teacher and the similarities that draw negatives have no backward pass at
@@ -235,6 +236,30 @@ def memory_table(preset: str, batch_sizes: list[int], length: int = 30, words: i
     return "\n".join(rows)
 
 
+def growth_table(preset: str, batch_size: int = 64, length: int = 30, words: int = 30522) -> str:
+    """By which power of each size operations and memory of a step of MAMO grow, from the preset to twice the size."""
+
+    def both(batch_size: int = batch_size, length: int = length, words: int = words, **changes) -> tuple[int, int]:
+        config = MAMOConfig(**PRESETS[preset] | changes, vocab_size=words)
+        work = sum(flops_of_step(config, batch_size, length).values())
+        return work, sum(memory_of_step(config, batch_size, length).values())
+
+    shape, rows = PRESETS[preset], []
+    depths = {name: 2 * shape[name] for name in ("image_depth", "text_depth", "fusion_depth")}
+    doubled = {
+        "pairs of a batch": {"batch_size": 2 * batch_size},
+        "side of the picture": {"image_size": tuple(2 * side for side in shape["image_size"])},
+        "tokens of a text": {"length": 2 * length},
+        "width": {"width": 2 * shape["width"]},
+        "depth of all encoders": depths,
+        "words of the vocabulary": {"words": 2 * words},
+    }
+    for name, changes in doubled.items():
+        powers = [math.log2(twice / once) for twice, once in zip(both(**changes), both(), strict=True)]
+        rows.append(f"| {name} | {' | '.join(f'{power:.2f}' for power in powers)} |")
+    return "\n".join(rows)
+
+
 def table() -> str:
     """The rows of the table in docs/objectives.md: relative to control, and shares in base."""
 
@@ -257,11 +282,15 @@ def main() -> None:
     """Command line: print the rows, unless the encoders fuse in a way that is not counted here."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", choices=PRESETS, help="bytes of a step of this preset, in place of operations")
+    parser.add_argument("--growth", choices=PRESETS, help="powers by which operations and memory grow")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32, 64, 256])
     options = parser.parse_args()
     why = uncounted(Encoders(MAMOConfig()).fusion)
     require(not why, why)
-    print(memory_table(options.memory, options.batch_size) if options.memory else table())
+    if options.memory:
+        print(memory_table(options.memory, options.batch_size))
+    else:
+        print(growth_table(options.growth) if options.growth else table())
 
 
 if __name__ == "__main__":
