@@ -278,7 +278,7 @@ def retrieval(
              block   queries at a time, which bounds the memory
              lists   a list that takes up the ten best of each query, see metrics.py
     Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls, "apart": {value},
-             "intervals": {way: recalls}} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image":
+             "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image":
              ...} in percent, of intervals [low, high] over resampled queries
     """
     check_ranks(model, k)
@@ -322,7 +322,42 @@ def retrieval(
             for value in sorted(set(values)) if by else ():
                 those = rank[torch.tensor([v == value for v in values])].numpy()
                 result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
+    if k and encoded.image_embed is not None:
+        result["separation"] = separation(model, encoded, right["image_to_text"], device)
     return result
+
+
+def separation(model, encoded: Encoded, right: list[set[int]], device, each: int = 10) -> dict[str, float]:
+    """How well the matching logit tells a picture's own captions from others: areas under the curve, chance 0.5.
+
+    ITM's loss cannot be compared between two ways to draw its negatives; these are the same ones for every model.
+
+    Args:    right   places of the right texts of each picture; one of them, the first, is taken
+             each    wrong texts for a picture, of either kind
+    Returns: "uniform": against wrong texts drawn at random; "nearest": against those nearest by contrast, of which some
+             may be true of the picture all the same
+    """
+    pairs, mine = [], range(len(right))[shard(len(right))]
+    for image in mine:
+        own = min(right[image])
+        wrong = torch.tensor([text for text in range(len(encoded.texts)) if text not in right[image]] or [own])
+        drawn = torch.randint(len(wrong), (each,), generator=torch.Generator().manual_seed(image))
+        near = (encoded.text_embed[wrong] @ encoded.image_embed[image]).argsort(descending=True)
+        near = near[torch.arange(each) % len(wrong)]
+        pairs.append(torch.cat([torch.tensor([own]), wrong[drawn], wrong[near]]))
+    texts = torch.stack(pairs) if pairs else torch.empty(0, 1 + 2 * each, dtype=torch.long)
+    images = torch.tensor(mine, dtype=torch.long)[:, None].expand_as(texts)
+    nothing = torch.empty(0)  # for a process without pictures
+    logits = match_pairs(model, encoded, images.flatten(), texts.flatten(), device) if len(texts) else nothing
+    own, *others = gather_shards(logits.view(-1, 1 + 2 * each), len(right)).split([1, each, each], dim=1)
+    return dict(zip(("uniform", "nearest"), (area_under_curve(own, other) for other in others), strict=True))
+
+
+def area_under_curve(right: Tensor, wrong: Tensor) -> float:
+    """The share of pairs of a right and a wrong one in which the right one has the higher score; a tie is half."""
+    ordered, right = wrong.flatten().sort().values, right.flatten().contiguous()
+    below, up_to = torch.searchsorted(ordered, right), torch.searchsorted(ordered, right, right=True)
+    return ((below + up_to).double().mean() / 2 / len(ordered)).item()
 
 
 def check_ranks(model: VisionLanguageModel, k: int) -> None:
@@ -501,6 +536,9 @@ def retrieval_table(name: str, result: dict) -> str:
             "".join(percent(value) for value in recall[side].values()) for side in ("image_to_text", "text_to_image")
         )
         lines.append(f"  {way:28}" + "".join(f"{cell:>24}" for cell in cells))
+    if result.get("separation"):
+        areas = ", ".join(f"{area:.3f} against {kind} captions" for kind, area in result["separation"].items())
+        lines.append(f"  matching logit, area under the curve (chance 0.5): {areas}")
     return "\n".join(lines)
 
 
