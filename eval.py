@@ -278,8 +278,8 @@ def retrieval(
              block   queries at a time, which bounds the memory
              lists   a list that takes up the ten best of each query, see metrics.py
     Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls, "apart": {value},
-             "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"}, "text_to_image":
-             ...} in percent, of intervals [low, high] over resampled queries
+             "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"},
+             "text_to_image": ...} in percent, of intervals [low, high] over resampled queries
     """
     check_ranks(model, k)
     check_by(rows, by)

@@ -257,7 +257,7 @@ def test_retrieval_equals_scoring_every_pair_alone(model_and_words, naive):
 
 def test_separation_is_the_area_under_the_curve_of_the_same_pairs(model_and_words, naive):
     """Against the naive scores: the drawn texts are wrong ones, the nearest are the ten best wrong ones by contrast."""
-    rows, images, texts, right, scores = naive
+    rows, _, texts, right, scores = naive
     areas = retrieval(*model_and_words, rows, CPU)["separation"]
     own, near = [], []
     for image, matching in enumerate(scores["itm"]):
@@ -266,7 +266,7 @@ def test_separation_is_the_area_under_the_curve_of_the_same_pairs(model_and_word
         wrong.sort(key=lambda text, image=image: -scores["itc"][image, text].item())
         near += [matching[text].item() for text in wrong[:10]]
     wins = [(one > other) + (one == other) / 2 for one in own for other in near]
-    assert areas["nearest"] == pytest.approx(sum(wins) / len(wins), abs=1e-4)
+    assert areas["nearest"] == pytest.approx(sum(wins) / len(wins), abs=1e-3)
     assert 0 < areas["uniform"] < 1 and areas["uniform"] != areas["nearest"]
     assert area_under_curve(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 3.0])) == pytest.approx(3.5 / 6)
 
