@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(PYTHON) eval.py world --checkpoint runs/demo/checkpoint.pt --data data/scenes
 	$(PYTHON) finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa --steps 2000 --out runs/demo-vqa --resume
 	$(PYTHON) eval.py vqa --checkpoint runs/demo-vqa/best.pt --data data/scenes/vqa_test.jsonl --figure runs/demo-vqa/answers.png
-	$(PYTHON) -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl --choose data/scenes/grounding_val.jsonl
+	$(PYTHON) -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
 
 test: .venv/ready
 	HALF=1 $(PYTHON) -m pytest -q & other=$$!; HALF=0 $(PYTHON) -m pytest -q; status=$$?; wait $$other && exit $$status
@@ -39,7 +39,7 @@ page-test: .venv/ready
 	$(PYTHON) -m world.scenes --out data/page --train 400 --val 60 --test 60
 	$(PYTHON) train.py --data data/page/pairs_train.jsonl --out runs/page --steps 60 --log-every 10
 	$(PYTHON) eval.py world --checkpoint runs/page/checkpoint.pt --data data/page
-	$(PYTHON) -m tools.report --checkpoint runs/page/checkpoint.pt --data data/page/pairs_test.jsonl --choose data/page/grounding_val.jsonl
+	$(PYTHON) -m tools.report --checkpoint runs/page/checkpoint.pt --data data/page/pairs_test.jsonl
 	node tests/page/check.mjs runs/page/report.html runs/page
 
 .venv/ready: requirements.txt constraints.txt

@@ -23,7 +23,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -33,14 +33,7 @@ from tqdm import tqdm
 
 import runtime
 from data import captions_of, pictures_of, read_rows, resolved, to_tensor
-from explain import (
-    Heat,
-    check_layer,
-    choose_layer,
-    ground,
-    heats_of,
-    middle_layer,
-)
+from explain import Heat, How, ground, heats_of
 from mamo import VisionLanguageModel, rank_and_size
 from metrics import (
     chance_recalls,
@@ -133,11 +126,10 @@ class Pipeline:
         order = chances.argsort(descending=True)[:best].tolist()
         return [(model.head_config.answers[place], chances[place].item()) for place in order]
 
-    def heat(self, images, text: str, phrase: str = "", layer: int | None = None) -> Heat | list[Heat]:
+    def heat(self, images, text: str, phrase: str = "", how: How | None = None) -> Heat | list[Heat]:
         """Where the model looks for a phrase in a text, or for the whole text: `.values` (rows, columns), `.show()`,
-        `.save(path)`; of several pictures a list. layer: fusion block, without the middle one"""
-        layer = middle_layer(self.model) if layer is None else check_layer(self.model, layer)
-        heats = heats_of(self.model, self.tokenizer, several(images), text, phrase or text, layer, self.device)
+        `.save(path)`; of several pictures a list. how: see How of explain.py"""
+        heats = heats_of(self.model, self.tokenizer, several(images), text, phrase or text, how or How(), self.device)
         return heats if isinstance(images, list | tuple) else heats[0]
 
 
@@ -576,8 +568,8 @@ def result_table(name: str, result: dict) -> str:
         elif key == "confusion":
             lines.append(f"  {'label, and the answers to it':28}" + "".join(f"{answer:>15}" for answer in value))
             lines += [f"    {label:26}" + "".join(f"{n:15d}" for n in row.values()) for label, row in value.items()]
-        elif key == "layer":
-            lines.append(f"  by fusion block {value}")
+        elif key == "map":
+            lines.append(f"  by {value}")
         elif isinstance(value, float):
             lines.append(f"  {key:28}{value:6.1f} %")
     return "\n".join(lines)
@@ -607,8 +599,9 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     if model is None:
         predictions = read_predictions(options.predictions, rows)
     elif task == "grounding":
-        extra = {"layer": layer_for(model, tokenizer, options, device)}
-        predictions = ground(model, tokenizer, rows, device, extra["layer"], options.frame)
+        how = how_of(options)
+        extra = {"map": str(how)}
+        predictions = ground(model, tokenizer, rows, device, how, options.frame)
     else:
         answers = model.head_config.answers
         extra = {"coverage": coverage(rows, answers)} if task == "vqa" else {}
@@ -631,13 +624,10 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     return result | extra
 
 
-def layer_for(model, tokenizer: Tokenizer, options: argparse.Namespace, device, words: bool = False) -> int:
-    """The fusion block that was given, or chosen on --choose, or the middle one; words: see choose_layer."""
-    if options.layer is not None:
-        return check_layer(model, options.layer)
-    if options.choose:
-        return choose_layer(model, tokenizer, read_rows(options.choose, "grounding"), device, options.frame, words)
-    return middle_layer(model)
+def how_of(options: argparse.Namespace) -> How:
+    """How the options ask for maps to be made."""
+    given = vars(options)
+    return How(**{field.name: given[field.name] for field in fields(How) if field.name in given})
 
 
 ANSWERING = tuple(name for name, task in TASKS.items() if issubclass(task, Classifier))
@@ -685,8 +675,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
     parser.add_argument("--text", help="text for `search`, `score` and `explain`")
     parser.add_argument("--phrase", help="part of the text that `explain` looks for; without: the whole text")
-    parser.add_argument("--layer", type=int, help="fusion block for explain and grounding, from 0, or -1 = the last")
-    parser.add_argument("--choose", nargs="+", help="JSONL files on which `grounding` chooses the layer, such as val")
+    runtime.add_options(parser, How)
     parser.add_argument(
         "--frame", default="{}", help="text that `grounding` reads a phrase in, such as 'there is a {}'"
     )
@@ -778,13 +767,15 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
 def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
     """Lay the heat map of a phrase over a picture, or over each of two."""
     model, phrase = pipeline.model, options.phrase or options.text
-    layer = middle_layer(model) if options.layer is None else check_layer(model, options.layer)
+    how = how_of(options)
     where = "" if phrase == options.text else f" in: {options.text}"
     said = f"   {pipeline.answers(options.image, options.text)[0][0]}" if isinstance(model, Classifier) else ""
-    heats = pipeline.heat(options.image, options.text, phrase, layer)
-    sheet.draw_heats(heats, options.out, f"{phrase}{where}{said}   (fusion block {layer})")
+    if how.map == "hiding" and phrase != options.text and isinstance(model, Classifier):
+        raise ValueError("--phrase: hiding shows what speaks for the answer as a whole; --map gradcam reads a phrase")
+    heats = pipeline.heat(options.image, options.text, phrase, how)
+    sheet.draw_heats(heats, options.out, f"{phrase}{where}{said}   ({how})")
     print_score(pipeline, options)
-    print(f"fusion block {layer} of 0 to {model.config.fusion_depth - 1}; the map is in {options.out}")
+    print(f"the map, by {how}, is in {options.out}")
 
 
 def print_score(pipeline: Pipeline, options: argparse.Namespace) -> None:
@@ -802,8 +793,6 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
     """What the built-in world asks of a model that matches, each split apart, in one table and one results.json."""
     folder, out = Path(options.data[0]), options.results.parent
     matches = model.config.w_itm > 0
-    if matches:  # the layer is chosen on val, and test is only looked at
-        layer = choose_layer(model, tokenizer, read_rows([folder / "grounding_val.jsonl"], "grounding"), device)
     for split in ("test", "novel"):
         rows = read_rows([folder / f"pairs_{split}.jsonl"], "pairs")
         by = "heldout" if split == "test" else ""
@@ -819,8 +808,8 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         said = keep_result(options.results, f"foils_{split}", result)
         if matches:
             rows = read_rows([folder / f"grounding_{split}.jsonl"], "grounding")
-            result = judge_grounding(rows, ground(model, tokenizer, rows, device, layer))
-            result |= {"layer": layer}
+            how = how_of(options)
+            result = judge_grounding(rows, ground(model, tokenizer, rows, device, how)) | {"map": str(how)}
             print(result_table(f"grounding, {split}", result))
             keep_result(options.results, f"grounding_{split}", result)
     print(f"{said}; some pictures with their best captions: {out / 'ranked.png'}")

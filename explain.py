@@ -1,54 +1,86 @@
-"""Where does the model look for a phrase? Grad-CAM on the fusion encoder's attention, and grounding by it.
+"""Where does the model look for a phrase? Told by hiding parts of the picture, or by Grad-CAM on attention.
 
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
     python eval.py grounding --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
-                             --choose data/scenes/grounding_val.jsonl
 
-The matching logit says how well a picture and a text belong together; of a checkpoint of vqa, reasoning or entailment
-the logit of the answer that it gives takes that place. Attention says which patches a word looks at; the
-gradient of the logit says which of these looks speak for a match. Their product, where it is positive, is the map:
+Hiding asks the question that masked modelling asks: what can be told without this? Patches are hidden, some at a time,
+and the model says how much poorer its answer becomes:
+
+    of a whole text             the matching logit
+    of a phrase in a text       the log-probability of its words, masked, given the rest of the text (the head of MLM)
+    of vqa and its like         the logit of the answer that it gives to the whole picture
+
+Each window of 2 x 2 patches is hidden in turn, then random 75 % of the patches, as often as the budget allows. A patch
+is worth the mean loss over the windows that hide it, and, of the random masks, the mean where it is seen minus the mean
+where it is hidden; both are standardised over the picture and added. No layer is chosen, and no gradient is needed.
+
+Grad-CAM (--map gradcam) is what ALBEF grounds phrases with: attention says which patches a word looks at, the gradient
+of the logit says which of these looks speak for a match; their product, where it is positive, is the map:
 
     map[patch] = mean over heads, sum over the phrase's tokens, of attention * relu(d logit / d attention)
 
-as ALBEF grounds phrases. differs: the matching logit is the difference of the head's two, of which ALBEF takes the
-second alone. [CLS] stands for the whole text and is counted where the phrase is the whole text. No box is
-ever trained on. Of the last block only [CLS] has a map: the logit reads nothing else there. A model that judges
-statements is asked for a phrase within one, with --frame "there is a {}".
+differs: the matching logit is the difference of the head's two, of which ALBEF takes the second alone. [CLS] stands for
+the whole text and is counted where the phrase is the whole text. Of the last block only [CLS] has a map: the logit
+reads nothing else there.
+
+No box is ever trained on. A model that judges statements is asked for a phrase within one: --frame "there is a {}".
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
 import runtime
 from data import load_image, size_of, to_tensor
-from mamo import VisionLanguageModel, record_attention
-from metrics import inside, patch_centres
+from mamo import View, VisionLanguageModel, mask_patches, record_attention
+from metrics import patch_centres
 from tasks import Classifier
 from tokenizer import Tokenizer, pad
 
-# ----------------------------------------------------------------------------------------------------------- heat maps
+MAPS, FILLS = ("hiding", "gradcam"), ("colour", "blur", "token")
 
 
-def middle_layer(model: VisionLanguageModel) -> int:
-    """The fusion block to explain by where none was chosen: the third of six, as in ALBEF, the first of two."""
-    return (model.config.fusion_depth - 1) // 2
+@dataclass
+class How:
+    """How maps are made. Raises ValueError for options that do not fit together."""
+
+    map: str = "hiding"  # hiding or gradcam
+    fill: str = "colour"  # what stands in a hidden place: the picture's most frequent colour, a blur or the mask token
+    passes: int = 128  # hidden pictures that are looked at, the budget of a map by hiding
+    layer: int | None = None  # fusion block of Grad-CAM, from 0 or from the end; None = the middle one
+
+    def __post_init__(self):
+        for name, allowed in (("map", MAPS), ("fill", FILLS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        if self.passes < 8:
+            raise ValueError(f"passes is {self.passes}: a map by hiding needs 8 or more")
+        if self.layer is not None and self.map != "gradcam":
+            raise ValueError(f"layer is {self.layer}: only --map gradcam looks at a fusion block")
+
+    def __str__(self) -> str:
+        if self.map == "hiding":
+            return f"hiding {self.passes} times, by {self.fill}"
+        return "Grad-CAM, " + ("the middle fusion block" if self.layer is None else f"fusion block {self.layer}")
 
 
-def check_layer(model: VisionLanguageModel, layer: int) -> int:
-    """A fusion block counted from 0, or from the end if negative -> counted from 0. Raises ValueError if not there."""
-    depth = model.config.fusion_depth
-    if not -depth <= layer < depth:
-        raise ValueError(f"layer is {layer}: the fusion encoder has {depth} blocks, give {-depth} to {depth - 1}")
-    return layer % depth
+@dataclass
+class Phrase:
+    """A picture, the text that is read beside it, and the phrase in it that is looked for."""
+
+    image: str
+    text: str
+    phrase: str
 
 
 def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -> tuple[list[int], list[bool]]:
-    """Ids of a text, and which of them are read for the map: the phrase where it stands first, or all if it is all.
+    """Ids of a text, and which of them are the phrase: where it stands first, or all, [CLS] too, if it is the text.
 
     Raises:  ValueError if the phrase is not in the text as the model reads it
     """
@@ -60,6 +92,144 @@ def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -
     raise ValueError(f"the phrase {phrase!r} is not in the text {text!r} within its first {max_tokens} tokens")
 
 
+def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device, how: How) -> Tensor:
+    """Heat maps of many phrases -> (phrases, n) on the CPU, values of 0 or more"""
+    model.eval()
+    if how.map == "gradcam":
+        return gradcam_maps(model, tokenizer, phrases, device)[check_layer(model, how.layer)]
+    maps = []
+    for image, those in itertools.groupby(phrases, key=lambda one: one.image):  # hidden once for all of its phrases
+        views, masks = hidden_views(model, to_tensor(image, model.config.image_size).to(device), how)
+        for one in those:
+            rows = phrase_rows(tokenizer, one.text, one.phrase, model.config.max_tokens)
+            maps.append(hiding_map(watched(model, [views], *rows), masks).cpu())
+    return torch.stack(maps)
+
+
+# ---------------------------------------------------------------------------------------------------- maps by hiding
+
+
+def hiding_masks(grid: tuple[int, int], passes: int) -> tuple[Tensor, Tensor]:
+    """What is hidden in turn -> windows (w, n) and random masks (r, n), True = hidden, of w + r = passes.
+
+    Windows of 2 x 2 patches at every place; where that would be more than half of the passes, larger ones and fewer.
+    """
+    (rows, columns), step = grid, 0
+    while True:
+        step += 1
+        high, wide = min(step + 1, rows), min(step + 1, columns)
+        tops = sorted({min(y, rows - high) for y in range(0, rows, step)})
+        lefts = sorted({min(x, columns - wide) for x in range(0, columns, step)})
+        if len(tops) * len(lefts) <= max(passes // 2, 1):
+            break
+    windows = torch.zeros(len(tops) * len(lefts), rows, columns, dtype=torch.bool)
+    for window, (y, x) in zip(windows, itertools.product(tops, lefts), strict=True):
+        window[y : y + high, x : x + wide] = True
+    noise = torch.rand(passes - len(windows), rows * columns, generator=torch.Generator().manual_seed(0))
+    return windows.flatten(1), mask_patches(noise, 0.75)[1]
+
+
+@torch.no_grad()
+def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """image (3, height, width) -> encoded (1 + passes, 1 + n, d), the whole picture first; and what each pass hides"""
+    config, masks = model.config, hiding_masks(model.config.grid, how.passes)
+    hidden, encoded = torch.cat([torch.zeros_like(masks[0][:1]), *masks]).to(image.device), []
+    filled = filling(image, how.fill, config.patch_size) if how.fill != "token" else None
+    for some in hidden.split(max(2**15 // (1 + config.num_patches), 1)):  # which bounds the memory
+        if filled is None:
+            encoded.append(model.encode_masked(repeat(image, "c y x -> b c y x", b=len(some)), some))
+        else:
+            pixels = repeat(
+                some, "b (y x) -> b 1 (y p) (x q)", y=config.grid[0], p=config.patch_size, q=config.patch_size
+            )
+            encoded.append(model.encode_image(torch.where(pixels, filled, image)))
+    return torch.cat(encoded), masks
+
+
+def filling(image: Tensor, fill: str, patch_size: int) -> Tensor:
+    """image (3, height, width) -> what stands in hidden places, of the same shape"""
+    if fill == "blur":
+        for _ in range(2):
+            image = F.avg_pool2d(image[None], 2 * patch_size + 1, 1, patch_size, count_include_pad=False)[0]
+        return image
+    colours = rearrange(image, "c y x -> (y x) c")
+    _, kind, count = (colours * 8).round().unique(dim=0, return_inverse=True, return_counts=True)
+    return colours[kind == count.argmax()].mean(dim=0)[:, None, None].expand_as(image)
+
+
+@torch.no_grad()
+def watched(model: VisionLanguageModel, pictures: list[Tensor], ids: list[int], counted: list[bool]) -> Tensor:
+    """What is watched while patches are hidden -> (k,), see the head of the file.
+
+    Args:    pictures        of a row, each (k, 1 + n, d) in k views, or (1, 1 + n, d) if nothing is hidden in it
+             ids, counted    see phrase_rows
+    Raises:  ValueError for a model that lacks the head that is asked
+    """
+    k, device = max(map(len, pictures)), pictures[0].device
+    input_ids, chosen = torch.tensor([ids], device=device), torch.tensor(counted, device=device).nonzero().T
+    inside = not all(counted) and not isinstance(model, Classifier)
+    if inside:
+        input_ids = input_ids.scatter(1, chosen, model.config.mask_id)
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    text = model.encode_text(input_ids, real).expand(k, -1, -1)
+    image, real, found = torch.stack([one.expand(k, -1, -1) for one in pictures], dim=1), real.expand(k, -1), []
+    for some in torch.arange(k, device=device).split(max(2**15 // (image.shape[2] + len(ids)), 1)):
+        if isinstance(model, Classifier):
+            shown = (torch.arange(model.pictures, device=device) < len(pictures)).expand(len(some), -1)
+            found.append(model.decide(image[some].flatten(0, 1), shown, text[some], real[some]))
+        elif inside:
+            if model.config.w_mlm <= 0:
+                raise ValueError(
+                    "this checkpoint was trained without words to recover (w_mlm 0): look for a whole text, not for a "
+                    "phrase within one, or take --map gradcam"
+                )
+            view = View(image[some, 0], text[some], real[some], chosen.expand(len(some), -1))
+            words = model.word_logits(model.fuse_views({"words": view})["words"]).log_softmax(dim=-1)
+            labels = repeat(torch.tensor(ids, device=device)[chosen[0]], "m -> b m 1", b=len(some))
+            found.append(words.gather(2, labels).sum(dim=(1, 2)))
+        else:
+            require_matching(model)
+            found.append(model.match(image[some, 0], text[some], real[some]))
+    found = torch.cat(found)
+    return found[:, found[0].argmax()] if isinstance(model, Classifier) else found
+
+
+def hiding_map(watched: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
+    """watched (1 + passes,), of the whole picture first; masks (w, n), (r, n) -> (n,), values of 0 or more"""
+    windows, randoms = (mask.to(watched).double() for mask in masks)
+    whole, by_window, by_random = watched.double().split([1, len(windows), len(randoms)])
+    lost = (whole - by_window) @ windows / windows.sum(dim=0)
+    seen = by_random @ (1 - randoms) / (1 - randoms).sum(dim=0).clamp(min=1)
+    hidden = by_random @ randoms / randoms.sum(dim=0).clamp(min=1)
+    return (standardised(lost) + standardised(seen - hidden)).clamp(min=0).float()
+
+
+def standardised(values: Tensor) -> Tensor:
+    """values (n,) less their mean, over their standard deviation; of equal values zeros"""
+    away = values - values.mean()
+    return away / away.square().mean().sqrt().clamp(min=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------- Grad-CAM
+
+
+def require_matching(model: VisionLanguageModel) -> None:
+    """Raise ValueError for a model without a matching head; tasks.py's models have a logit in its place."""
+    if model.config.w_itm <= 0:
+        raise ValueError("this checkpoint was trained without matching (w_itm 0): it has no logit to explain")
+
+
+def check_layer(model: VisionLanguageModel, layer: int | None) -> int:
+    """A fusion block counted from 0, or from the end if negative -> counted from 0; None = the third of six, as in
+    ALBEF, the first of two. Raises ValueError if it is not there."""
+    depth = model.config.fusion_depth
+    if layer is None:
+        return (depth - 1) // 2
+    if not -depth <= layer < depth:
+        raise ValueError(f"layer is {layer}: the fusion encoder has {depth} blocks, give {-depth} to {depth - 1}")
+    return layer % depth
+
+
 def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
     """Grad-CAM of the matching logit for every token by itself.           Source: ALBEF's weakly supervised grounding
 
@@ -68,8 +238,7 @@ def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, at
     Returns: per fusion block (b, l, n), values of 0 or more; of the last block (b, 1, n), [CLS] alone
     Raises:  ValueError for a model without a matching head
     """
-    if model.config.w_itm <= 0:  # tasks.py's models have it too
-        raise ValueError("this checkpoint was trained without matching (w_itm 0): it has no logit to explain")
+    require_matching(model)
     fusion, length = model.student.fusion, input_ids.shape[1]
     with torch.no_grad():
         image, text = model.encode_image(images), model.encode_text(input_ids, attention_mask)
@@ -101,18 +270,8 @@ def heat_maps(
     return torch.stack([(maps * rows[:, : maps.shape[1], None]).sum(dim=1) for maps in layers])
 
 
-@dataclass
-class Phrase:
-    """A picture, the text that is read beside it, and the phrase in it that is looked for."""
-
-    image: str
-    text: str
-    phrase: str
-
-
-def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> Tensor:
-    """Heat maps of many phrases -> (fusion blocks, phrases, n) on the CPU"""
-    model.eval()
+def gradcam_maps(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> Tensor:
+    """Grad-CAM of many phrases -> (fusion blocks, phrases, n) on the CPU"""
     # A model that answers reads all pictures of a batch as those of one question.
     parts, batch = [], 1 if isinstance(model, Classifier) else 50
     for start in range(0, len(phrases), batch):
@@ -128,26 +287,6 @@ def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> Tenso
     return torch.cat(parts, dim=1)
 
 
-def hits_by_layer(model, tokenizer: Tokenizer, rows: list[dict], device, frame: str = "{}") -> list[float]:
-    """The pointing game by each fusion block, in percent: is the centre of the hottest patch in a right box?"""
-    maps = maps_of(model, tokenizer, phrases_of(rows, frame), device)
-    right = torch.tensor(
-        [inside(patch_centres(model.config.grid, *size_of(row["image"])), row["boxes"]) for row in rows]
-    )
-    hits = right.gather(1, maps.argmax(dim=2).T).T & (maps.amax(dim=2) > 0)  # (layers, rows); zeros point nowhere
-    return [100 * one.float().mean().item() for one in hits]
-
-
-def choose_layer(model, tokenizer: Tokenizer, rows: list[dict], device, frame: str = "{}", words: bool = False) -> int:
-    """The fusion block that points best at the phrases of some rows, such as those of val; of equals the first.
-
-    words: leave out the last block, where there is another, because words by themselves have no map there
-    """
-    layers = hits_by_layer(model, tokenizer, rows, device, frame)
-    count = max(len(layers) - words, 1)
-    return max(range(count), key=lambda layer: layers[layer])
-
-
 def phrases_of(rows: list[dict], frame: str = "{}") -> list[Phrase]:
     """Each `grounding` row's phrase as the whole text, or within a frame such as "there is a {}"."""
     return [Phrase(row["image"], frame.replace("{}", row["text"]), row["text"]) for row in rows]
@@ -156,24 +295,28 @@ def phrases_of(rows: list[dict], frame: str = "{}") -> list[Phrase]:
 # ----------------------------------------------------------------------------------------------------------- grounding
 
 
-def ground(model, tokenizer: Tokenizer, rows: list[dict], device, layer: int, frame: str = "{}") -> list[dict]:
-    """Where a phrase is, by the map of one fusion block: predictions for metrics.judge_grounding.
+def ground(model, tokenizer: Tokenizer, rows: list[dict], device, how: How, frame: str = "{}") -> list[dict]:
+    """Where a phrase is, by its map: predictions for metrics.judge_grounding.
 
     point      centre of the hottest patch
     proposal   the row's proposal with the largest sum of the map inside it over area ** 0.5    (ALBEF, RefCOCO+)
     box        around the connected region that holds the hottest point and is at least half as hot
     A map of zeros says nothing: all three are None.
     """
-    maps, predictions = maps_of(model, tokenizer, phrases_of(rows, frame), device)[layer], []
-    grid = model.config.grid
+    maps, predictions, grid = maps_of(model, tokenizer, phrases_of(rows, frame), device, how), [], model.config.grid
     for number, (row, heat) in enumerate(zip(rows, maps, strict=True)):
         width, height = size_of(row["image"])
         prediction = {"row": number, "point": None, "proposal": None, "box": None, "grid": list(grid)}
         if heat.any():
-            fine = F.interpolate(heat.view(1, 1, *grid), size=(height, width), mode="bicubic")[0, 0].clamp(min=0)
+            # One cell a pixel, but at most 512 a side: a huge picture must not cost more than its map is worth.
+            cells = min(height, 512), min(width, 512)
+            fine = F.interpolate(heat.view(1, 1, *grid), size=cells, mode="bicubic")[0, 0].clamp(min=0)
+            y, x = cells[0] / height, cells[1] / width
+            sums = [warmth(fine, [box[0] * x, box[1] * y, box[2] * x, box[3] * y]) for box in row.get("proposals", [])]
+            left, top, wide, high = hot_box(fine)
             prediction["point"] = list(patch_centres(grid, width, height)[int(heat.argmax())])
-            prediction["proposal"] = max(row.get("proposals", []), key=lambda box: warmth(fine, box), default=None)
-            prediction["box"] = hot_box(fine)
+            prediction["proposal"] = row["proposals"][sums.index(max(sums))] if sums else None
+            prediction["box"] = [left / x, top / y, wide / x, high / y]
         predictions.append(prediction)
     return predictions
 
@@ -225,28 +368,39 @@ class Heat:
         save_png(self.image(), Path(path))
 
 
-def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, layer: int, device) -> list[Heat]:
+def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, how: How, device) -> list[Heat]:
     """The map of a phrase, or of the whole text, over each of some pictures (paths or PIL images).
+
+    Several pictures are those of one question where the model answers questions, else each is by itself.
 
     Raises:  ValueError for a map of zeros, which says nothing
     """
-    pictures = [load_image(image) for image in images]
-    tensors = torch.stack([to_tensor(image, model.config.image_size) for image in images]).to(device)
-    ids, counted = phrase_rows(tokenizer, text, phrase, model.config.max_tokens)
-    rows = torch.tensor([counted] * len(images), device=device)
-    input_ids = torch.tensor([ids] * len(images), device=device)
-    maps = heat_maps(model, tensors, input_ids, torch.ones_like(rows), rows)[layer].cpu()
-    if not maps.any():
-        raise ValueError(
-            f"fusion block {layer} has no map for {phrase!r}: nothing that it looks at speaks for the answer, or it is "
-            "the last block, which has a map for whole texts only; give another --layer"
-        )
-    heats = []
-    for picture, values in zip(pictures, maps, strict=True):
-        scale = 320 / min(picture.size)
-        size = round(picture.width * scale), round(picture.height * scale)
+    config, heats = model.config, []
+    tensors = torch.stack([to_tensor(image, config.image_size) for image in images]).to(device)
+    ids, counted = phrase_rows(tokenizer, text, phrase, config.max_tokens)
+    if how.map == "gradcam":
+        rows = torch.tensor([counted] * len(images), device=device)
+        input_ids = torch.tensor([ids] * len(images), device=device)
+        maps = heat_maps(model, tensors, input_ids, torch.ones_like(rows), rows)[check_layer(model, how.layer)].cpu()
+    else:
+        model.eval()
+        views, masks = zip(*(hidden_views(model, one, how) for one in tensors), strict=True)
+        together = isinstance(model, Classifier)
+        maps = []
+        for number, own in enumerate(views):
+            beside = [own if other is own else other[:1] for other in views] if together else [own]
+            maps.append(hiding_map(watched(model, beside, ids, counted), masks[number]).cpu())
+    for image, values in zip(images, maps, strict=True):
+        if not values.any():
+            raise ValueError(
+                f"there is no map for {phrase!r}: nothing in the picture speaks for the answer, or it is Grad-CAM of "
+                "the last block, which has a map for whole texts only"
+            )
+        picture = load_image(image)
+        scale = min(320 / min(picture.size), 1280 / max(picture.size))
+        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
         picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
-        heats.append(Heat(values.reshape(model.config.grid), picture))
+        heats.append(Heat(values.reshape(config.grid), picture))
     return heats
 
 

@@ -664,6 +664,12 @@ class VisionLanguageModel(nn.Module):
         """images (b, 3, height, width), patch_mask (b, n), True = masked -> (b, 1 + n, d)"""
         return self.student.image(images, patch_mask)
 
+    def encode_masked(self, images: Tensor, patch_mask: Tensor) -> Tensor:
+        """As encode_image, with patches hidden in the objective's own way, for who explains a model."""
+        has = self.student.image.mask_token is not None
+        require(has, "this model has no mask token to hide patches with: take the picture's colour or a blur")
+        return self.encode_image(images, patch_mask)
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (b, l), attention_mask (b, l), True = real token -> (b, l, d)"""
         return self.student.text(input_ids, attention_mask)
@@ -850,6 +856,10 @@ class VisionLanguageModel(nn.Module):
         counted = torch.cat([valid.new_ones(len(positive)), valid])
         return global_mean(F.cross_entropy(logits, labels, reduction="none"), counted)
 
+    def word_logits(self, at_words: Tensor) -> Tensor:
+        """Fused vectors at masked words (b, m, d) -> (b, m, v)        fp32: a softmax sums as many terms as words"""
+        return F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
+
     def loss_mlm(self, at_words: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Masked language modelling: the masked words themselves.
 
@@ -858,8 +868,7 @@ class VisionLanguageModel(nn.Module):
                  valid (b, m)         True = a word was chosen for the slot
         Returns: scalar, cross-entropy over the vocabulary; chance is ln(v)
         """
-        # fp32: a softmax sums as many exponentials as there are words.
-        logits = F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
+        logits = self.word_logits(at_words)
         loss = F.cross_entropy(rearrange(logits, "b m v -> (b m) v"), labels.flatten(), reduction="none")
         return global_mean(loss, valid.flatten())
 

@@ -18,7 +18,7 @@ import torch
 
 from mamo import PRESETS, Config, MAMOConfig, ema_for, replace_words
 from siblings import OBJECTIVES
-from tools.costs import flops_of_step, table
+from tools.costs import flops_of_step, growth_table, memory_table, table
 from tools.prepare import scores
 from train import TrainConfig
 
@@ -161,7 +161,7 @@ def objective_facts() -> list[str]:
             result += [f"{ratio} mask token", f"{ratio} whole words"]
         weights = {f"{weight:g}" for weight in config.loss_weights.values() if 0 < weight < 1}
         result += [f"NCE ({weight} + {weight})" for weight in weights]
-    result += table().splitlines()
+    result += table().splitlines() + memory_table("base").splitlines() + growth_table("base").splitlines()
     base = MAMOConfig(**PRESETS["base"], vocab_size=30522)
     alone = [
         dataclasses.replace(base, **{f"w_{name}": float(name == loss) for name in base.loss_weights})
@@ -169,6 +169,8 @@ def objective_facts() -> list[str]:
     ]
     together, *apart = (sum(flops_of_step(config, 64, 30).values()) for config in (base, *alone))
     result += [f"in `base` is {together / sum(apart):.2f} of five steps with one loss each"]
+    dropped = sum(flops_of_step(dataclasses.replace(base, drop_masked=True), 64, 30).values())
+    result += [f"{base.image_size[0]} px takes {dropped / together:.2f} of the operations"]
     result += ["`nano`, 14 tokens | `base`, 30 tokens", "batches of 64"]  # as the costs above
     return [*result, f"words {bert}", f"BERT's {bert}", f", {bert}"]
 

@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -96,13 +97,15 @@ def timed(tree: Path, *options: str) -> dict[str, float]:
     began, used, largest = time.monotonic(), processor_seconds(), {"training process MB": 0.0, "worker MB": 0.0}
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tree / "train.py"), *OPTIONS, *options]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None:
-        largest["training process MB"] = max(largest["training process MB"], uss(process.pid))
-        largest["worker MB"] = max([largest["worker MB"], *map(uss, children(process.pid))])
-        time.sleep(0.5)
-    if process.returncode:
-        raise RuntimeError(process.stdout.read()[-2000:])
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT, text=True)
+        while process.poll() is None:
+            largest["training process MB"] = max(largest["training process MB"], uss(process.pid))
+            largest["worker MB"] = max([largest["worker MB"], *map(uss, children(process.pid))])
+            time.sleep(0.5)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(said.read()[-2000:])
     return {"seconds": time.monotonic() - began, "processor seconds": processor_seconds() - used} | largest
 
 

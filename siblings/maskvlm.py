@@ -76,6 +76,10 @@ class MaskVLM(VisionLanguageModel):
             self.decoder = PixelDecoder(config, config.decoder_depth).apply(init_weights)
         self.make_mlm_head()
 
+    def encode_masked(self, images: Tensor, patch_mask: Tensor) -> Tensor:
+        """VisionLanguageModel.encode_masked: the pixels are blanked."""
+        return self.encode_image(blank(images, patch_mask, self.config.patch_size))
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step; batch as for MAMO -> the unweighted scalar losses by name."""
         self.check_batch(batch)

@@ -15,14 +15,18 @@ import finetune
 from data import load_image, read_rows, to_tensor
 from eval import load_model
 from explain import (
+    FILLS,
+    How,
     check_layer,
-    choose_layer,
+    filling,
+    gradcam_maps,
     ground,
     heat_maps,
     heats_of,
-    hits_by_layer,
+    hiding_map,
+    hiding_masks,
     hot_box,
-    middle_layer,
+    maps_of,
     phrase_rows,
     phrases_of,
     token_maps,
@@ -35,6 +39,7 @@ from tokenizer import Tokenizer
 from tools.sheet import draw_heats
 
 CPU = torch.device("cpu")
+GRADCAM = How(map="gradcam")
 BOXES = ([0, 0, 12, 8], [12, 0, 12, 8], [0, 8, 12, 8], [12, 8, 12, 8])  # of the four corners of helpers.square
 
 
@@ -181,48 +186,166 @@ def test_a_phrase_is_found_among_the_tokens():
             phrase_rows(tokenizer, text, phrase, length)
 
 
+# ---------------------------------------------------------------------------------------------------- maps by hiding
+
+
+def naive_hiding(model, tokenizer, phrase: explain.Phrase, how: How) -> torch.Tensor:
+    """The same map, one hidden picture at a time."""
+    config, (rows, columns) = model.config, model.config.grid
+    image = to_tensor(load_image(phrase.image), config.image_size)
+    ids, counted = phrase_rows(tokenizer, phrase.text, phrase.phrase, config.max_tokens)
+    p, n = config.patch_size, rows * columns
+
+    def look(hidden: list[int]) -> float:
+        picture, mask = image.clone(), torch.zeros(1, n, dtype=torch.bool)
+        for patch in hidden:
+            y, x = patch // columns * p, patch % columns * p
+            if how.fill == "token":
+                mask[0, patch] = True
+            else:
+                picture[:, y : y + p, x : x + p] = filling(image, how.fill, p)[:, y : y + p, x : x + p]
+        real = torch.ones(1, len(ids), dtype=torch.bool)
+        with torch.no_grad():
+            seen = model.encode_image(picture[None], mask if how.fill == "token" else None)
+            if all(counted):
+                return model.match(seen, model.encode_text(torch.tensor([ids]), real), real).item()
+            masked = [config.mask_id if on else one for one, on in zip(ids, counted, strict=True)]
+            text = model.fuse(seen, model.encode_text(torch.tensor([masked]), real), real).text[0]
+            logits = model.mlm_head(text) @ model.student.text.words.weight.T + model.mlm_bias
+            return sum(logits[place].log_softmax(0)[ids[place]].item() for place in range(len(ids)) if counted[place])
+
+    windows, randoms = (
+        [[i for i in range(n) if one[i]] for one in part] for part in hiding_masks((rows, columns), how.passes)
+    )
+    whole, each = look([]), {tuple(one): look(one) for one in windows + randoms}
+    lost = [[whole - each[tuple(one)] for one in windows if patch in one] for patch in range(n)]
+    seen = [[each[tuple(one)] for one in randoms if patch not in one] for patch in range(n)]
+    gone = [[each[tuple(one)] for one in randoms if patch in one] for patch in range(n)]
+    mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
+    parts = torch.tensor([[mean(one) for one in lost], [mean(a) - mean(b) for a, b in zip(seen, gone, strict=True)]])
+    parts = (parts - parts.mean(dim=1, keepdim=True)) / parts.std(dim=1, keepdim=True, correction=0)
+    return parts.sum(dim=0).clamp(min=0)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_maps_by_hiding_equal_those_of_one_hidden_picture_at_a_time(grounding, checkpoint, fill):
+    """Of whole texts by matching, of phrases by the head for words; pictures that come again, and are hidden once."""
+    model, tokenizer, _ = load_model(checkpoint, CPU)
+    rows, how = read_rows([grounding], "grounding")[:3], How(fill=fill, passes=15)
+    phrases = [explain.Phrase(row["image"], row["text"], text) for row in rows for text in (row["text"], "square")]
+    maps = maps_of(model, tokenizer, phrases, CPU, how)
+    assert maps.shape == (6, 6) and all(one.any() for one in maps)
+    for one, phrase in zip(maps, phrases, strict=True):
+        torch.testing.assert_close(one, naive_hiding(model, tokenizer, phrase, how), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 3), (16, 16), (1, 9), (8, 5), (2, 2)])
+@pytest.mark.parametrize("passes", [8, 60, 128])
+def test_what_is_hidden_fits_the_budget_and_covers_the_picture(grid, passes):
+    """Windows of equal size at different places, every patch in one; random masks of 75 %, the same ones every time."""
+    windows, randoms = hiding_masks(grid, passes)
+    n = grid[0] * grid[1]
+    assert len(windows) + len(randoms) == passes and 1 <= len(windows) <= max(passes // 2, 1)
+    assert windows.any(dim=0).all() and len(set(windows.sum(dim=1).tolist())) == 1 and windows.shape[1] == n
+    assert len({tuple(one) for one in windows.tolist()}) == len(windows)
+    assert set(randoms.sum(dim=1).tolist()) == {min(max(round(0.75 * n), 1), n - 1)}
+    assert torch.equal(randoms, hiding_masks(grid, passes)[1])
+    if grid == (4, 4) and passes > 8:
+        assert len(windows) == 9 and windows[0].nonzero().flatten().tolist() == [0, 1, 4, 5]
+
+
+def test_a_map_is_hottest_where_the_answer_comes_from():
+    """A logit that depends on one known patch, or on two; one that depends on nothing has a map of zeros."""
+    masks = hiding_masks((4, 5), 100)
+    hidden = torch.cat([torch.zeros(1, 20, dtype=torch.bool), *masks])
+    for patch in range(20):
+        found = hiding_map(3.0 * ~hidden[:, patch], masks)
+        assert found.argmax() == patch and (found >= 0).all()
+    found = hiding_map((~hidden[:, 3]).float() + (~hidden[:, 16]).float(), masks)
+    assert set(found.topk(2).indices.tolist()) == {3, 16}
+    assert not hiding_map(torch.ones(101), masks).any()
+
+
+def test_what_stands_in_a_hidden_place():
+    """The most frequent colour, though no two pixels are quite equal; a blur keeps the mean and loses the detail."""
+    draw = torch.Generator().manual_seed(0)
+    paper, ink = torch.tensor([0.9, 0.5, -0.2]), torch.tensor([-1.0, -0.4, 0.6])
+    image = torch.where(torch.arange(24) < 15, paper[:, None, None], ink[:, None, None]).expand(3, 16, 24)
+    image = image + 0.01 * torch.rand(3, 16, 24, generator=draw)
+    colour = filling(image, "colour", 4)
+    assert colour.shape == image.shape
+    torch.testing.assert_close(colour[:, 3, 7], paper + 0.005, rtol=0, atol=0.005)
+    assert (colour == colour[:, :1, :1]).all()
+    blurred = filling(image, "blur", 4)
+    assert blurred.shape == image.shape and blurred.std() < image.std() / 1.2
+    assert image.min() < blurred.min() and blurred.max() < image.max()
+
+
+def test_a_model_without_its_own_way_to_hide_or_without_words_says_so(grounding, tmp_path):
+    row = read_rows([grounding], "grounding")[0]
+    run = new_run(grounding.with_name("pairs.jsonl"), tmp_path, "--objective", "control")
+    phrase = explain.Phrase(row["image"], row["text"], row["text"])
+    with pytest.raises(
+        ValueError, match="this model has no mask token to hide patches with: take the picture's colour"
+    ):
+        maps_of(run.model, run.tokenizer, [phrase], CPU, How(fill="token"))
+    run.model.config.w_mlm = 0.0
+    with pytest.raises(ValueError, match=r"trained without words to recover \(w_mlm 0\): look for a whole text"):
+        maps_of(run.model, run.tokenizer, [explain.Phrase(row["image"], row["text"], "square")], CPU, How())
+
+
+@pytest.mark.parametrize("how", [How(), GRADCAM])
+def test_a_very_long_picture_costs_no_more_than_its_map(checkpoint, tmp_path, how):
+    """1 x 5,000 pixels: the sheet is at most 1,280 pixels long, a box is found among 512 cells and told in pixels."""
+    model, tokenizer, _ = load_model(checkpoint, CPU)
+    picture = Image.new("RGB", (1, 5000), "white")
+    picture.paste("red", (0, 0, 1, 2000))
+    picture.save(tmp_path / "long.png")
+    row = {"image": str(tmp_path / "long.png"), "text": "a red square", "boxes": [[0, 0, 1, 2500]]}
+    row["proposals"] = [[0, 0, 1, 2500], [0, 2500, 1, 2500]]
+    [heat] = heats_of(model, tokenizer, [row["image"]], row["text"], row["text"], how, CPU)
+    assert heat.picture.size == (1, 1280)
+    [said] = ground(model, tokenizer, [row], CPU, how)
+    x, y, w, h = said["box"]
+    assert (x, w) == (0, 1) and 0 <= y < y + h <= 5000 + 1e-6 and h > 5000 / 512 - 1e-6
+    assert said["proposal"] in row["proposals"]
+
+
 # ----------------------------------------------------------------------------------------------------------- grounding
 
 
 def test_hits_chance_and_ceiling_by_hand(grounding, checkpoint, monkeypatch):
-    """Planted maps: block 0 points at patch 0 always, block 1 at nothing; and a box without any centre."""
+    """Planted maps: one points at patch 0 always, one at nothing; and a box without any centre."""
     model, tokenizer, _ = load_model(checkpoint, CPU)
     rows = read_rows([grounding], "grounding")
     rows[0]["boxes"], rows[1]["boxes"] = [[0, 0, 3, 3]], [[40, 24, 8, 8], [0, 0, 16, 16]]
-    planted = torch.zeros(2, 12, 6)
-    planted[0, :, 0] = 1.0
+    planted = torch.zeros(12, 6)
+    planted[:, 0] = 1.0
     monkeypatch.setattr(explain, "maps_of", lambda *_: planted)
-    layers = hits_by_layer(model, tokenizer, rows, CPU)
-    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, 0))
+    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, How()))
     # Centres are at x 8, 24, 40 and y 8, 24. Half a picture, 24 x 16, holds one of its six: x 8, or x 24 and 40.
     left, right = [0, 4, 8, 2, 6, 10], [1, 5, 9, 3, 7, 11]
     held = dict.fromkeys(left, 1) | dict.fromkeys(right, 2) | {0: 0, 1: 2}
     assert found["pointing"]["n"] == 12 and found["ceiling"] == pytest.approx(100 * 11 / 12)
     assert found["pointing"]["chance"] == pytest.approx(100 * sum(held.values()) / 72)
-    assert layers == [pytest.approx(100 * 3 / 12), 0.0]  # rows 4 and 8 are at the top left, and row 1
-    assert found["pointing"]["value"] == pytest.approx(layers[0])
-    nowhere = ground(model, tokenizer, rows, CPU, 1)
+    assert found["pointing"]["value"] == pytest.approx(100 * 3 / 12)  # rows 4 and 8 are at the top left, and row 1
+    planted[:] = 0.0
+    nowhere = ground(model, tokenizer, rows, CPU, How())
     assert all(one["point"] is one["proposal"] is one["box"] is None for one in nowhere)
     assert [judge_grounding(rows, nowhere)[name]["value"] for name in ("pointing", "box")] == [0.0, 0.0]
-    assert choose_layer(model, tokenizer, rows, CPU) == 0
-    planted[1] = planted[0]
-    assert choose_layer(model, tokenizer, rows, CPU) == 0, "of equals the first"
-    planted[0] = 0.0
-    assert choose_layer(model, tokenizer, rows, CPU) == 1
 
 
 def test_the_hottest_patch_the_warmest_proposal_and_the_hot_region_are_predicted(grounding, checkpoint, monkeypatch):
     """Planted maps, hot in the corner where the square is: in pixels of the pictures, not of what the model sees."""
     model, tokenizer, _ = load_model(checkpoint, CPU)
     rows = read_rows([grounding], "grounding")[:4]
-    planted = torch.full((2, 4, 6), 0.01)
+    planted = torch.full((4, 6), 0.01)
     for number, patch in enumerate((0, 2, 3, 5)):
-        planted[1, number, patch] = 1.0
-    planted[0, :, 1] = 1.0
+        planted[number, patch] = 1.0
     monkeypatch.setattr(explain, "maps_of", lambda *_: planted)
     for row in rows:
         row["proposals"] = [[2 * value for value in box] for box in BOXES] + [[0, 0, 48, 32], [16, 12, 16, 8]]
-    for number, said in enumerate(ground(model, tokenizer, rows, CPU, 1)):
+    for number, said in enumerate(ground(model, tokenizer, rows, CPU, How())):
         assert said.keys() == {"row", "point", "proposal", "box", "grid"}
         assert (said["row"], said["grid"]) == (number, [2, 3])
         assert said["point"] == [(8, 40)[number % 2], (8, 24)[number // 2]]
@@ -231,11 +354,8 @@ def test_the_hottest_patch_the_warmest_proposal_and_the_hot_region_are_predicted
         left, top = number % 2 == 0, number < 2
         assert (x == 0, y == 0, x + w == 48, y + h == 32) == (left, top, not left, not top)
         assert 8 <= w <= 20 and 8 <= h <= 20
-    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, 1))
+    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, How()))
     assert found["pointing"]["value"] == found["proposals"]["value"] == 100.0
-    assert found["pointing"]["value"] == hits_by_layer(model, tokenizer, rows, CPU)[1]
-    found = judge_grounding(rows, ground(model, tokenizer, rows, CPU, 0))
-    assert found["pointing"]["value"] == pytest.approx(hits_by_layer(model, tokenizer, rows, CPU)[0])
 
 
 def test_warmth_is_the_sum_in_a_box_over_the_root_of_its_area():
@@ -304,8 +424,8 @@ def test_a_batch_of_phrases_equals_each_alone(grounding, checkpoint):
     rows = 5 * read_rows([grounding], "grounding")
     phrases = [explain.Phrase(row["image"], f"there is {row['text']}", "square") for row in rows]
     phrases[3].text = "a green square"
-    whole = explain.maps_of(model, tokenizer, phrases, CPU)
-    alone = torch.cat([explain.maps_of(model, tokenizer, [phrase], CPU) for phrase in phrases[:12]], dim=1)
+    whole = gradcam_maps(model, tokenizer, phrases, CPU)
+    alone = torch.cat([gradcam_maps(model, tokenizer, [phrase], CPU) for phrase in phrases[:12]], dim=1)
     assert whole.shape == (2, 60, 6)
     torch.testing.assert_close(whole[:, :12], alone, rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(whole[:, 36:39], whole[:, :3], rtol=1e-3, atol=1e-7)
@@ -347,7 +467,7 @@ def test_maps_of_a_model_that_answers_equal_those_of_one_phrase_at_a_time(ground
     """The gradient of the answer that is given, through the phrase's tokens within the statement alone."""
     model, tokenizer, _ = load_model(judging[task], CPU)
     rows = read_rows([grounding], "grounding")
-    maps, given = explain.maps_of(model, tokenizer, phrases_of(rows, FRAME), CPU), set()
+    maps, given = gradcam_maps(model.eval(), tokenizer, phrases_of(rows, FRAME), CPU), set()
     assert maps.shape == (2, 12, 6) and maps[0].any()
     for number, row in enumerate(rows):
         text, phrase = f"there is {row['text']} here", tokenizer.encode(row["text"])[1:-1]
@@ -375,32 +495,29 @@ def test_maps_of_a_model_that_answers_equal_those_of_one_phrase_at_a_time(ground
     ("task", "frame", "more"),
     [
         ("reasoning", FRAME, ""),
-        ("reasoning", FRAME, "--choose DATA"),
-        ("reasoning", FRAME, "--layer 1"),
+        ("reasoning", FRAME, "--map gradcam --layer 1"),
         ("reasoning", "{}", ""),
-        ("entailment", FRAME, ""),
-        ("vqa", FRAME, ""),
+        ("entailment", FRAME, "--map gradcam"),
+        ("vqa", FRAME, "--passes 9"),
     ],
 )
 def test_grounding_by_a_model_that_answers_reads_phrases_in_a_frame(
     grounding, judging, command, tmp_path, task, frame, more
 ):
-    """--frame goes into the predictions and into the choice of the layer; without it a phrase is the whole text."""
+    """Without --frame a phrase is the whole text."""
     model, tokenizer, _ = load_model(judging[task], CPU)
     rows, given = read_rows([grounding], "grounding"), ("--frame", frame) if frame != "{}" else ()
-    layer = {"": 0, "--layer 1": 1}.get(more)
-    layer = choose_layer(model, tokenizer, rows, CPU, frame) if layer is None else layer
-    more = [str(grounding) if word == "DATA" else word for word in more.split()]
-    more += ["--predictions", str(tmp_path / "said.jsonl")]
+    how = {"": How(), "--map gradcam": GRADCAM, "--passes 9": How(passes=9)}.get(more, How(map="gradcam", layer=1))
+    more = [*more.split(), "--predictions", str(tmp_path / "said.jsonl")]
     code, _, errors = command("grounding", "--checkpoint", judging[task], "--data", grounding, *given, *more)
     assert code == 0, errors
-    expected = ground(model, tokenizer, rows, CPU, layer, frame)
+    expected = ground(model, tokenizer, rows, CPU, how, frame)
     found = json.loads(judging[task].with_name("results.json").read_text())[f"grounding {grounding}"]
-    assert found == judge_grounding(rows, expected) | {"layer": layer}
+    assert found == judge_grounding(rows, expected) | {"map": str(how)}
     said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     for one, prediction in zip(said, expected, strict=True):
         assert {name: one[name] for name in prediction} == prediction
-    other = ground(model, tokenizer, rows, CPU, layer, "{}" if frame == FRAME else FRAME)
+    other = ground(model, tokenizer, rows, CPU, how, "{}" if frame == FRAME else FRAME)
     assert expected != other, "the frame is to matter"
 
 
@@ -409,30 +526,9 @@ def test_a_phrase_in_a_frame_has_another_map_than_alone(grounding, judging):
     model, tokenizer, _ = load_model(judging["reasoning"], CPU)
     rows = read_rows([grounding], "grounding")[:3]
     assert phrases_of(rows)[0] == explain.Phrase(rows[0]["image"], rows[0]["text"], rows[0]["text"])
-    whole, framed = (explain.maps_of(model, tokenizer, phrases_of(rows, f), CPU) for f in ("{}", FRAME))
+    whole, framed = (gradcam_maps(model.eval(), tokenizer, phrases_of(rows, f), CPU) for f in ("{}", FRAME))
     assert whole[1].any() and not framed[1].any()
     assert not torch.allclose(whole[0], framed[0], rtol=1e-2)
-
-
-def test_the_layer_is_chosen_with_the_frame(grounding, checkpoint, monkeypatch):
-    """Planted maps: as a whole text the first block points rightly, within the frame the second."""
-    model, tokenizer, _ = load_model(checkpoint, CPU)
-    rows = read_rows([grounding], "grounding")
-
-    def planted(model, tokenizer, phrases, device):
-        maps = torch.zeros(2, len(phrases), 6)
-        for number, one in enumerate(phrases):
-            assert one.phrase == rows[number]["text"] and one.image == rows[number]["image"]
-            assert one.text in (one.phrase, f"a. {one.phrase} b. {one.phrase}")
-            maps[int(one.text != one.phrase), number, (0, 2, 3, 5)[number % 4]] = 1.0
-        return maps
-
-    monkeypatch.setattr(explain, "maps_of", planted)
-    frame = "a. {} b. {}"
-    assert [choose_layer(model, tokenizer, rows, CPU, *more) for more in ((), ("{}",), (frame,))] == [0, 0, 1]
-    assert [hits_by_layer(model, tokenizer, rows, CPU, *more) for more in ((), (frame,))] == [[100.0, 0], [0, 100.0]]
-    points = [[one["point"] for one in ground(model, tokenizer, rows, CPU, layer, frame)] for layer in (0, 1)]
-    assert not any(points[0]) and all(points[1])
 
 
 @pytest.mark.parametrize("frame", ["there is a", "", "{", "{0}", "{ }"])
@@ -455,7 +551,7 @@ def test_what_a_model_that_answers_cannot_do_is_still_one_sentence(grounding, ju
 def test_layers_are_counted_and_checked():
     model = tiny_model(tiny_config(fusion_depth=6))
     assert [check_layer(model, layer) for layer in (0, 5, -1, -6)] == [0, 5, 5, 0]
-    assert middle_layer(model) == 2 and middle_layer(tiny_model()) == 0
+    assert check_layer(model, None) == 2 and check_layer(tiny_model(), None) == 0
     for layer in (6, -7):
         with pytest.raises(ValueError, match=f"layer is {layer}: the fusion encoder has 6 blocks, give -6 to 5"):
             check_layer(model, layer)
@@ -469,14 +565,15 @@ def test_explain_lays_the_map_over_the_picture(grounding, checkpoint, command, t
     model, tokenizer, _ = load_model(checkpoint, CPU)
     image, out = grounding.parent / "0.png", tmp_path / "new" / "heat.png"
     words = ("--text", "there is a red square at the top left", "--phrase", "a red square")
-    for layer in (0, -2):
+    for how in (How(), How(map="gradcam", layer=-2)):
+        given = () if how == How() else ("--map", "gradcam", "--layer", how.layer)
         code, said, errors = command(
-            "explain", "--checkpoint", checkpoint, "--image", image, *words, "--layer", layer, "--out", out
+            "explain", "--checkpoint", checkpoint, "--image", image, *words, *given, "--out", out
         )
-        assert code == 0 and f"fusion block {layer % 2} of 0 to 1" in said and "matching, probability" in said, errors
+        assert code == 0 and f"the map, by {how}, is in" in said and "matching, probability" in said, errors
         sheet = Image.open(out).convert("RGB")
         phrase = explain.Phrase(str(image), words[1], words[3])
-        heat = explain.maps_of(model, tokenizer, [phrase], CPU)[layer, 0]
+        heat = maps_of(model, tokenizer, [phrase], CPU, how)[0]
         width, height = 480, 320
         centres = patch_centres((2, 3), width, height)
         green = [sheet.getpixel((24 + width + int(x), 46 + int(y)))[1] for x, y in centres]
@@ -495,7 +592,7 @@ def test_two_pictures_are_drawn_side_by_side_each_with_its_map(grounding, tmp_pa
     torch.manual_seed(0)
     model = build_task(HeadConfig("reasoning", ["false", "true"]), dataclasses.asdict(tiny_config(**special))).eval()
     paths, text = [row["image"] for row in rows], rows[0]["text"]
-    heats = heats_of(model, words, paths, text, text, 0, CPU)
+    heats = heats_of(model, words, paths, text, text, How(), CPU)
     draw_heats(heats, tmp_path / "heat.png", "a line")
     both = Image.open(tmp_path / "heat.png").convert("RGB")
     assert both.size == (4 * 492 + 12, 46 + 332)
@@ -508,22 +605,20 @@ def test_two_pictures_are_drawn_side_by_side_each_with_its_map(grounding, tmp_pa
         assert max(red - green for _, (red, green, _) in laid.getcolors(1 << 18)) > 100, "the hottest place is red"
 
 
-def test_grounding_reports_the_layer_that_was_given_or_chosen(grounding, checkpoint, command):
-    """The layer of --choose, or --layer, or the middle one; kept in results.json beside chance and ceiling."""
+def test_grounding_says_how_it_looked(grounding, checkpoint, command):
+    """By hiding, or by a block of Grad-CAM; kept in results.json beside chance and ceiling."""
     model, tokenizer, _ = load_model(checkpoint, CPU)
     rows = read_rows([grounding], "grounding")
-    layers = hits_by_layer(model, tokenizer, rows, CPU)
-    for given, layer in (
-        ((), 0),
-        (("--layer", "-1"), 1),
-        (("--choose", grounding), choose_layer(model, tokenizer, rows, CPU)),
+    for given, how in (
+        ((), How()),
+        (("--fill", "token", "--passes", "20"), How(fill="token", passes=20)),
+        (("--map", "gradcam", "--layer", "-1"), How(map="gradcam", layer=-1)),
     ):
         code, said, errors = command("grounding", "--checkpoint", checkpoint, "--data", grounding, *given)
-        assert code == 0 and "chance" in said and "ceiling" in said and f"by fusion block {layer}" in said, errors
+        assert code == 0 and "chance" in said and "ceiling" in said and f"by {how}" in said, errors
         kept = json.loads(checkpoint.with_name("results.json").read_text())[f"grounding {grounding}"]
-        assert kept["layer"] == layer
-        assert kept["pointing"]["value"] == pytest.approx(layers[layer])
-        expected = judge_grounding(rows, ground(model, tokenizer, rows, CPU, layer))
+        assert kept["map"] == str(how)
+        expected = judge_grounding(rows, ground(model, tokenizer, rows, CPU, how))
         assert {name: kept[name] for name in ("pointing", "ceiling", "box")} == expected
 
 
@@ -556,15 +651,18 @@ def test_what_explaining_lacks_is_told(checkpoint, grounding, command, tmp_path)
     picture = ("--image", grounding.parent / "0.png")
     for arguments, says in (
         (("explain", "--text", "a red square"), "explain needs a picture and a text"),
-        (("explain", *picture, "--text", "a red square", "--layer", "2"), "layer is 2"),
+        (("explain", *picture, "--text", "a red square", "--layer", "1"), "only --map gradcam looks at a fusion block"),
+        (("explain", *picture, "--text", "a red square", "--map", "gradcam", "--layer", "2"), "layer is 2"),
+        (("explain", *picture, "--text", "a red square", "--map", "rollout"), "unknown map 'rollout': use one of"),
+        (("explain", *picture, "--text", "a red square", "--fill", "white"), "unknown fill 'white': use one of"),
+        (("explain", *picture, "--text", "a red square", "--passes", "3"), "passes is 3: a map by hiding needs 8"),
         (("explain", *picture, "--text", "a red square", "--phrase", "dog"), "is not in the text"),
         (
-            ("explain", *picture, "--text", "a red square", "--phrase", "red", "--layer", "1"),
-            "fusion block 1 has no map",
+            ("explain", *picture, "--text", "a red square", "--phrase", "red", "--map", "gradcam", "--layer", "1"),
+            "there is no map for 'red'",
         ),
         (("grounding",), "grounding needs --data"),
-        (("grounding", "--data", grounding, "--layer", "-3"), "layer is -3"),
-        (("grounding", "--data", grounding, "--choose", tmp_path / "none"), "none is not a file"),
+        (("grounding", "--data", grounding, "--map", "gradcam", "--layer", "-3"), "layer is -3"),
     ):
         code, _, errors = command(*arguments[:1], "--checkpoint", checkpoint, *arguments[1:])
         assert code == 2 and errors.startswith("error: ") and says in errors and errors.count("\n") == 1, errors

@@ -14,7 +14,7 @@ import finetune
 import runtime
 from data import load_image, make_batch, read_rows, to_tensor
 from eval import load, load_model
-from explain import token_maps
+from explain import How, token_maps
 from mamo import MAMO, Attention, FusionEncoder, MAMOConfig, View, at
 from tokenizer import Tokenizer
 from train import TrainConfig
@@ -172,7 +172,7 @@ def test_a_heat_map_has_a_value_for_each_patch_and_can_be_kept(checkpoint, tmp_p
     both = pipeline.heat([path, path], caption(0))
     assert len(both) == 2 and torch.equal(both[0].values, both[1].values)
     with pytest.raises(ValueError, match="layer is 2"):
-        pipeline.heat(path, caption(0), layer=2)
+        pipeline.heat(path, caption(0), how=How(map="gradcam", layer=2))
 
 
 def test_a_checkpoint_of_a_task_answers(checkpoint, tmp_path):

@@ -15,12 +15,11 @@ import torch
 from helpers import caption, kept_signals, new_run, square, write_rows, write_squares
 from PIL import Image
 
-import explain
 import finetune
 import runtime
-from data import centred, load_image, pad, read_rows, to_pixels, to_tensor
+from data import centred, load_image, read_rows, to_pixels, to_tensor
 from eval import load_model, retrieval
-from explain import heat_maps, phrase_rows
+from explain import How, Phrase, maps_of
 from mamo import normalised
 from siblings import OBJECTIVES
 from tools import report
@@ -172,30 +171,20 @@ def test_right_and_wrong_take_turns_and_pictures_are_counted(trained, squares, w
 
 
 def test_each_words_map_is_that_of_explaining_the_word(trained, squares, write):
-    """Words of a caption on one scale, the whole caption on its own; wrong captions too; both directions."""
-    page = write(trained(), squares, "--layer", "0").report
+    """Each word and the whole caption on a scale of their own; wrong captions too; both directions."""
+    page = write(trained(), squares).report
     model, tokenizer, _ = load_model(trained(), CPU)
     rows = read_rows([squares], "pairs")
-    assert page["map"] == {"grid": [2, 3], "blocks": 2, "layer": 0, "words": True}
+    assert page["map"] == {"grid": [2, 3], "how": str(How()), "words": True}
     for direction in report.DIRECTIONS:
         for answer in answers_of(page, direction)[:9]:
             words = page["words"][answer["text"]]
             assert [word for word, _ in words] == answer["text"].split() and all(mapped for _, mapped in words)
-            images = to_tensor(load_image(path_of(page, answer, rows)), (16, 24))[None]
-            ids, real = pad([tokenizer.encode(answer["text"])], tokenizer.pad_id)
-            expected, start = [], 1
-            for word, _ in words:
-                counted = torch.zeros_like(real)
-                counted[0, start : start + len(tokenizer.tokenize(word))] = True
-                start += len(tokenizer.tokenize(word))
-                expected.append(heat_maps(model, images, ids, real, counted)[0, 0])
-            expected = torch.stack(expected) / torch.stack(expected).max()
-            found = levels_of(answer)
-            torch.testing.assert_close(found[:-1] / 255, expected, rtol=0, atol=0.004)
-            whole = torch.tensor([phrase_rows(tokenizer, answer["text"], answer["text"], 16)[1]])
-            whole = heat_maps(model, images, ids, real, whole)[0, 0]
-            torch.testing.assert_close(found[-1] / 255, whole / whole.max(), rtol=0, atol=0.004)
-            assert found[:-1].max() == found[-1].max() == 255
+            path = path_of(page, answer, rows)
+            asked = [*(word for word, _ in words), answer["text"]]
+            expected = maps_of(model, tokenizer, [Phrase(path, answer["text"], one) for one in asked], CPU, How())
+            expected /= expected.amax(dim=1, keepdim=True).clamp(min=1e-12)
+            torch.testing.assert_close(levels_of(answer) / 255, expected, rtol=0, atol=0.004)
 
 
 def test_words_that_are_not_read_have_no_map(trained, squares, write, tmp_path):
@@ -212,26 +201,10 @@ def test_words_that_are_not_read_have_no_map(trained, squares, write, tmp_path):
     assert mapped[texts[1]] == [True, True]
     for answer in answers_of(page, "text_to_image"):
         assert len(levels_of(answer)) == 1 + sum(mapped[answer["text"]])
-    page = write(trained(), data, "--layer", "-1").report
-    assert page["map"]["layer"] == 1 and not page["map"]["words"]
+    page = write(trained("--w-mlm", "0"), data).report
+    assert not page["map"]["words"]
     assert not any(on for words in page["words"].values() for _, on in words)
     assert all(levels_of(answer).shape == (1, 6) for answer in answers_of(page, "text_to_image"))
-
-
-def test_the_layer_is_the_given_the_chosen_or_the_middle_one(trained, squares, write, monkeypatch):
-    """The last block, whose words have no maps, is not chosen unless it is the only one; it can be given."""
-    rows = [
-        {"image": f"pictures/{number:02d}.png", "text": caption(number), "boxes": [[0, 0, 4, 4]]} for number in range(3)
-    ]
-    val, four = write_rows(squares.with_name("grounding.jsonl"), rows), trained("--fusion-depth", "4")
-    assert write(four, squares).report["map"]["layer"] == 1
-    monkeypatch.setattr(explain, "hits_by_layer", lambda model, tokenizer, rows, *_: [1, 2, len(rows), 9])
-    assert write(four, squares, "--choose", val).report["map"]["layer"] == 2
-    assert write(four, squares, "--choose", val, "--layer", "0").report["map"]["layer"] == 0
-    assert write(four, squares, "--choose", val, "--layer", "-1").report["map"]["layer"] == 3
-    monkeypatch.setattr(explain, "hits_by_layer", lambda *_: [0])
-    page = write(trained("--fusion-depth", "1"), squares, "--choose", val).report
-    assert page["map"] == {"grid": [2, 3], "blocks": 1, "layer": 0, "words": False}
 
 
 # ----------------------------------------------------------------------------------------------------------- recovered
@@ -346,7 +319,7 @@ def test_curves_and_results_are_those_beside_the_checkpoint(trained, squares, wr
             "intervals": {},
         },
         "foils_test": {"n": {"colour": 5}, "contrast": {}, "matching": {"colour": 80.0}, "apart": {}},
-        "grounding_test": {"pointing": found, "ceiling": 100.0, "box": found, "proposals": found, "layer": 1},
+        "grounding_test": {"pointing": found, "ceiling": 100.0, "box": found, "proposals": found, "map": "hiding"},
         "something else": {"value": 3},
     }
     (folder / "results.json").write_text(json.dumps(results))
@@ -420,7 +393,7 @@ def test_fifty_photographs_weigh_less_than_five_megabytes(write, tmp_path, tmp_p
             data, tmp_path_factory.mktemp("photos"), "--image-size", "128", "--patch-size", "8", "--steps", "1"
         )
         run.train()
-    page = write(run.out / "checkpoint.pt", data)
+    page = write(run.out / "checkpoint.pt", data, "--passes", 8)
     pictures = page.report["pictures"]
     assert 45 <= len(pictures) <= 50 and all(one["src"].startswith("data:image/jpeg") for one in pictures)
     assert {(one["width"], one["height"], one["crisp"]) for one in pictures} == {(640, 480, False)}
@@ -447,8 +420,8 @@ def test_every_objective_has_its_page(trained, squares, write, objective):
 
 def test_without_matching_contrast_ranks_and_there_are_no_maps(trained, squares, write):
     """Nor are maps chosen; MIM of pixels says why it shows nothing."""
-    page = write(trained("--w-itm", "0", "--mim-target", "pixels"), squares, "--choose", "nowhere.jsonl").report
-    assert page["map"] == {"grid": [2, 3], "blocks": 2, "layer": None, "words": False} and page["k"] == 0
+    page = write(trained("--w-itm", "0", "--mim-target", "pixels"), squares).report
+    assert page["map"] == {"grid": [2, 3], "how": None, "words": False} and page["k"] == 0
     for direction in report.DIRECTIONS:
         assert {(one["maps"], one["matching"]) for one in answers_of(page, direction)} == {(None, None)}
         cosines = [[one["contrast"] for one in query["answers"][:4]] for query in page["galleries"][direction]]
@@ -479,7 +452,7 @@ def tuned(squares, trained, tmp_path_factory):
 @pytest.mark.parametrize("task", ["retrieval", "grounding"])
 def test_fine_tuned_checkpoints_that_rank_have_a_page(tuned, squares, write, task):
     page = write(tuned(task), squares).report
-    assert page["about"]["objective"] == f"{task}, fine-tuned" and page["map"]["words"]
+    assert page["about"]["objective"] == f"{task}, fine-tuned" and not page["map"]["words"]
     assert "fine-tuning drops it" in page["recovered"]["why"]
 
 
@@ -491,7 +464,6 @@ def test_a_mistake_ends_with_a_sentence(trained, tuned, squares, write, tmp_path
         ((trained("--w-itc", "0"), squares), "trained without contrast"),
         ((trained(), single), "1 pictures in the data and --pictures 50: a page needs 2 of both or more"),
         ((trained(), squares, "--pictures", 1), "22 pictures in the data and --pictures 1: a page needs 2"),
-        ((trained(), squares, "--layer", 2), "layer is 2: the fusion encoder has 2 blocks"),
         ((trained(), tmp_path / "nothing.jsonl"), "nothing.jsonl is not a file"),
         ((tmp_path / "nothing.pt", squares), "nothing.pt is not a file"),
         ((trained(), squares, "--picture", 9), "did you mean --pictures?"),

@@ -15,6 +15,7 @@ them. Fusion is counted as mamo.FusionEncoder computes it, see `uncounted`.
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -223,7 +224,9 @@ def memory_of_step(
     }
 
 
-def memory_table(preset: str, batch_sizes: list[int], length: int = 30, words: int = 30522) -> str:
+def memory_table(
+    preset: str, batch_sizes: Sequence[int] = (1, 8, 32, 64, 256), length: int = 30, words: int = 30522
+) -> str:
     """GB of a step of MAMO by batch size: as it is, with checkpointing, with masked patches dropped, and with both."""
     rows = []
     for size in batch_sizes:
@@ -283,7 +286,7 @@ def main() -> None:
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", choices=PRESETS, help="bytes of a step of this preset, in place of operations")
     parser.add_argument("--growth", choices=PRESETS, help="powers by which operations and memory grow")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32, 64, 256])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=(1, 8, 32, 64, 256), help="for --memory")
     options = parser.parse_args()
     why = uncounted(Encoders(MAMOConfig()).fusion)
     require(not why, why)

@@ -1,13 +1,12 @@
 """A page to look at: what a checkpoint finds, where it looks, what it recovers, how it learned. One HTML file.
 
     python -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
-                     --choose data/scenes/grounding_val.jsonl
 
 The file needs no server and no network: pictures, figures and maps are inside it, and page.html, the template, draws
 them. Its five parts:
 
     gallery     retrieval both ways by eval.retrieval, as many wrong answers as right ones where there are enough
-    words       for each word of a caption a heat map, see explain.py, of one fusion block; --choose picks it on val
+    words       for each word of a caption a heat map by hiding, see explain.py
     recovered   what the student says of hidden patches, as the patches of other pictures whose teacher feature is
                 nearest to it (MAMO only: others do not predict features)
     curves      log.csv beside the checkpoint, each loss with the level of a model that knows nothing
@@ -34,8 +33,8 @@ from torch import Tensor
 
 import runtime
 from data import captions_of, centred, load_image, read_rows, to_pixels, to_tensor
-from eval import encode_rows, layer_for, load_for, match_pairs, retrieval
-from explain import token_maps
+from eval import encode_rows, load_for, match_pairs, retrieval
+from explain import How, hidden_views, hiding_map, watched
 from mamo import at, normalised, patchify
 from metrics import right_answers
 from tasks import by_picture
@@ -108,22 +107,27 @@ def words_of(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[tuple[str
     return words
 
 
-def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], layer: int, device) -> list[Tensor]:
-    """One pass per pair (picture's path, text) -> (words that are read + 1, n) each; the last row is the whole text.
+def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], how: How, device) -> list[Tensor]:
+    """By hiding, of each pair (picture's path, text) -> (words that are read + 1, n); the last row is the whole text.
 
-    Of the last fusion block the whole text alone has a map, see explain.py.
+    A model that has no head for words has a map of whole texts alone.
     """
-    maps, longest = [], model.config.max_tokens
-    for start in range(0, len(pairs), 50):
-        chunk = pairs[start : start + 50]
-        seen = {path: to_tensor(path, model.config.image_size) for path in {path for path, _ in chunk}}
-        images = torch.stack([seen[path] for path, _ in chunk])
-        input_ids, attention_mask = read(tokenizer, [text for _, text in chunk], longest, device)
-        tokens = token_maps(model, images.to(device), input_ids, attention_mask)[layer].cpu()
-        for one, (_, text) in zip(tokens, chunk, strict=True):
-            words = [places for _, places in words_of(tokenizer, text, longest) if places and len(one) > 1]
-            maps.append(torch.stack([*(one[places].sum(dim=0) for places in words), one.sum(dim=0)]))
-    return maps
+    longest, maps = model.config.max_tokens, {}
+    model.eval()
+    for path, text in sorted(set(pairs)):
+        if path not in maps:  # a picture's views are made once, for all its texts
+            views, masks = hidden_views(model, to_tensor(path, model.config.image_size).to(device), how)
+            maps[path] = {}
+        ids = tokenizer.encode(text, longest)
+        words = words_of(tokenizer, text, longest) if model.config.w_mlm > 0 else []
+        wanted = [
+            [place in places or len(places) == len(ids) - 2 for place in range(len(ids))]
+            for _, places in words
+            if places
+        ]
+        looks = [watched(model, [views], ids, counted) for counted in [*wanted, [True] * len(ids)]]
+        maps[path][text] = torch.stack([hiding_map(look, masks) for look in looks]).cpu()
+    return [maps[path][text] for path, text in pairs]
 
 
 def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor]:
@@ -133,10 +137,9 @@ def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tup
 
 
 def packed(maps: Tensor) -> str:
-    """Maps (words + 1, n) as bytes: words share one scale, so that they can be compared; the whole text has its own."""
-    words, whole = maps[:-1], maps[-1:]
-    levels = [part / part.max().clamp(min=1e-12) for part in (words, whole) if len(part)]
-    return text_of((255 * torch.cat(levels)).round().byte().numpy().tobytes())
+    """Maps (words + 1, n) as bytes, each on a scale of its own."""
+    levels = maps / maps.amax(dim=1, keepdim=True).clamp(min=1e-12)
+    return text_of((255 * levels).round().byte().numpy().tobytes())
 
 
 # ------------------------------------------------------------------------------------------------------------- gallery
@@ -194,7 +197,7 @@ def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) 
     return chosen
 
 
-def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, layer: int | None, device) -> None:
+def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, how: How, device) -> None:
     """Give each answer "contrast", its cosine; "matching", its probability, None behind the k best, which matching does
     not order; and "maps", see packed, None without matching."""
     pairs = [(answer["path"], answer["text"]) for answer in answers]
@@ -204,8 +207,8 @@ def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, layer: int |
     cosines = (encoded.image_embed[i] * encoded.text_embed[t]).sum(dim=1).tolist()
     matching = match_pairs(model, encoded, i, t, device).sigmoid().tolist() if k else [None] * len(pairs)
     maps = [None] * len(pairs)
-    if layer is not None:
-        maps = map(packed, word_maps(model, tokenizer, pairs, layer, device))
+    if model.config.w_itm > 0:
+        maps = map(packed, word_maps(model, tokenizer, pairs, how, device))
     for answer, cosine, probability, heat in zip(answers, cosines, matching, maps, strict=True):
         ordered = answer["place"] is not None and answer["place"] < k
         answer |= {"contrast": number(cosine), "matching": number(probability) if ordered else None, "maps": heat}
@@ -340,7 +343,7 @@ def grounding_table(title: str, result: dict) -> dict:
         for name, one in result.items()
         if isinstance(one, dict) and "value" in one
     ]
-    title += f", by fusion block {result['layer']}"
+    title += f", by {result.get('map', 'Grad-CAM')}"
     return {"title": title, "head": ["in % (95 % interval)", "found", "chance", "n"], "rows": rows}
 
 
@@ -363,7 +366,7 @@ def tables(result: dict, data: str, kept: Path) -> list[dict]:
 def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespace, device) -> dict:
     """Everything that the page shows, as plain values.
 
-    Raises:  ValueError for data of a single picture, a model without contrast, or what layer_for refuses
+    Raises:  ValueError for data of a single picture, or a model without contrast
     """
     rows, config = read_rows(options.data, "pairs"), model.config
     captions = {row["image"]: row["caption"] for row in by_picture(rows, "pairs")}
@@ -371,24 +374,23 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
         raise ValueError(
             f"{len(captions)} pictures in the data and --pictures {options.pictures}: a page needs 2 of both or more"
         )
-    lists: list[dict] = []
+    lists, how = [], How(passes=options.passes)
     result = retrieval(model, tokenizer, rows, device, lists=lists)
-    layer = layer_for(model, tokenizer, options, device, words=True) if config.w_itm > 0 else None
     album = Album(captions)
     chosen = galleries(rows, lists, album, options.pictures)
     answers = [answer for queries in chosen.values() for query in queries for answer in query["answers"]]
-    score(model, tokenizer, answers, result["k"], layer, device)
+    score(model, tokenizer, answers, result["k"], how, device)
     first = list(dict.fromkeys(answer["path"] for query in chosen["image_to_text"] for answer in query["answers"]))
     for answer in answers:
         answer["picture"] = album.number(answer.pop("path"))  # the page knows pictures by their numbers
-    mapped = layer is not None and layer < config.fusion_depth - 1  # of the last block only whole texts have a map
+    mapped = config.w_itm > 0 and config.w_mlm > 0  # without a head for words only whole texts have a map
     words = {
         text: words_of(tokenizer, text, config.max_tokens) for text in sorted({answer["text"] for answer in answers})
     }
     folder, data = options.checkpoint.parent, " ".join(options.data)
     return {
         "about": about(model, state, result, data, options.checkpoint),
-        "map": {"grid": config.grid, "blocks": config.fusion_depth, "layer": layer, "words": mapped},
+        "map": {"grid": config.grid, "how": str(how) if config.w_itm > 0 else None, "words": mapped},
         "k": result["k"],
         "pictures": album.pictures,
         "words": {text: [[word, mapped and bool(places)] for word, places in found] for text, found in words.items()},
@@ -442,11 +444,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs to search among")
-    parser.add_argument("--choose", nargs="+", help="JSONL files of grounding that choose the layer, such as val")
-    parser.add_argument(
-        "--layer", type=int, help="fusion block of the maps, from 0, or -1 = the last; without: the middle one"
-    )
     parser.add_argument("--pictures", type=int, default=50, help="most pictures on the page")
+    parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
     parser.add_argument("--out", type=Path, help="HTML file to write; without: report.html beside the checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.set_defaults(command="retrieval", predictions=None, frame="{}")
