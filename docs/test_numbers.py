@@ -126,7 +126,7 @@ def facts() -> tuple[str, ...]:
         f"among {test}",
         f"gallery of {test}",
         f"chance {100 / 2}",  # of a foil against its caption
-        "".join([f"| {100 / 2} "] * 5),
+        *("".join([f"| {100 / 2} "] * kinds) for kinds in (2, 5)),
         f"{nano.image_size[0]} x {nano.image_size[1]} px",
         f"`tiny` ({sizes['tiny'].image_size[0]} px)",
         f"ViT-S/16, {sizes['small'].image_size[0]} px",

@@ -11,6 +11,7 @@ import pytest
 from test_numbers import FILE, PAGES, ROOT
 
 from eval import COMMANDS as EVALUATIONS
+from explain import How
 from finetune import FineConfig
 from mamo import Config
 from siblings import model_of
@@ -52,7 +53,7 @@ def file_of(script: str) -> Path:
 def options_of(script: str, objective: str) -> set[str]:
     """Options that a script knows: those it declares itself and, of the loops, the fields of their dataclasses."""
     declared = set(re.findall(r'"(--[a-z0-9-]+)"', file_of(script).read_text(encoding="utf-8")))
-    own = {"train.py": TrainConfig, "finetune.py": FineConfig}
+    own = {"train.py": TrainConfig, "finetune.py": FineConfig, "eval.py": How}
     if script in own:
         shape = model_of(objective).config_class if script == "train.py" else Config
         fields = [field.name for config in (own[script], shape) for field in dataclasses.fields(config)]

@@ -33,6 +33,5 @@ $python finetune.py reasoning --init $out/statements-"$seed"/best.pt --data "$tr
     --batch-size 32 --steps 1200 --lr 3e-5 --lr-head 3e-5 --eval-every 100 --out $out/human-"$seed" --resume
 $python eval.py reasoning --checkpoint $out/human-"$seed"/best.pt --data "$eval" --figure $out/human-"$seed"/answers.png
 
-# 4. Where does it look for a phrase? No stage has seen a box; the fusion block is chosen on val.
-$python eval.py grounding --checkpoint $out/human-"$seed"/best.pt --data $world/grounding_test.jsonl \
-    --choose $world/grounding_val.jsonl --frame "there is a {}"
+# 4. Where does it look for a phrase? No stage has seen a box.
+$python eval.py grounding --checkpoint $out/human-"$seed"/best.pt --data $world/grounding_test.jsonl --frame "there is a {}"
