@@ -60,6 +60,7 @@ class Config:
     w_itc: float = 1.0  # weight of image-text contrast; a loss of weight 0 costs nothing
     w_itm: float = 1.0  # weight of image-text matching
     w_mlm: float = 1.0  # weight of masked language modelling
+    albef_negatives: bool = False  # draw ITM's negatives as ALBEF does: sharper, and from all candidates
     vocab_size: int = 109  # set from the tokenizer; 109 spell every word of ASCII, see Tokenizer.build
     mask_id: int = 4  # id of [MASK], set from the tokenizer
     special_ids: tuple[int, ...] = (0, 1, 2, 3, 4)  # ids that are never masked, set from the tokenizer
@@ -816,8 +817,8 @@ class VisionLanguageModel(nn.Module):
         """
         image, text, attention_mask, _ = pair
         similarity = torch.zeros_like(same, dtype=torch.float32) if similarity is None else similarity
-        texts, valid_text = self.draw_negatives(similarity, same, noise[0])
-        images, valid_image = self.draw_negatives(similarity.T, same.T, noise[1])
+        texts, valid_text = self.draw_negatives(similarity, self.not_drawn(similarity, same), noise[0])
+        images, valid_image = self.draw_negatives(similarity.T, self.not_drawn(similarity.T, same.T), noise[1])
         cls = torch.zeros_like(attention_mask[:, :1], dtype=torch.long)
         views = {
             "pair": View(image, text, attention_mask, cls),
@@ -826,22 +827,34 @@ class VisionLanguageModel(nn.Module):
         }
         return views, torch.cat([valid_text, valid_image])
 
-    @torch.no_grad()
-    def draw_negatives(self, similarity: Tensor, same: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a hard negative for each row: the more similar, the likelier.  (as ALBEF)
+    def not_drawn(self, similarity: Tensor, same: Tensor) -> Tensor:
+        """Which candidates are nobody's negatives: same (b, b), and what ITC finds more similar than the own partner.
 
-        differs: with a queue ALBEF draws by the student's embeddings times the teacher's, here by the student's alone.
+        differs: ALBEF draws these too, and most often. But what contrast prefers to the partner is mostly true of the
+        picture, on real data, and a head that is told otherwise stays at its chance. They stay where no other is left.
+        """
+        above = similarity > similarity.diagonal()[:, None]
+        above = above & ~(above | same).all(dim=1, keepdim=True)
+        return same if self.config.albef_negatives else same | above
+
+    @torch.no_grad()
+    def draw_negatives(self, similarity: Tensor, excluded: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a hard negative for each row: the more similar, the likelier.  (after ALBEF)
+
+        differs: ALBEF draws by the softmax of ITC; here its logits are halved, so that not always the same are drawn.
+        With a queue ALBEF draws by the student's embeddings times the teacher's, here by the student's alone.
 
         Args:    similarity (b, b)   ITC cosines of this process's rows (query, candidate)
-                 same (b, b)         True = shares image or caption: never drawn
+                 excluded (b, b)     True = never drawn, see not_drawn
                  noise (b, b)        uniform noise
         Returns: index (b,)          the drawn candidate
                  valid (b,)          False = the row has no possible negative and is to be skipped
         """
         # Gumbel's trick: adding -log(-log(uniform)) to logits and taking the largest draws from their softmax.
         gumbel = -torch.log(-torch.log(noise.clamp(1e-12, 1 - 1e-7)))
-        logits = similarity / self.temperature if self.config.w_itc > 0 else similarity
-        return (logits + gumbel).masked_fill(same, float("-inf")).argmax(dim=1), ~same.all(dim=1)
+        sharpness = 1.0 if self.config.albef_negatives else 0.5
+        logits = sharpness * similarity / self.temperature if self.config.w_itc > 0 else similarity
+        return (logits + gumbel).masked_fill(excluded, float("-inf")).argmax(dim=1), ~excluded.all(dim=1)
 
     def loss_itm(self, positive: Tensor, negative: Tensor, valid: Tensor) -> Tensor:
         """Image-text matching: does the text belong to the image?  (as ALBEF)

@@ -460,7 +460,9 @@ def saved_run(config) -> dict | None:
         return None
     if not config.resume:
         raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
-    return load_checkpoint(path)
+    saved = load_checkpoint(path)
+    saved["config"].setdefault("albef_negatives", True)  # which is what a run did before there was the option
+    return saved
 
 
 def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> None:

@@ -126,9 +126,11 @@ def naive_replaced(ids: list[int], chosen: list[int], replace: Tensor) -> list[i
     return shown
 
 
-def naive_negative(similarities: list[Tensor], tau: Tensor, allowed: list[int], noise: Tensor) -> int | None:
-    """Gumbel's trick among those allowed: the largest of similarity / tau - log(-log(noise)); None if there is none."""
-    scores = {j: (similarities[j] / tau).item() - math.log(-math.log(noise[j].item())) for j in allowed}
+def naive_negative(similarities: list[Tensor], tau: Tensor, allowed: list[int], noise: Tensor, own: int) -> int | None:
+    """Gumbel's trick among those allowed, less those above the own partner unless no other is left: the largest of
+    similarity / (2 tau) - log(-log(noise)); None if there is none."""
+    allowed = [j for j in allowed if similarities[j] <= similarities[own]] or allowed
+    scores = {j: (similarities[j] / tau).item() / 2 - math.log(-math.log(noise[j].item())) for j in allowed}
     return max(scores, key=scores.get) if scores else None
 
 
@@ -179,10 +181,10 @@ def naive_forward(model, batch: dict[str, Tensor], past: list[tuple] = ()) -> di
     positive, negative = [fuse(student, i, texts[i]).pair[0] for i in range(b)], []
     for i in range(b):
         allowed = [j for j in range(b) if j not in alike[i]]
-        j = naive_negative([dot(image[i], text[k]) for k in range(b)], tau, allowed, batch["negative_noise"][0, i])
+        j = naive_negative([dot(image[i], text[k]) for k in range(b)], tau, allowed, batch["negative_noise"][0, i], i)
         if j is not None:
             negative.append(fuse(student, i, texts[j]).pair[0])
-        j = naive_negative([dot(text[i], image[k]) for k in range(b)], tau, allowed, batch["negative_noise"][1, i])
+        j = naive_negative([dot(text[i], image[k]) for k in range(b)], tau, allowed, batch["negative_noise"][1, i], i)
         if j is not None:
             negative.append(fuse(student, j, texts[i]).pair[0])
     losses["itm"] = naive_itm(model.itm_head, positive, negative)
@@ -551,9 +553,10 @@ def test_every_word_of_a_large_vocabulary_can_be_drawn():
 # ------------------------------------------------------------------------------------------------------------ negatives
 
 
-def test_negatives_are_drawn_from_the_softmax_of_the_similarity():
-    """Chi-square over many draws, for each row against softmax(similarity / temperature) without the excluded pairs."""
-    model = tiny_model()
+@pytest.mark.parametrize("sharpness", [0.5, 1.0])
+def test_negatives_are_drawn_from_the_softmax_of_the_similarity(sharpness):
+    """Chi-square over many draws, each row against the softmax of ITC or of half its logits, without the excluded."""
+    model = tiny_model(tiny_config(albef_negatives=sharpness == 1.0))
     with torch.no_grad():
         model.log_temperature.fill_(math.log(0.2))
     draw = torch.Generator().manual_seed(1)
@@ -567,12 +570,23 @@ def test_negatives_are_drawn_from_the_softmax_of_the_similarity():
     assert valid.all()
     for row in range(6):
         counts[row] = index[row::6].bincount(minlength=6)
-        weights = [0.0 if same[row, j] else math.exp(similarity[row, j].item() / 0.2) for j in range(6)]
+        weights = [0.0 if same[row, j] else math.exp(sharpness * similarity[row, j].item() / 0.2) for j in range(6)]
         expected = [rounds * weight / sum(weights) for weight in weights]
         assert all(counts[row, j] == 0 for j in range(6) if same[row, j])
         chi_square = sum((counts[row, j].item() - e) ** 2 / e for j, e in enumerate(expected) if e > 0)
         assert chi_square < 23.5, "at most 4 degrees of freedom: beyond 23.5 once in 10,000"
-    assert max(counts[0]) > 2 * sorted(counts[0].tolist())[2], "the softmax is far from flat"
+    assert max(counts[0]) > (1 + sharpness) * sorted(counts[0].tolist())[2], "the softmax is far from flat"
+
+
+def test_what_contrast_prefers_to_the_partner_is_not_drawn():
+    """Unless nothing else is left; ALBEF draws it."""
+    similarity = torch.tensor([[0.5, 0.9, 0.1, 0.5], [0.2, 0.1, 0.3, 0.4], [0.9, 0.8, 0.7, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    same = torch.eye(4, dtype=torch.bool)
+    same[2, 3] = True
+    expected = same.clone()
+    expected[0, 1] = True  # of the second row all others are above, of the third all that are not the same
+    assert torch.equal(tiny_model().not_drawn(similarity, same), expected)
+    assert torch.equal(tiny_model(tiny_config(albef_negatives=True)).not_drawn(similarity, same), same)
 
 
 def test_without_contrast_all_negatives_are_equally_likely():

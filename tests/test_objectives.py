@@ -38,7 +38,7 @@ import runtime
 import train
 from data import read_rows
 from eval import foils, load_model, retrieval
-from explain import ground
+from explain import How, ground
 from mamo import Attention, Config, MAMOConfig, VisionLanguageModel, mask_words
 from metrics import judge_grounding
 from siblings import OBJECTIVES, build_model, glscl
@@ -265,14 +265,15 @@ def test_own_options_are_known_when_a_run_goes_on(trained, objective, option, wa
 
 
 def test_a_checkpoint_that_is_older_than_the_ablations_goes_on(trained, tmp_path):
-    """MAMO had neither mask_both nor mim_target: their defaults are what it did."""
+    """MAMO had neither mask_both nor mim_target: their defaults are what it did; it drew negatives as ALBEF does."""
     state = trained("mamo").state()
-    for name in ("mask_both", "mim_target"):
+    for name in ("mask_both", "mim_target", "albef_negatives"):
         del state["config"][name]
     path = changed(state, tmp_path)
     model, _, _ = load_model(path, CPU)
     assert (model.config.mask_both, model.config.mim_target) == (False, "features")
     assert same(dict(model.state_dict()), state["model"]) and resumed_run(tmp_path).step == 6
+    assert resumed_run(tmp_path).model.config.albef_negatives
     with pytest.raises(ValueError, match=r"mask_both \(was False, now True\)"):
         resumed_run(tmp_path, "--mask-both")
 
@@ -358,7 +359,8 @@ def test_a_checkpoint_is_evaluated_by_its_encoders_alone(trained, judged, comman
     expected = {
         "retrieval": retrieval(plain, tokenizer, pair_rows, CPU, k=128),
         "foils": foils(plain, tokenizer, foil_rows, CPU),
-        "grounding": judge_grounding(phrase_rows, ground(plain, tokenizer, phrase_rows, CPU, 0)) | {"layer": 0},
+        "grounding": judge_grounding(phrase_rows, ground(plain, tokenizer, phrase_rows, CPU, How()))
+        | {"map": str(How())},
     }
     for name, result in expected.items():
         code, said, errors = command(name, "--checkpoint", path, "--data", judged)
@@ -371,7 +373,7 @@ def test_a_checkpoint_is_evaluated_by_its_encoders_alone(trained, judged, comman
     assert code == 0 and re.match(r"contrast, .*: -?\d\.\d+\nmatching, .*: \d\.\d+\n$", said), errors
     out = path.with_name("heat.png")
     code, said, errors = command("explain", *picture, "--phrase", "square", "--out", out)
-    assert code == 0 and out.is_file() and "fusion block 0 of 0 to 1" in said, errors
+    assert code == 0 and out.is_file() and "the map, by hiding 128 times, by colour" in said, errors
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -611,14 +613,14 @@ def two(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("case", (*CASES, *ALONE))
 def test_two_processes_equal_one(two, monkeypatch, case, order):
     """Losses and gradients of a step, with texts of other lengths here and there; ITM draws within the halves."""
-    model, draw = model_of(case), VisionLanguageModel.draw_negatives
+    model, not_drawn = model_of(case), VisionLanguageModel.not_drawn
     across = torch.ones(2 * HALF, 2 * HALF, dtype=torch.bool)
     for rows in SHARES:
         across[rows, rows] = False
     monkeypatch.setattr(
         VisionLanguageModel,
-        "draw_negatives",
-        lambda self, close, alike, noise: draw(self, close, alike | across, noise),
+        "not_drawn",
+        lambda self, close, alike: not_drawn(self, close, alike | across),
     )
     batch = shared_batch(model.config, order)
     lengths = [share_of(batch, rows)["input_ids"].shape[1] for rows in SHARES]

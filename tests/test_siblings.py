@@ -120,10 +120,10 @@ def naive_pairs(model, batch: dict[str, Tensor], images: list[Tensor]) -> dict[s
     positive, negative = [fuse(student, images[i], texts[i]).pair[0] for i in range(b)], []
     for i in range(b):
         allowed = [j for j in range(b) if j not in alike[i]]
-        j = naive_negative([dot(image[i], text[k]) for k in range(b)], tau, allowed, batch["negative_noise"][0, i])
+        j = naive_negative([dot(image[i], text[k]) for k in range(b)], tau, allowed, batch["negative_noise"][0, i], i)
         if j is not None:
             negative.append(fuse(student, images[i], texts[j]).pair[0])
-        j = naive_negative([dot(text[i], image[k]) for k in range(b)], tau, allowed, batch["negative_noise"][1, i])
+        j = naive_negative([dot(text[i], image[k]) for k in range(b)], tau, allowed, batch["negative_noise"][1, i], i)
         if j is not None:
             negative.append(fuse(student, images[j], texts[i]).pair[0])
     itc = naive_itc(image, text, image, text, tau, [alike[i] - {i} for i in range(b)])

@@ -154,11 +154,11 @@ def naive_retrieval(model, batch: dict[str, Tensor], listed: list[list[int]]) ->
         positive.append(fused(i, taken[i]))
         similarities = [dot(image[i], text_unit(taken[j])) for j in rows]
         allowed = [j for j in rows if number[j] not in listed[i]]
-        j = naive_negative(similarities, tau, allowed, batch["negative_noise"][0, i])
+        j = naive_negative(similarities, tau, allowed, batch["negative_noise"][0, i], i)
         negative += [] if j is None else [fused(i, taken[j])]
         similarities = [dot(text_unit(taken[i]), image[j]) for j in rows]
         allowed = [j for j in rows if number[i] not in listed[j]]
-        j = naive_negative(similarities, tau, allowed, batch["negative_noise"][1, i])
+        j = naive_negative(similarities, tau, allowed, batch["negative_noise"][1, i], i)
         negative += [] if j is None else [fused(j, taken[i])]
     return losses | {"itm": naive_itm(model.itm_head, positive, negative)}
 
@@ -214,6 +214,7 @@ def test_matching_sets_the_chosen_caption_against_negatives_that_belong_to_nobod
         model.log_temperature.fill_(1.0)  # so high that every candidate has its turn
     pair = model.pair
     monkeypatch.setattr(model, "pair", lambda *given: pairs.append(given) or pair(*given))
+    model.config.albef_negatives = True  # which leaves nothing out but what is right
     found, possible = set(), set()
     for seed in range(60):
         batch = captioned(model.config, listed)

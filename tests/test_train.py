@@ -398,8 +398,8 @@ def test_accumulated_passes_are_one_large_batch(tmp_path, capsys, objective, pas
     for part in range(passes):
         runtime.seed_everything(0, 0, part)
         noise[:, part * b : (part + 1) * b, part * b : (part + 1) * b] = torch.rand(2, b, b)
-    draw, elsewhere = model.draw_negatives, part_of[:, None] != part_of
-    model.draw_negatives = lambda similarity, same, noise: draw(similarity, same | elsewhere, noise)
+    not_drawn, elsewhere = model.not_drawn, part_of[:, None] != part_of
+    model.not_drawn = lambda similarity, same: not_drawn(similarity, same | elsewhere)
     losses = model(next(large.batches()) | {"negative_noise": noise})
     model.total(losses).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
