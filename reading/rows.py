@@ -19,6 +19,7 @@ beside the file, in FILE.index, for the next start and for the other processes o
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import math
@@ -94,7 +95,6 @@ class Index:
     digest: str  # of what is learned from the rows; "" where they were not checked
     lines: list[str]  # what is wrong with which lines
     pictures: list[str]  # which pictures cannot be used, and why
-    shown: int  # pictures in all
     lost: int  # rows whose picture cannot be used
     before: bool = False  # whether it was checked at an earlier start
 
@@ -129,9 +129,11 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
         raise ValueError(f"{lines[0]}{f' ({len(lines)} bad rows in all)' if len(lines) > 1 else ''}")
     if pictures and not skip_bad:
         listed = "\n  ".join(pictures[:10])
+        # All of them are counted only now: to remember millions while checking would take gigabytes.
+        shown = {image for one in indexes for row in rows_of(one.path, task) for image in pictures_of(row)}
         raise ValueError(
-            f"{len(pictures)} of {sum(one.shown for one in indexes)} pictures cannot be used; mend paths (relative to "
-            f"the JSONL file), pictures or boxes, or pass --skip-bad. The first are:\n  {listed}"
+            f"{len(pictures)} of {len(shown)} pictures cannot be used; mend paths (relative to the JSONL file), pictures "
+            f"or boxes, or pass --skip-bad. The first are:\n  {listed}"
         )
     if lines or pictures:
         lost = sum(one.lost for one in indexes)
@@ -237,8 +239,9 @@ def index_of(path: Path, task: str, check: str, skip_bad: bool, began: float) ->
 
 def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
     """Read a file from its first line to its last. Without skip_bad no picture is looked at after a bad row."""
-    offsets, twins, first = array("q"), array("q"), {}  # first: by "twin", the first row that has it
-    lines, pictures, shown, lost, digest = [], {}, array("q"), 0, hashlib.blake2b(digest_size=16)
+    # A few bytes a row: there may be millions. first: by "twin", the first row that has it
+    offsets, twins, first = array("q"), array("q"), {}
+    lines, pictures, lost, digest = [], {}, 0, hashlib.blake2b(digest_size=16)
     for number, start, line in progress(path):
         row, twin = {}, None
         if check != "none" or b'"twin"' in line:
@@ -252,20 +255,30 @@ def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
             row = completed(row, path, task)
             twin = row.get("twin")
         if check != "none" and (skip_bad or not lines):
-            shown.extend(map(hash, pictures_of(row)))
             faults = {image: fault for image in pictures_of(row) if (fault := fault_of(image, row, task, check))}
             pictures |= faults
             if faults:
                 lost += 1
                 continue
             digest.update(said(row))
-        twins.append(len(offsets) if twin is None else first.setdefault(twin, len(offsets)))
+        if twin is not None and not first:
+            twins.extend(range(len(offsets)))  # those before it stand alone
+        if twin is not None or first:
+            twins.append(len(offsets) if twin is None else first.setdefault(twin, len(offsets)))
         offsets.append(start)
     faults = [f"{image}: {fault}" for image, fault in pictures.items()]
     told = "" if check == "none" else digest.hexdigest()
-    return Index(
-        path, np.array(offsets), np.array(twins) if first else None, told, lines, faults, len(set(shown)), lost
-    )
+    offsets, twins = (np.frombuffer(one or array("q", [0]), np.int64)[: len(one)] for one in (offsets, twins))
+    return Index(path, offsets, twins if first else None, told, lines, faults, lost)
+
+
+def rows_of(path: Path, task: str) -> Iterator[dict]:
+    """The rows of a file that hold what they should."""
+    for _, _, line in lines_at(path):
+        with contextlib.suppress(ValueError):
+            row = parse_object(decoded(line, path))
+            check_row(row, task)
+            yield completed(row, path, task)
 
 
 def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -305,7 +318,7 @@ def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
             arrays = {name: np.fromfile(file, kind, about["rows"]) for name, kind in about["arrays"].items()}
         if any(len(one) < about["rows"] for one in arrays.values()):
             return None
-        parts = {name: about[name] for name in ("digest", "lines", "pictures", "shown", "lost")}
+        parts = {name: about[name] for name in ("digest", "lines", "pictures", "lost")}
         return Index(path, arrays["offsets"], arrays.get("twins"), **parts, before=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
