@@ -132,8 +132,8 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
         # All of them are counted only now: to remember millions while checking would take gigabytes.
         shown = {image for one in indexes for row in rows_of(one.path, task) for image in pictures_of(row)}
         raise ValueError(
-            f"{len(pictures)} of {len(shown)} pictures cannot be used; mend paths (relative to the JSONL file), pictures "
-            f"or boxes, or pass --skip-bad. The first are:\n  {listed}"
+            f"{len(pictures)} of {len(shown)} pictures cannot be used; mend paths (relative to the JSONL file), "
+            f"pictures or boxes, or pass --skip-bad. The first are:\n  {listed}"
         )
     if lines or pictures:
         lost = sum(one.lost for one in indexes)
