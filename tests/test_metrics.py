@@ -630,7 +630,7 @@ def test_predictions_of_a_file_score_as_those_of_the_model(world, tmp_path, comm
     code, again, errors = command(task, *data, "--predictions", said)
     assert code == 0 and str(tmp_path / "results.json") in again, errors
     second = kept(tmp_path)
-    only_of_a_model = {"k", "layer", "layers", "coverage"}
+    only_of_a_model = {"k", "map", "separation", "coverage"}
     assert {key: value for key, value in first.items() if key not in only_of_a_model} == {
         key: value for key, value in second.items() if key not in only_of_a_model
     }
@@ -677,7 +677,7 @@ def test_ranked_lists_hold_what_retrieval_reports(world, tmp_path, k):
     assert result["k"] == k and bool(result["matching"]) == (k > 0)
     write_predictions(tmp_path / "lists.jsonl", rows, lists)
     found = judge_retrieval(rows, tmp_path / "lists.jsonl")
-    assert found | {"k": k} == result
+    assert found | {key: result[key] for key in ("k", "separation") if key in result} == result
     texts = {text for row in rows for text in captions_of(row)}
     assert len(lists) == (24 + len(texts)) * (2 if k else 1) and all(len(set(one["found"])) == 10 for one in lists)
     assert 0 < result["contrast"]["image_to_text"]["R@10"] < 100, "some are beyond the ten best"
@@ -931,9 +931,9 @@ def test_explain_draws_for_a_checkpoint_of_each_task(world, tmp_path, command, m
     words = ("--text", "there is a green square at the top right", "--phrase", "a green square")
     out = tmp_path / "new" / "heat.png"
     code, said, errors = command(
-        "explain", "--checkpoint", world / task / "best.pt", "--image", *images, *words, "--out", out
+        "explain", "--checkpoint", world / task / "best.pt", "--image", *images, *words, "--out", out, "--map", "gradcam"
     )
-    assert code == 0 and "fusion block 0 of 0 to 1" in said, errors
+    assert code == 0 and "the map, by Grad-CAM, the middle fusion block" in said, errors
     (line,) = lines
     assert line.startswith("a green square in: there is a green square at the top right   ")
     if task in ANSWERS:
@@ -942,14 +942,14 @@ def test_explain_draws_for_a_checkpoint_of_each_task(world, tmp_path, command, m
             (float(chance) for _, chance in answers), reverse=True
         )
         assert len(answers) == min(5, len(ANSWERS[task])) and {name for name, _ in answers} <= set(ANSWERS[task])
-        assert line.endswith(f"   {answers[0][0]}   (fusion block 0)")
+        assert line.endswith(f"   {answers[0][0]}   (Grad-CAM, the middle fusion block)")
         assert (
             task == "vqa"
             or len(ANSWERS[task]) > 5
             or sum(float(chance) for _, chance in answers) == pytest.approx(1, abs=2e-4)
         )
     else:
-        assert "matching, probability" in said and line.endswith("right   (fusion block 0)")
+        assert "matching, probability" in said and line.endswith("right   (Grad-CAM, the middle fusion block)")
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and sheet.size == (12 + 2 * pictures * (480 + 12), 320 + 58)
         for number, image in enumerate(images):
