@@ -563,7 +563,7 @@ def test_everything_of_the_built_in_world_in_one_command(tmp_path, command):
     assert code == 0, errors
     kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert kept.keys() == {f"{task}_{split}" for task in ("pairs", "foils", "grounding") for split in ("test", "novel")}
-    assert kept["grounding_test"]["layer"] == kept["grounding_novel"]["layer"] in (0, 1)
+    assert kept["grounding_test"]["map"] == kept["grounding_novel"]["map"] == "hiding 128 times, by colour"
     assert "retrieval, test" in said and "foils, novel" in said
     assert any("heldout" in name for name in kept["pairs_test"]["apart"])
     assert Image.open(tmp_path / "run" / "ranked.png").format == "PNG"
@@ -683,7 +683,7 @@ def test_what_a_command_lacks_is_told(checkpoint, gallery, foil_file, tmp_path, 
         (("score", "--image", tmp_path / "none.png", "--text", "a"), "none.png"),
         (("foils", "--data", gallery), "found the keys"),
         (("retrieval", "--data", tmp_path / "none.jsonl"), "none.jsonl is not a file"),
-        (("world", "--data", tmp_path), "grounding_val.jsonl is not a file"),
+        (("world", "--data", tmp_path), "pairs_test.jsonl is not a file"),
         (("retrieval", "--data", gallery, "--device", "abacus"), "device abacus"),
         (("retrieval", "--data", gallery, "--k", "-2"), "k is -2"),
         (("retrieval", "--data", gallery, "--by", "heldaut"), "heldaut"),
