@@ -931,7 +931,16 @@ def test_explain_draws_for_a_checkpoint_of_each_task(world, tmp_path, command, m
     words = ("--text", "there is a green square at the top right", "--phrase", "a green square")
     out = tmp_path / "new" / "heat.png"
     code, said, errors = command(
-        "explain", "--checkpoint", world / task / "best.pt", "--image", *images, *words, "--out", out, "--map", "gradcam"
+        "explain",
+        "--checkpoint",
+        world / task / "best.pt",
+        "--image",
+        *images,
+        *words,
+        "--out",
+        out,
+        "--map",
+        "gradcam",
     )
     assert code == 0 and "the map, by Grad-CAM, the middle fusion block" in said, errors
     (line,) = lines
