@@ -261,15 +261,18 @@ def retrieval(
     by: str = "",
     block: int = 500,
     lists: list[dict] | None = None,
+    alone: bool = False,
 ) -> dict:
     """Retrieval over the distinct pictures and captions of `pairs` rows, both ways.
 
-    Args:    k       candidates that matching orders anew, at most a tenth of the gallery (MAMO Sec. 4.1 takes 128 on
-                     Flickr30k and 256 on COCO); 0 = contrast only
+    Args:    k       candidates that are ordered anew, see rerank; at most a tenth of the gallery (MAMO Sec. 4.1 takes 128
+                     on Flickr30k and 256 on COCO); 0 = contrast only
              by      a key of the rows: the recalls of its values are reported apart, still among the whole gallery
              block   queries at a time, which bounds the memory
              lists   a list that takes up the ten best of each query, see metrics.py
-    Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls, "apart": {value},
+             alone   order them by the matching head alone, as ALBEF does
+    Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls of what is re-ranked,
+             "apart": {value},
              "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"},
              "text_to_image": ...} in percent, of intervals [low, high] over resampled queries
     """
@@ -296,7 +299,7 @@ def retrieval(
                 truth[place, list(answers[query])] = True
             scores = {"contrast": queries[asked.start : asked.stop] @ gallery.T}
             if k:
-                scores["matching"] = rerank(model, encoded, scores["contrast"], start, direction, k, device)
+                scores["matching"] = rerank(model, encoded, scores["contrast"], start, direction, k, device, alone)[0]
             for way, score in scores.items():
                 found[way].append(ranks(score, truth))
                 if lists is not None:
@@ -415,31 +418,45 @@ def encode_rows(
     return *places, encode(model, tokenizer, images, texts, device)
 
 
-def rerank(model, encoded: Encoded, scores: Tensor, start: int, direction: str, k: int, device) -> Tensor:
-    """Order the k best of each query by matching; all others keep their order behind them. scores (q, g) -> (q, g)"""
-    best = scores.topk(k, dim=1).indices
-    query = torch.arange(start, start + len(scores))[:, None].expand_as(best)
+def rerank(
+    model, encoded: Encoded, cosines: Tensor, start: int, direction: str, k: int, device, alone: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Order the k best of each query anew; all others keep their order behind them.
+
+    ITM's negatives are drawn by contrast: the likelier contrast finds a pair, the more often the matching head has seen
+    it as a negative. So it learns what contrast has not told, and the evidence for a pair is the sum of both logits.
+    differs: ALBEF orders by the matching head alone
+
+    Args:    cosines (q, g)   of queries from place `start` on, with the whole gallery
+             alone            order as ALBEF does
+    Returns: scores (q, g), the higher the better; matching logits (q, g), nan behind the k best
+    """
+    best = cosines.topk(k, dim=1).indices
+    query = torch.arange(start, start + len(cosines))[:, None].expand_as(best)
     pair = (query, best) if direction == "image_to_text" else (best, query)
-    logits = match_pairs(model, encoded, pair[0].flatten(), pair[1].flatten(), device).view_as(best)
-    behind = scores.double() - 1e4  # below any logit; double, because in single close cosines would become ties
-    return behind.scatter(1, best, logits.double())
+    logits = match_pairs(model, encoded, pair[0].flatten(), pair[1].flatten(), device).view_as(best).double()
+    contrast = 0 if alone else cosines.gather(1, best).double() / model.temperature.item()
+    behind = cosines.double() - 1e4  # below any logit; double, because in single close cosines would become ties
+    return behind.scatter(1, best, logits + contrast), torch.full_like(behind, math.nan).scatter(1, best, logits)
 
 
-def search(model, tokenizer: Tokenizer, images: list[str], text: str, device, k: int = 128) -> list[dict]:
-    """The pictures (paths) that fit a text, best first: by contrast, the k best of them ordered anew by matching.
+def search(
+    model, tokenizer: Tokenizer, images: list[str], text: str, device, k: int = 128, alone: bool = False
+) -> list[dict]:
+    """The pictures (paths) that fit a text, best first: by contrast, the k best of them ordered anew, see rerank.
 
     Returns: per picture {"image", "contrast": cosine, "matching": probability, None behind the k best}
     """
     check_ranks(model, k)
     encoded = encode(model, tokenizer, list(dict.fromkeys(images)), [text], device)
-    cosine = encoded.text_embed @ encoded.image_embed.T
+    cosines = encoded.text_embed @ encoded.image_embed.T
     k = min(k, len(encoded.images)) if model.config.w_itm > 0 else 0
-    scores = rerank(model, encoded, cosine, 0, "text_to_image", k, device) if k else cosine
+    scores, logits = rerank(model, encoded, cosines, 0, "text_to_image", k, device, alone) if k else (cosines, None)
     return [
         {
             "image": encoded.images[place],
-            "contrast": cosine[0, place].item(),
-            "matching": scores[0, place].sigmoid().item() if rank < k else None,
+            "contrast": cosines[0, place].item(),
+            "matching": logits[0, place].sigmoid().item() if rank < k else None,
         }
         for rank, place in enumerate(scores[0].argsort(descending=True, stable=True).tolist())
     ]
@@ -517,7 +534,7 @@ def retrieval_table(name: str, result: dict) -> str:
     """Recalls in percent, both ways, beside chance."""
     ways = {"contrast": result["contrast"]}
     if result["matching"]:
-        ways[f"matching, k={result['k']}"] = result["matching"]
+        ways[f"re-ranked, k={result['k']}"] = result["matching"]
     ways["chance"] = result["chance"]
     for value, part in result["apart"].items():
         ways |= {f"{value}: {way}": recall for way, recall in part.items()}
@@ -671,6 +688,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only (%(default)s)"
     )
+    parser.add_argument(
+        "--matching-alone", action="store_true", help="order them by the matching head alone, not by the sum of logits"
+    )
     parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
     parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
     parser.add_argument("--text", help="text for `search`, `score` and `explain`")
@@ -734,7 +754,8 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
         lists = [one for _, one in read_lines(options.predictions)]
     else:
         lists = []
-        result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists)
+        alone = options.matching_alone
+        result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists, alone=alone)
     if model is not None and options.predictions and rank_and_size()[0] == 0:
         with runtime.side_file(options.predictions):
             write_predictions(options.predictions, rows, lists)
@@ -751,14 +772,14 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
     captions: dict[str, str] = {}  # of each picture the first
     for row in read_rows(options.data, "pairs"):
         captions.setdefault(row["image"], captions_of(row)[0])
-    found = search(model, tokenizer, list(captions), options.text, device, options.k)[:best]
+    found = search(model, tokenizer, list(captions), options.text, device, options.k, options.matching_alone)[:best]
     print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")
     for one in found:
         matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
         path = os.path.normpath(one["image"])
         print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
     if any(one["matching"] is not None for one in found):
-        print("ordered by matching; --k 0 orders by contrast alone, which is learned earlier")
+        print("ordered by both heads together; --matching-alone and --k 0 ask one of them")
     if options.figure and rank_and_size()[0] == 0:
         sheet.draw_found(options.text, [one["image"] for one in found], options.figure)
         print(f"the pictures are in {options.figure}")
@@ -797,7 +818,7 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         rows = read_rows([folder / f"pairs_{split}.jsonl"], "pairs")
         by = "heldout" if split == "test" else ""
         lists = []
-        result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists)
+        result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists, alone=options.matching_alone)
         print(retrieval_table(f"retrieval, {split}", result))
         keep_result(options.results, f"pairs_{split}", result)
         if split == "test" and rank_and_size()[0] == 0:

@@ -92,15 +92,17 @@ def scores_one_by_one(model, tokenizer, images: list[str], text: str) -> list[tu
     return pairs
 
 
-@pytest.mark.parametrize("k", [0, 5, 128])
-def test_a_search_orders_pictures_by_matching_among_the_best_by_contrast(model_and_words, gallery, k):
+@pytest.mark.parametrize(("k", "alone"), [(0, False), (5, True), (128, False), (128, True)])
+def test_a_search_orders_the_best_by_contrast_anew(model_and_words, gallery, k, alone):
     model, tokenizer = model_and_words
     images = sorted({row["image"] for row in read_rows([gallery], "pairs")})
     text = "a green square at the top left"
     scores = dict(zip(images, scores_one_by_one(model, tokenizer, images, text), strict=True))
     by_contrast = sorted(images, key=lambda image: -scores[image][0])
-    first = sorted(by_contrast[:k], key=lambda image: -scores[image][1])
-    found = evaluation.search(model, tokenizer, images, text, CPU, k)
+    per_cosine = 0 if alone else 1 / model.temperature.item()
+    logit = {image: math.log(p / (1 - p)) + per_cosine * cosine for image, (cosine, p) in scores.items()}
+    first = sorted(by_contrast[:k], key=lambda image: -logit[image])
+    found = evaluation.search(model, tokenizer, images, text, CPU, k, alone)
     assert [one["image"] for one in found] == first + by_contrast[k:]
     assert first != by_contrast[:k] or k == 0, "matching changes the order, or nothing is tested"
     for place, one in enumerate(found):
@@ -113,7 +115,7 @@ def test_a_search_orders_pictures_by_matching_among_the_best_by_contrast(model_a
 
 def test_the_command_search_prints_and_draws_what_it_finds(command, checkpoint, gallery, tmp_path):
     asked = ("search", "--checkpoint", checkpoint, "--data", gallery, "--figure", tmp_path / "found.png")
-    status, said, _ = command(*asked, "--text", "a red square")
+    status, said, _ = command(*asked, "--text", "a red square", "--matching-alone")
     assert status == 0
     found = re.findall(r"^ +([\d.]+) +(-?[\d.]+)   (\S+): (.+)$", said, re.M)
     assert len(found) == 10 and [row[0] for row in found] == sorted((row[0] for row in found), reverse=True)
@@ -186,26 +188,26 @@ def score(model, tokenizer, path: str, text: str) -> dict[str, float]:
 
 
 def score_pairs(model, tokenizer, images: list[str], texts: list[str]) -> dict[str, Tensor]:
-    """Cosine and matching probability of every picture with every text, one at a time -> {name: (images, texts)}"""
+    """Cosine and matching logit of every picture with every text, one at a time -> {name: (images, texts)}"""
     scores = {"itc": torch.zeros(len(images), len(texts)), "itm": torch.zeros(len(images), len(texts))}
     for (i, path), (t, text) in product(enumerate(images), enumerate(texts)):
         for name, value in score(model, tokenizer, path, text).items():
-            scores[name][i, t] = value
+            scores[name][i, t] = value if name == "itc" else math.log(value / (1 - value))
     return scores
 
 
-def naive_order(cosines: list[float], logits: list[float], k: int) -> list[int]:
-    """The k best by cosine, sorted anew by matching; the rest behind them, as cosine sorted it."""
+def naive_order(cosines: list[float], logits: list[float], k: int, per_cosine: float) -> list[int]:
+    """The k best by cosine, sorted anew by both logits together; the rest behind them, as cosine sorted it."""
     order = sorted(range(len(cosines)), key=lambda place: -cosines[place])
-    return sorted(order[:k], key=lambda place: -logits[place]) + order[k:]
+    return sorted(order[:k], key=lambda place: -(logits[place] + per_cosine * cosines[place])) + order[k:]
 
 
-def naive_retrieval(scores: dict[str, Tensor], right: Tensor, k: int) -> dict[str, list[int]]:
+def naive_retrieval(scores: dict[str, Tensor], right: Tensor, k: int, per_cosine: float) -> dict[str, list[int]]:
     """{way: rank of every query}: how many wrong answers stand before the first right one."""
     found = {"contrast": [], "matching": []}
     for query in range(len(right)):
         for way, candidates in (("contrast", 0), ("matching", k)):
-            order = naive_order(scores["itc"][query].tolist(), scores["itm"][query].tolist(), candidates)
+            order = naive_order(scores["itc"][query].tolist(), scores["itm"][query].tolist(), candidates, per_cosine)
             found[way].append(next(place for place, answer in enumerate(order) if right[query, answer]))
     return found
 
@@ -241,7 +243,7 @@ def test_retrieval_equals_scoring_every_pair_alone(model_and_words, naive):
     distinct = set()
     for side in SIDES:
         turned = {name: s if side == SIDES[0] else s.T for name, s in scores.items()}
-        expected = naive_retrieval(turned, right if side == SIDES[0] else right.T, 3)
+        expected = naive_retrieval(turned, right if side == SIDES[0] else right.T, 3, 1 / model.temperature.item())
         assert expected["contrast"] != expected["matching"], "re-ranking is to make a difference"
         for way, found in expected.items():
             assert result[way][side] == in_percent(found)
@@ -347,15 +349,17 @@ def test_a_search_shows_a_picture_once(respelled, command, checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 100])
-def test_the_number_of_candidates_is_as_asked_and_at_most_a_tenth(model_and_words, naive, k):
-    """k = 0 is contrast alone."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_number_of_candidates_is_as_asked_and_at_most_a_tenth(model_and_words, naive, k, alone):
+    """k = 0 is contrast alone; the candidates are ordered by both logits together, or by matching alone."""
     rows, _, _, right, scores = naive
-    result = retrieval(*model_and_words, rows, CPU, k=k)
+    result = retrieval(*model_and_words, rows, CPU, k=k, alone=alone)
     assert result["k"] == min(k, 3)
     if k == 0:
         assert result["matching"] == {}
     else:
-        expected = naive_retrieval(scores, right, min(k, 3))["matching"]
+        per_cosine = 0 if alone else 1 / model_and_words[0].temperature.item()
+        expected = naive_retrieval(scores, right, min(k, 3), per_cosine)["matching"]
         assert result["matching"]["image_to_text"] == in_percent(expected)
 
 
@@ -378,10 +382,11 @@ def test_reranking_moves_the_best_and_leaves_the_others(model_and_words, naive, 
     logits = scores["itm"] if direction == "image_to_text" else scores["itm"].T
     draw = torch.Generator().manual_seed(1)
     cosines = torch.stack([torch.randperm(logits.shape[1], generator=draw) for _ in logits]) * 1e-4
-    found = rerank(model, encoded, cosines[5:20], 5, direction, 4, CPU)
-    assert found.shape == (15, len(texts) if direction == "image_to_text" else len(images))
+    found, matching = rerank(model, encoded, cosines[5:20], 5, direction, 4, CPU)
+    assert found.shape == matching.shape == (15, len(texts) if direction == "image_to_text" else len(images))
     for row, query in enumerate(range(5, 20)):
-        order = naive_order(cosines[query].tolist(), logits[query].tolist(), 4)
+        order = naive_order(cosines[query].tolist(), logits[query].tolist(), 4, 1 / model.temperature.item())
+        assert matching[row].isnan().sum() == found.shape[1] - 4
         values = [found[row, place].item() for place in order]
         assert all(one > other for one, other in pairwise(values)), "a tie, or another order"
 
@@ -544,7 +549,8 @@ def test_the_sheet_of_ranked_captions_shows_pictures_and_marks_right_answers(
     } <= colours
     expected = []
     for i in range(24):
-        order = naive_order(scores["itc"][i].tolist(), scores["itm"][i].tolist(), 3)
+        per_cosine = 1 / model_and_words[0].temperature.item()
+        order = naive_order(scores["itc"][i].tolist(), scores["itm"][i].tolist(), 3, per_cosine)
         expected += [f"{'+' if right[i, t] else '-'} {texts[t]}" for t in order[:5]]
     assert lines == expected
     assert {line[0] for line in lines} == {"+", "-"}
