@@ -265,8 +265,8 @@ def retrieval(
 ) -> dict:
     """Retrieval over the distinct pictures and captions of `pairs` rows, both ways.
 
-    Args:    k       candidates that are ordered anew, see rerank; at most a tenth of the gallery (MAMO Sec. 4.1 takes 128
-                     on Flickr30k and 256 on COCO); 0 = contrast only
+    Args:    k       candidates to re-rank, at most a tenth of the gallery (MAMO Sec. 4.1 takes 128 on Flickr30k and 256
+                     on COCO); 0 = contrast only
              by      a key of the rows: the recalls of its values are reported apart, still among the whole gallery
              block   queries at a time, which bounds the memory
              lists   a list that takes up the ten best of each query, see metrics.py
