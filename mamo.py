@@ -52,6 +52,8 @@ class Config:
     max_tokens: int = 32  # longest text in tokens, [CLS] and [SEP] included
     width: int = 64  # width d of all three encoders
     heads: int = 4  # attention heads per block
+    text_heads: int = 0  # attention heads per block of text and fusion encoder; 0 = as many as heads
+    clip_image: bool = False  # build the image encoder as CLIP's: one more norm before the blocks, another GELU
     image_depth: int = 3  # blocks of the image encoder
     text_depth: int = 2  # blocks of the text encoder
     fusion_depth: int = 2  # blocks of the fusion encoder
@@ -80,6 +82,11 @@ class Config:
     def num_patches(self) -> int:
         """Number n of patches."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def vit_eps(self) -> float:
+        """What the norms of the image encoder add to the variance."""
+        return 1e-5 if self.clip_image else 1e-6
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -122,10 +129,12 @@ class Config:
             near = " or ".join(str(s) for s in (side // p * p, side // p * p + p) if s)
             require(side % p == 0, f"image_size {side} is not a multiple of patch_size {p}: use {near}")
         require(self.num_patches > 1, f"a picture of {size} is one patch of {p}: use smaller patches")
-        for name in ("heads", "embed_dim", "image_depth", "text_depth", "fusion_depth"):
+        for name in ("heads", "embed_dim", *DEPTHS):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be at least 1")
         fits = self.width % self.heads == 0 and self.width % 4 == 0
         require(fits, f"width {self.width} must be a multiple of heads ({self.heads}) and of 4: change one of them")
+        fits = self.text_heads >= 0 and self.width % (self.text_heads or 1) == 0
+        require(fits, f"width {self.width} must be a multiple of text_heads ({self.text_heads}): change one of them")
         known = self.vocab_size > max(self.special_ids)
         require(known, f"vocab_size is {self.vocab_size}: set it to the length of the tokenizer's vocabulary")
         for name, weight in self.loss_weights.items():
@@ -194,16 +203,17 @@ class MAMOConfig(Config):
         require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
 
 
-# `nano` is the demo on two processor cores; `tiny` suits drawings and a laptop; `small` is ViT-S/16 beside a text side
-# of the same width; `base` is the paper's size: ViT-B/16, and BERT-base split into 6 text and 6 fusion blocks.
-SIZES = ("image_size", "patch_size", "width", "heads", "image_depth", "text_depth", "fusion_depth", "embed_dim")
+# `nano` is the demo on two processor cores; `tiny` suits drawings and a laptop; `small` is ViT-S/16 beside MiniLM, and
+# as many fusion blocks; `base` is the paper's size: ViT-B/16, and BERT-base split into 6 text and 6 fusion blocks.
+DEPTHS = ("image_depth", "text_depth", "fusion_depth")
+SIZES = ("image_size", "patch_size", "width", "heads", "text_heads", *DEPTHS, "embed_dim")
 PRESETS = {
     name: dict(zip(SIZES, row, strict=True))
     for name, *row in (
-        ("nano", (32, 32), 8, 64, 4, 3, 2, 2, 64),
-        ("tiny", (64, 64), 8, 128, 4, 4, 3, 3, 128),
-        ("small", (224, 224), 16, 384, 6, 12, 6, 6, 256),
-        ("base", (256, 256), 16, 768, 12, 12, 6, 6, 256),
+        ("nano", (32, 32), 8, 64, 4, 0, 3, 2, 2, 64),
+        ("tiny", (64, 64), 8, 128, 4, 0, 4, 3, 3, 128),
+        ("small", (224, 224), 16, 384, 6, 12, 12, 6, 6, 256),
+        ("base", (256, 256), 16, 768, 12, 0, 12, 6, 6, 256),
     )
 }
 
@@ -265,16 +275,28 @@ def record_attention(*modules: nn.Module):
             layer.recorded = None
 
 
+class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(...) -> (...)"""
+        return hidden * (1.702 * hidden).sigmoid()
+
+
+BERT_EPS = 1e-12  # of BERT's norms; ViT has 1e-6, CLIP 1e-5. Published weights ask for their own.
+
+
 class Block(nn.Module):
     """Transformer block: norm before each branch (ViT) or after each sum (BERT)."""
 
     def __init__(self, config: Config, norm_first: bool):
         super().__init__()
-        d = config.width
+        d, clip = config.width, norm_first and config.clip_image
+        eps, heads = (config.vit_eps, config.heads) if norm_first else (BERT_EPS, config.text_heads or config.heads)
         self.norm_first = norm_first
-        self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-6), nn.LayerNorm(d, eps=1e-6)
-        self.attention = Attention(d, config.heads)
-        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.norm1, self.norm2 = nn.LayerNorm(d, eps=eps), nn.LayerNorm(d, eps=eps)
+        self.attention = Attention(d, heads)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), QuickGELU() if clip else nn.GELU(), nn.Linear(4 * d, d))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -330,8 +352,9 @@ class ImageEncoder(nn.Module):
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         code = torch.cat([sine_code(y.flatten(), d // 2), sine_code(x.flatten(), d // 2)], dim=1)
         self.positions = nn.Parameter(initial_scale(d) * torch.cat([torch.zeros(1, d), code]))  # learned from there on
+        self.norm_before = nn.LayerNorm(d, eps=config.vit_eps) if config.clip_image else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, norm_first=True) for _ in range(config.image_depth))
-        self.norm = nn.LayerNorm(d, eps=1e-6)
+        self.norm = nn.LayerNorm(d, eps=config.vit_eps)
 
     def forward(self, images: Tensor, patch_mask: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
         """images (b, 3, height, width) -> (b, 1 + n, d), class token first.
@@ -351,6 +374,7 @@ class ImageEncoder(nn.Module):
         hidden = torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(images)), hidden], dim=1) + self.positions
         if kept is not None:
             hidden = at(hidden, F.pad(1 + kept, (1, 0)))  # 0 is the class token
+        hidden = self.norm_before(hidden)
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)
@@ -370,7 +394,7 @@ class TextEncoder(nn.Module):
         self.positions = nn.Parameter(
             initial_scale(config.width) * sine_code(torch.arange(config.max_tokens), config.width)
         )
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm = nn.LayerNorm(config.width, eps=BERT_EPS)
         self.blocks = nn.ModuleList(Block(config, norm_first=False) for _ in range(config.text_depth))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -646,7 +670,7 @@ class VisionLanguageModel(nn.Module):
         order of creation, and the figures under results/ were measured with this one."""
         d = self.config.width
         if self.config.w_mlm > 0:
-            self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=1e-6)).apply(init_weights)
+            self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=BERT_EPS)).apply(init_weights)
             self.mlm_bias = nn.Parameter(torch.zeros(self.config.vocab_size))  # the weight is the word table itself
 
     def train(self, mode: bool = True):

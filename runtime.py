@@ -151,7 +151,8 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
 def may_become(name: str, was, now) -> bool:
     """Whether a resumed run may be given this value of an option."""
     if name in ("vocab", "init"):  # their content is in the checkpoint, and a place has many names
-        return os.path.realpath(was) == os.path.realpath(now)
+        was, now = ([value] if isinstance(value, str) else value for value in (was, now))
+        return list(map(os.path.realpath, was)) == list(map(os.path.realpath, now))
     grown, shrunk = name in MAY_GROW and now > was, name in MAY_SHRINK and 0 < now < was
     equal = now == (list(was) if isinstance(was, tuple) else was)  # a list on the command line
     return name in FREE_ON_RESUME or equal or grown or shrunk

@@ -52,6 +52,7 @@ from eval import retrieval
 from mamo import PRESETS, VisionLanguageModel, ema_for, rank_and_size
 from siblings import OBJECTIVES, build_model, model_of
 from tokenizer import Tokenizer
+from tools import weights
 
 # ------------------------------------------------------------------------------------------------------------ options
 
@@ -66,6 +67,7 @@ class TrainConfig:
     objective: str = "mamo"  # mamo, control = ITC + ITM + MLM, or a sibling: maskvlm, glscl, vlmae
     preset: str = "nano"  # sizes: nano, tiny, small or base
     vocab: str = ""  # vocab.txt to use; without: built from the captions
+    init: list[str] = field(default_factory=list)  # published encoders to start from, made by tools/weights.py
     steps: int = 2750  # optimiser steps
     epochs: float = 0.0  # passes over the data; when given, steps follow from it
     batch_size: int = 64  # pairs per forward pass, of all processes together
@@ -159,9 +161,11 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     order = make_order(config, rows, saved)
 
     texts = (caption for row in rows for caption in captions_of(row))
-    tokenizer = Tokenizer(saved["vocab"]) if saved else make_vocabulary(config, texts)
+    words = saved["vocab"] if saved else weights.vocabulary(config.init, config.vocab)
+    tokenizer = Tokenizer(words) if words else make_vocabulary(config, texts)
     runtime.seed_everything(config.seed)
     model = build_model(config.objective, saved["config"] if saved else new_shape(config, overrides, tokenizer))
+    taken = weights.take(model, config.init) if config.init and not saved else ""
     device = device or runtime.pick_device(config.device)
     model = model.to(device)
 
@@ -172,6 +176,8 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     run = Run(config, device, tokenizer, model, optimizer, rows, val_rows, order, dataset, collate, saved)
     teacher = "no teacher" if model.teacher is None else f"teacher {model.config.ema:.4f}"
     run.announce(f"{config.objective} {config.preset}, {teacher}", captions_of)
+    if taken and run.rank == 0:
+        print(taken)
     return run
 
 

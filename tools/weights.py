@@ -1,0 +1,410 @@
+"""Published encoders: convert a file that is on this disk, then start from it with train.py --init.
+
+    python -m tools.weights deit_small_patch16_224.pth --out image.pt
+    python -m tools.weights MiniLM/model.safetensors --out text.pt        with tokenizer.json and config.json beside it
+    python train.py --preset small --init image.pt text.pt --data my/pairs_train.jsonl --out runs/mine
+
+It reads ViTs with timm's names (timm, DeiT, MAE, DINO), CLIP's image encoder (OpenAI's file, or with Hugging Face's
+names) and BERTs with Hugging Face's names (BERT, MiniLM); .pth, .pt, .bin and .safetensors. Nothing is downloaded, and
+no file can run code while it is read. What comes out holds plain tensors under the names of mamo.py:
+
+    image   patches, class token, positions, blocks, norms; CLIP's projection becomes ITC's where the width is the same
+    text    words, positions, norm, layers, the head of MLM if there is one, and the vocabulary
+
+`take` puts them into a model: the lower layers of a BERT into the text encoder, those that follow into the fusion
+encoder. Pixels are in [-1, 1] here; the mean and deviation that a ViT was trained with go into its patch embedding.
+
+differs: positions are interpolated as in ALBEF where the picture has another size; DINO's own code shifts the grid by a
+tenth of a patch. BERT's second token type is left out, because here a text has one.
+"""
+
+import argparse
+import json
+import re
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import runtime
+from mamo import ImageEncoder, VisionLanguageModel, move_teacher
+from tasks import resized
+from tokenizer import Tokenizer
+
+PIXELS = {  # mean and standard deviation by which a peer normalises values in [0, 1]
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # timm's "augreg" weights
+}
+
+# A peer's name, as a pattern -> ours; {0} is the number of the block. None: not part of the encoder, left out.
+IMAGE_NAMES = {
+    r"patch_embed\.proj|conv1|embeddings\.patch_embedding": "patch_embedding",
+    r"cls_token|class_embedding|embeddings\.class_embedding": "class_token",
+    r"pos_embed|positional_embedding|embeddings\.position_embedding": "positions",
+    r"ln_pre|pre_layrnorm": "norm_before",
+    r"norm|ln_post|post_layernorm": "norm",
+    r"proj|visual_projection": "projection",
+    r"(?:blocks|transformer\.resblocks|encoder\.layers)\.(\d+)\.(?:norm1|ln_1|layer_norm1)": "blocks.{0}.norm1",
+    r"(?:blocks|transformer\.resblocks|encoder\.layers)\.(\d+)\.(?:norm2|ln_2|layer_norm2)": "blocks.{0}.norm2",
+    r"(?:blocks\.(\d+)\.attn\.qkv|transformer\.resblocks\.(\d+)\.attn\.in_proj)": "blocks.{0}.attention.qkv",
+    r"encoder\.layers\.(\d+)\.self_attn\.q_proj": "blocks.{0}.attention.query",
+    r"encoder\.layers\.(\d+)\.self_attn\.k_proj": "blocks.{0}.attention.key",
+    r"encoder\.layers\.(\d+)\.self_attn\.v_proj": "blocks.{0}.attention.value",
+    r"blocks\.(\d+)\.attn\.proj|transformer\.resblocks\.(\d+)\.attn\.out_proj": "blocks.{0}.attention.out",
+    r"encoder\.layers\.(\d+)\.self_attn\.out_proj": "blocks.{0}.attention.out",
+    r"(?:blocks|transformer\.resblocks|encoder\.layers)\.(\d+)\.mlp\.(?:fc1|c_fc)": "blocks.{0}.mlp.0",
+    r"(?:blocks|transformer\.resblocks|encoder\.layers)\.(\d+)\.mlp\.(?:fc2|c_proj)": "blocks.{0}.mlp.2",
+    r"head(\..*)?|decoder_.*|mask_token|pre_logits.*|embeddings\.position_ids": None,
+}
+TEXT_NAMES = {
+    r"embeddings\.word_embeddings": "words",
+    r"embeddings\.position_embeddings": "positions",
+    r"embeddings\.token_type_embeddings": "types",
+    r"embeddings\.LayerNorm": "norm",
+    r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)": "blocks.{0}.attention.{1}",
+    r"encoder\.layer\.(\d+)\.attention\.output\.dense": "blocks.{0}.attention.out",
+    r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm": "blocks.{0}.norm1",
+    r"encoder\.layer\.(\d+)\.intermediate\.dense": "blocks.{0}.mlp.0",
+    r"encoder\.layer\.(\d+)\.output\.dense": "blocks.{0}.mlp.2",
+    r"encoder\.layer\.(\d+)\.output\.LayerNorm": "blocks.{0}.norm2",
+    r"cls\.predictions\.transform\.dense": "mlm_head.0",
+    r"cls\.predictions\.transform\.LayerNorm": "mlm_head.2",
+    r"cls\.predictions": "mlm",  # its bias
+    r"embeddings\.position_ids|pooler\..*|cls\.seq_relationship|cls\.predictions\.decoder": None,
+}
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published file by name, as fp32.
+
+    Raises:  ValueError, in one sentence, for a file that is damaged, holds more than tensors or is of something else
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give the weights of a published encoder, on this disk")
+    try:
+        if path.suffix == ".safetensors":
+            state = read_safetensors(path)
+        elif is_script(path):  # OpenAI's CLIP; TorchScript holds no pickled code, and none of its own is run
+            with warnings.catch_warnings(action="ignore"):  # it is deprecated
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged, or holds more than plain tensors ({reason}): download it again"
+        ) from error
+    while isinstance(state, dict) and not any(isinstance(value, Tensor) for value in state.values()):
+        inner = next((state[name] for name in ("model", "state_dict", "teacher") if name in state), None)
+        if inner is None:
+            break
+        state = inner  # DeiT and MAE put the weights under "model", a whole checkpoint of DINO under "teacher"
+    tensors = (
+        {name: value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
+    )
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors by name: give the weights of a published encoder")
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def is_script(path: Path) -> bool:
+    """Whether a file is a TorchScript archive."""
+    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A .safetensors file: the length of a header, the header in JSON, and the bytes of all tensors."""
+    kinds = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+    }
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if last > len(body):
+            raise ValueError(f"the file ends before {name}")
+        tensors[name] = torch.frombuffer(body[first:last], dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def read_vocabulary(path: Path) -> list[str]:
+    """The words of vocab.txt, or of Hugging Face's tokenizer.json, by id. Raises ValueError for another file."""
+    if path.suffix == ".json":
+        try:
+            ids = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+            words = sorted(ids, key=ids.get)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the tokenizer.json of a BERT: it has no model.vocab") from error
+        if [ids[word] for word in words] != list(range(len(words))):
+            raise ValueError(f"{path} does not number its words 0, 1, 2, ...: give vocab.txt")
+    else:
+        words = Tokenizer.from_file(path).vocab
+    cased = next((word for word in words if word.lower() != word and not re.fullmatch(r"\[.*\]", word)), None)
+    if cased:
+        raise ValueError(f"{path} knows capital letters ({cased!r}): take an uncased BERT, texts are read without them")
+    return list(words)
+
+
+# --------------------------------------------------------------------------------------------------------- converting
+
+
+def renamed(tensors: dict[str, Tensor], names: dict[str, str | None], path: Path) -> dict[str, Tensor]:
+    """Tensors under our names, query, key and value apart as Attention has them.
+
+    Raises:  ValueError for a tensor that is not known: it would change what the encoder computes
+    """
+    found = {}
+    for name, value in tensors.items():
+        stem, kind = re.fullmatch(r"(.*?)[._]?((?:weight|bias|gamma|beta)?)", name).groups()
+        for pattern, ours in names.items():
+            match = re.fullmatch(pattern, stem) or (ours is None and re.fullmatch(pattern, name))
+            if match:
+                break
+        else:
+            raise ValueError(f"{path} holds {name}, which no encoder here has: another kind of network cannot be taken")
+        if ours is not None:
+            kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)
+            number = [group for group in match.groups() if group is not None]
+            found[".".join(part for part in (ours.format(*number), kind) if part)] = value
+    for name in [name for name in found if ".attention.qkv." in name]:
+        query, *rest = found.pop(name).chunk(3)
+        found[name.replace("qkv", "query")], found[name.replace("qkv", "key_value")] = query, torch.cat(rest)
+    for name in [name for name in found if ".attention.key." in name]:
+        both = found.pop(name), found.pop(name.replace(".key.", ".value."))
+        found[name.replace(".key.", ".key_value.")] = torch.cat(both)
+    return found
+
+
+def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str) -> dict:
+    """A ViT's tensors -> what `convert` saves of an image encoder."""
+    if any("dist_token" in name for name in tensors):
+        raise ValueError(
+            f"{path} is a distilled DeiT, with two tokens before the patches: take one that is not distilled"
+        )
+    prefix = next(
+        (p for p in ("visual.", "vision_model.", "backbone.", "module.") if any(n.startswith(p) for n in tensors)), ""
+    )
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if prefix == "vision_model." and "visual_projection.weight" in tensors:
+        own["visual_projection.weight"] = tensors["visual_projection.weight"]
+    found = renamed(own, IMAGE_NAMES, path)
+    clip = "norm_before.weight" in found
+    lacking = [
+        name for name in ("patch_embedding.weight", "class_token", "positions", "norm.weight") if not has(found, name)
+    ]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: it is not a whole ViT")
+    kernel = found["patch_embedding.weight"]  # (d, 3, p, p)
+    (mean, deviation), (d, _, p, _) = (
+        map(torch.tensor, PIXELS[pixels or ("clip" if clip else "imagenet")]),
+        kernel.shape,
+    )
+    bias = found.get("patch_embedding.bias", torch.zeros(d))
+    # Here a value x is in [-1, 1]; the peer saw ((x + 1) / 2 - mean) / deviation.
+    found["patch_embedding.bias"] = bias + (kernel * ((0.5 - mean) / deviation)[:, None, None]).sum(dim=(1, 2, 3))
+    found["patch_embedding.weight"] = (kernel * (0.5 / deviation)[:, None, None]).reshape(d, -1)
+    found["class_token"] = found["class_token"].flatten()
+    found["positions"] = found.pop("positions.weight", found.get("positions")).reshape(-1, d)
+    if "projection" in found:  # OpenAI multiplies from the other side
+        found["projection.weight"] = found.pop("projection").T.contiguous()
+    side = round((len(found["positions"]) - 1) ** 0.5)
+    if side**2 != len(found["positions"]) - 1:
+        raise ValueError(f"{path} has {len(found['positions']) - 1} patches, which is no square: its grid is not known")
+    fields = {"width": d, "heads": heads or d // 64, "patch_size": p, "clip_image": clip}
+    return {"what": "image", "fields": fields, "grid": (side, side), "tensors": found}
+
+
+def has(found: dict[str, Tensor], name: str) -> bool:
+    """Whether there is a tensor of the name, or a table of it."""
+    return name in found or name + ".weight" in found
+
+
+def text_tower(tensors: dict[str, Tensor], path: Path, heads: int, vocab: Path | None) -> dict:
+    """A BERT's tensors -> what `convert` saves of a text encoder."""
+    own = {name.removeprefix("bert."): value for name, value in tensors.items()}
+    found = renamed(own, TEXT_NAMES, path)
+    lacking = [name for name in ("words", "positions", "norm") if name + ".weight" not in found]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: it is not a whole BERT")
+    types = found.pop("types.weight", torch.zeros(1, found["words.weight"].shape[1]))
+    found["positions"] = found.pop("positions.weight") + types[0]  # a single text is of type 0 everywhere
+    beside = [path.with_name(name) for name in ("vocab.txt", "tokenizer.json")]
+    vocab = vocab or next((one for one in beside if one.is_file()), None)
+    if vocab is None:
+        raise ValueError(f"the words of {path} are not known: give its vocab.txt or tokenizer.json as --vocab")
+    words = read_vocabulary(vocab)
+    if len(words) != len(found["words.weight"]):
+        raise ValueError(
+            f"{vocab} has {len(words)} words and {path} {len(found['words.weight'])}: they do not belong together"
+        )
+    if not heads and path.with_name("config.json").is_file():
+        heads = json.loads(path.with_name("config.json").read_text(encoding="utf-8")).get("num_attention_heads", 0)
+    if not heads:
+        raise ValueError(
+            f"how many attention heads {path} has does not follow from it: give --heads (BERT-base, MiniLM: 12)"
+        )
+    fields = {"width": found["words.weight"].shape[1], "text_heads": heads}
+    return {"what": "text", "fields": fields, "vocab": words, "tensors": found}
+
+
+def convert(path: Path, out: Path, heads: int = 0, pixels: str = "", vocab: Path | None = None) -> str:
+    """Write a published encoder as a file for train.py --init. -> what it is, in one line
+
+    Args:    heads    attention heads, 0 = from config.json, or one for 64 of the width of a ViT
+             pixels   a key of PIXELS, "" = CLIP's for CLIP, else ImageNet's
+             vocab    vocab.txt or tokenizer.json of a BERT, None = beside the file
+    Raises:  ValueError, in one sentence, for a file that is not such an encoder
+    """
+    tensors = read_tensors(path)
+    is_text = any("word_embeddings" in name for name in tensors)
+    tower = text_tower(tensors, path, heads, vocab) if is_text else image_tower(tensors, path, heads, pixels)
+    runtime.check_finite(tower["tensors"], f"in {path}", "it is of no use")
+    tower["source"], tensors = path.name, tower["tensors"]
+    runtime.write_beside(out, lambda temporary: torch.save(tower, temporary))
+    size = ", ".join(f"{name} {value}" for name, value in tower["fields"].items())
+    if not is_text:
+        size += f", pixels as {pixels or ('clip' if tower['fields']['clip_image'] else 'imagenet')}"
+    return f"{out}: {tower['what']} encoder of {depth_of(tensors)} blocks, {size}"
+
+
+def depth_of(tensors: dict[str, Tensor]) -> int:
+    """How many blocks there are."""
+    return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+
+
+# ------------------------------------------------------------------------------------------------- into a model's place
+
+
+def load_tower(path: str | Path) -> dict:
+    """What `convert` wrote. Raises ValueError for another file."""
+    try:
+        tower = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: give a file that tools/weights.py wrote") from error
+    if not isinstance(tower, dict) or not {"what", "fields", "tensors"} <= tower.keys():
+        raise ValueError(f"{path} was not written by tools/weights.py: convert a published file with it first")
+    return tower
+
+
+def vocabulary(paths: list[str], given: str = "") -> list[str] | None:
+    """The words of the text encoder among some files, or None. Raises ValueError if other ones are given beside it."""
+    words = next((tower["vocab"] for tower in map(load_tower, paths) if tower["what"] == "text"), None)
+    if words and given and Tokenizer.from_file(given).vocab != words:
+        raise ValueError(f"{given} is not the vocabulary of the text encoder in --init: leave --vocab out")
+    return words
+
+
+@torch.no_grad()
+def take(model: VisionLanguageModel, paths: list[str]) -> str:
+    """Put converted encoders into a fresh model, and copy its teacher anew. -> what was taken and what stayed fresh
+
+    Raises:  ValueError for encoders of another shape, or two of one kind; then nothing has changed
+    """
+    towers, state, said, wanted = [load_tower(path) for path in paths], model.state_dict(), [], {}
+    if len({tower["what"] for tower in towers}) < len(towers):
+        raise ValueError(
+            f"{' and '.join(map(str, paths))} are two encoders of one kind: give one image and one text encoder"
+        )
+    for path, tower in zip(paths, towers, strict=True):
+        for name, value in tower["fields"].items():
+            ours = getattr(model.config, name) or (model.config.heads if name == "text_heads" else False)
+            if ours != value:
+                raise ValueError(
+                    f"{path} was made with {name} {value} and the model with {ours}: give --{option(name, value)}"
+                )
+        placed, note = (place_image if tower["what"] == "image" else place_text)(model, tower)
+        fits = {name: value for name, value in placed.items() if name in state and state[name].shape == value.shape}
+        said.append(f"from {path} ({tower['source']}): {len(fits)} tensors{note}")
+        wanted |= fits
+    for name, value in wanted.items():
+        state[name].copy_(value)
+    if model.teacher is not None:
+        part = model.student.image if isinstance(model.teacher, ImageEncoder) else model.student
+        move_teacher(model.teacher, part, 0.0)
+    rest = [name for name, _ in model.named_parameters() if name not in wanted and not name.startswith("teacher.")]
+    parts = dict.fromkeys(part_of(name) for name in rest)
+    return "\n".join([*said, f"in none of them, so fresh: {', '.join(parts)}"])
+
+
+def part_of(name: str) -> str:
+    """The block, table or head that a parameter belongs to."""
+    name = name.removesuffix(".weight").removesuffix(".bias")
+    return ".".join(name.split(".")[: 4 if ".blocks." in name else 3 if name.startswith("student.") else 1])
+
+
+def option(name: str, value) -> str:
+    """An option of train.py that makes the model fit."""
+    return name.replace("_", "-") if value is True else f"{name.replace('_', '-')} {value}, or another --preset"
+
+
+def place_image(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tensor], str]:
+    """An image encoder's tensors under the model's names, and a note."""
+    tensors, note = dict(tower["tensors"]), ""
+    grid = model.config.grid
+    if tuple(tower["grid"]) != grid:
+        tensors["positions"] = resized(tensors["positions"], tower["grid"], grid)
+        note = f", positions interpolated from {tower['grid'][0]} x {tower['grid'][1]} to {grid[0]} x {grid[1]}"
+    placed = {f"student.image.{name}": value for name, value in tensors.items()}
+    if "projection.weight" in tensors:
+        placed["student.image_projection.weight"] = tensors["projection.weight"]
+        placed["student.image_projection.bias"] = torch.zeros(len(tensors["projection.weight"]))
+    if depth_of(tensors) > model.config.image_depth:
+        note += f", blocks 0 to {model.config.image_depth - 1} of {depth_of(tensors)}"
+    return placed, note
+
+
+def place_text(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tensor], str]:
+    """A text encoder's tensors under the model's names, and a note."""
+    config, tensors = model.config, dict(tower["tensors"])
+    if config.max_tokens > len(tensors["positions"]):
+        raise ValueError(
+            f"max_tokens is {config.max_tokens}, and this BERT has {len(tensors['positions'])} positions: lower it"
+        )
+    tensors["positions"] = tensors["positions"][: config.max_tokens]
+    if "mlm.bias" in tensors:
+        tensors["mlm_bias"] = tensors.pop("mlm.bias")
+    placed = {}
+    for name, value in tensors.items():
+        first, *rest = name.split(".", 2)
+        number = int(rest[0]) if first == "blocks" else 0
+        if first == "blocks" and number >= config.text_depth:
+            placed[f"student.fusion.blocks.{number - config.text_depth}.{rest[1]}"] = value
+        else:
+            placed[name if name.startswith("mlm") else f"student.text.{name}"] = value
+    above = min(max(depth_of(tensors) - config.text_depth, 0), config.fusion_depth)
+    return placed, f", {min(depth_of(tensors), config.text_depth)} layers of it for texts and {above} for fusion"
+
+
+def main() -> None:
+    """Command line."""
+    parser = runtime.Parser(
+        prog="tools.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="published weights: .pth, .pt, .bin or .safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, for train.py --init")
+    parser.add_argument(
+        "--heads", type=int, default=0, help="attention heads; without: of a BERT from config.json beside it"
+    )
+    parser.add_argument(
+        "--pixels", choices=PIXELS, default="", help="how pixels were normalised; without: imagenet, or clip"
+    )
+    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json; without: beside the file")
+    options = parser.parse_args()
+    print(convert(options.file, options.out, options.heads, options.pixels, options.vocab))
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
