@@ -256,9 +256,9 @@ class Pictures:
 
     def __call__(self, path: str, rng: np.random.Generator) -> Tensor:
         """Path -> (3, height, width), values in [-1, 1], augmented by draws from rng."""
-        if self.augment == "photo":  # cropped before it is made small, so that details stay sharp
+        if self.augment in ("photo", "aerial"):  # cropped before it is made small, so that details stay sharp
             image = load_image(path, 2 * max(self.image_size))  # twice, because of the crop
-            return centred(to_pixels(photo(image, rng), self.image_size))
+            return centred(to_pixels((photo if self.augment == "photo" else aerial)(image, rng), self.image_size))
         pixels = None if self.kept is None else self.kept.get(path)
         if pixels is None:
             pixels = to_pixels(path, self.image_size)
@@ -329,7 +329,8 @@ def centred(pixels: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- augmentation
 #
-# Random variants of a picture that keep its caption true. None is mirrored: it would make "left of" false.
+# Random variants of a picture that keep its caption true. Only what is seen from above is mirrored or turned by much:
+# elsewhere it would make "left of" false.
 
 
 def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -342,6 +343,12 @@ def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     contrast, brightness = rng.uniform(0.7, 1.3, size=2)
     middle = pixels.mean()
     return Image.fromarray((((pixels - middle) * contrast + middle) * brightness).clip(0, 255).astype(np.uint8))
+
+
+def aerial(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """For photographs from above, whose captions name no side: as photo, then mirrored and turned by quarters."""
+    image, turn = photo(image, rng), rng.integers(8)
+    return image if turn == 7 else image.transpose(Image.Transpose(turn))
 
 
 def drawing(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -79,7 +79,7 @@ class TrainConfig:
     weight_decay: float = 0.02  # of AdamW, not on norms, biases, positions and single tokens
     beta2: float = 0.98  # second-moment decay of AdamW
     clip: float = 1.0  # largest norm of the gradient
-    augment: str = "none"  # none, photo = crop, light, drawing = moved, recoloured, boxes = NLVR's three in any order
+    augment: str = "none"  # none, photo = crop, light, aerial = turned too, drawing = moved, recoloured, boxes = NLVR's
     seed: int = 0  # decides initial weights, order, masks and negatives
     workers: int = 0  # processes that load data beside the training process
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -101,7 +101,7 @@ class TrainConfig:
         choices = {
             "objective": OBJECTIVES,
             "preset": PRESETS,
-            "augment": ("none", "photo", "drawing", "boxes"),
+            "augment": ("none", "photo", "aerial", "drawing", "boxes"),
             "check": CHECKS,
             "precision": ("auto", *runtime.PRECISIONS),
         }

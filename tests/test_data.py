@@ -17,6 +17,7 @@ from data import (
     Collate,
     Pairs,
     TwinBatches,
+    aerial,
     captions_of,
     count_truncated,
     drawing,
@@ -449,12 +450,25 @@ def test_augmentation_keeps_the_shape_and_is_off_by_default(tmp_path):
     rows = read_rows([write_squares(tmp_path / "pairs.jsonl", 4)], "pairs")
     plain = dataset(rows)[0, 1]["images"]
     assert torch.equal(plain, to_tensor(square(1), (16, 24)))
-    for kind in ("photo", "drawing"):
+    for kind in ("photo", "aerial", "drawing"):
         samples = dataset(rows, augment=kind)
         seen = [samples[epoch, 1]["images"] for epoch in (0, 1, 0)]
         assert seen[0].shape == plain.shape == (3, 16, 24) and seen[0].min() >= -1 and seen[0].max() <= 1
         assert not torch.equal(seen[0], plain) and not torch.equal(seen[0], seen[1])
         assert torch.equal(seen[0], seen[2]), "the same visit, the same picture"
+
+
+def test_aerial_augmentation_turns_a_photograph_in_all_eight_ways():
+    """A picture whose four corners differ, neither square nor high: which corner is where, and what shape comes out."""
+    corners = np.zeros((20, 40, 3), dtype=np.uint8)
+    corners[:10, :20], corners[:10, 20:], corners[10:, :20] = 60, 120, 180
+    seen = set()
+    for seed in range(200):
+        turned = np.asarray(aerial(Image.fromarray(corners), np.random.default_rng(seed)))[..., 0]
+        ends = [turned[y, x] for y in (0, -1) for x in (0, -1)]
+        if len(set(ends)) == 4:  # the crop holds a part of each
+            seen.add((*np.argsort(ends), turned.shape[0] < turned.shape[1]))
+    assert len(seen) == 8 and sum(wide for *_, wide in seen) == 4
 
 
 def test_drawing_augmentation_moves_recolours_and_outlines_on_white():
