@@ -23,7 +23,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -262,6 +262,7 @@ def retrieval(
     block: int = 500,
     lists: list[dict] | None = None,
     alone: bool = False,
+    own: bool = False,
 ) -> dict:
     """Retrieval over the distinct pictures and captions of `pairs` rows, both ways.
 
@@ -271,6 +272,8 @@ def retrieval(
              block   queries at a time, which bounds the memory
              lists   a list that takes up the ten best of each query, see metrics.py
              alone   order them by the matching head alone, as ALBEF does
+             own     only a picture's own captions are right, as most published figures count: an equal caption of
+                     another picture is wrong, and of equal ones any may come first
     Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls of what is re-ranked,
              "apart": {value},
              "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"},
@@ -280,6 +283,8 @@ def retrieval(
     check_by(rows, by)
     rows, also = one_name(rows, tokenizer, model.config.max_tokens)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, captions_of)
+    if own:
+        rows, texts, encoded = each_caption(rows, texts, encoded)
     right, value_of = right_places(rows, images, texts, by)
     k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
     parts = ("chance", "contrast", "matching", "apart", "intervals")
@@ -301,6 +306,8 @@ def retrieval(
             if k:
                 scores["matching"] = rerank(model, encoded, scores["contrast"], start, direction, k, device, alone)[0]
             for way, score in scores.items():
+                if own:  # which of equal captions comes first is drawn
+                    score = score.double() + 1e-9 * torch.rand(len(gallery), generator=torch.Generator().manual_seed(0))
                 found[way].append(ranks(score, truth))
                 if lists is not None:
                     best[way].append(best_first(score, truth))
@@ -374,6 +381,18 @@ def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[
             right["text_to_image"][t].add(i)
             value["image_to_text"][i] = value["text_to_image"][t] = str(row.get(by, ""))
     return right, value
+
+
+def each_caption(rows: list[dict], texts: dict, encoded: Encoded) -> tuple[list[dict], dict, Encoded]:
+    """Every caption of every picture as a text of its own, also where another one is the same."""
+    named = [row | {"caption": [(text, number, place) for place, text in enumerate(captions_of(row))]}
+             for number, row in enumerate(rows)]  # fmt: skip
+    each = {name: place for place, name in enumerate(name for row in named for name in row["caption"])}
+    index = torch.tensor([texts[text] for text, _, _ in each])
+    embed = None if encoded.text_embed is None else encoded.text_embed[index]
+    names = [text for text, _, _ in each]
+    mask = encoded.attention_mask[index]
+    return named, each, replace(encoded, texts=names, text=encoded.text[index], attention_mask=mask, text_embed=embed)
 
 
 def one_name(rows: list[dict], tokenizer: Tokenizer, longest: int) -> tuple[list[dict], dict[str, dict]]:
@@ -539,12 +558,13 @@ def retrieval_table(name: str, result: dict) -> str:
     for value, part in result["apart"].items():
         ways |= {f"{value}: {way}": recall for way, recall in part.items()}
     lines = [f"{name}: {result['images']} pictures, {result['texts']} captions; R@1 / R@5 / R@10 in %"]
-    lines.append(f"  {'':28}{'image to text':>24}{'text to image':>24}")
+    lines.append(f"  {'':28}{'image to text':>24}{'text to image':>24}{'mean':>8}")
     for way, recall in ways.items():
+        six = [value for side in ("image_to_text", "text_to_image") for value in recall[side].values()]
         cells = (
             "".join(percent(value) for value in recall[side].values()) for side in ("image_to_text", "text_to_image")
         )
-        lines.append(f"  {way:28}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"  {way:28}" + "".join(f"{cell:>24}" for cell in cells) + f"{sum(six) / 6:8.1f}")
     if result.get("separation"):
         areas = ", ".join(f"{area:.3f} against {kind} captions" for kind, area in result["separation"].items())
         lines.append(f"  matching logit, area under the curve (chance 0.5): {areas}")
@@ -691,6 +711,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--matching-alone", action="store_true", help="order them by the matching head alone, not by the sum of logits"
     )
+    parser.add_argument(
+        "--own-captions", action="store_true", help="only a picture's own captions are right, not another's equal one"
+    )
     parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
     parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
     parser.add_argument("--text", help="text for `search`, `score` and `explain`")
@@ -753,9 +776,11 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
         result = judge_retrieval(rows, options.predictions)
         lists = [one for _, one in read_lines(options.predictions)]
     else:
-        lists = []
+        own, lists = options.own_captions, None if options.own_captions else []
+        if own and (options.predictions or options.figure):
+            raise ValueError("--own-captions gives figures only: leave --predictions and --figure out, or it")
         alone = options.matching_alone
-        result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists, alone=alone)
+        result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists, alone=alone, own=own)
     if model is not None and options.predictions and rank_and_size()[0] == 0:
         with runtime.side_file(options.predictions):
             write_predictions(options.predictions, rows, lists)

@@ -348,6 +348,23 @@ def test_a_search_shows_a_picture_once(respelled, command, checkpoint, tmp_path)
     assert code == 0 and len(found) == len(set(found)) == 10, errors
 
 
+def test_only_a_pictures_own_captions_are_right_where_that_is_asked(model_and_words, naive):
+    """Against a loop over pictures and all their captions, of which some are equal, in the order of one drawing."""
+    rows, images, texts, _, scores = naive
+    result = retrieval(*model_and_words, rows, CPU, k=0, own=True)
+    each = [(images.index(row["image"]), texts.index(text)) for row in rows for text in captions_of(row)]
+    assert len({t for _, t in each}) < len(each) == result["texts"], "some captions are equal"
+    drawn = torch.rand(len(each), generator=torch.Generator().manual_seed(0)).tolist()
+    by_image, by_text = [], []
+    for i in range(len(images)):
+        order = sorted(range(len(each)), key=lambda n: (-scores["itc"][i, each[n][1]].item(), -drawn[n]))
+        by_image.append(next(place for place, n in enumerate(order) if each[n][0] == i))
+    for i, t in each:
+        by_text.append((scores["itc"][:, t] > scores["itc"][i, t]).sum().item())
+    assert result["contrast"] == {"image_to_text": in_percent(by_image), "text_to_image": in_percent(by_text)}
+    assert result["chance"]["text_to_image"]["R@1"] == pytest.approx(100 / 24)
+
+
 @pytest.mark.parametrize("k", [0, 1, 2, 100])
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_number_of_candidates_is_as_asked_and_at_most_a_tenth(model_and_words, naive, k, alone):
