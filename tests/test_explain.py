@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import moved, tiny_batch, tiny_config, tiny_model
@@ -12,8 +13,9 @@ from PIL import Image
 
 import explain
 import finetune
-from data import load_image, read_rows, to_tensor
+from data import load_image, read_rows, size_of, to_tensor
 from eval import load_model
+from experiments.objects import attention_inside, share_inside
 from explain import (
     FILLS,
     How,
@@ -666,3 +668,30 @@ def test_what_explaining_lacks_is_told(checkpoint, grounding, command, tmp_path)
     ):
         code, _, errors = command(*arguments[:1], "--checkpoint", checkpoint, *arguments[1:])
         assert code == 2 and errors.startswith("error: ") and says in errors and errors.count("\n") == 1, errors
+
+
+# -------------------------------------------------------------------------------------------- experiments/objects.py
+
+
+@pytest.mark.parametrize("box", [(3, 2, 12, 5), (0, 0, 24, 16), (7.5, 7.5, 1, 1), (20, 12, 30, 30)])
+def test_how_much_of_a_patch_lies_inside_a_box_equals_counting_small_squares(box):
+    """A picture of 24 x 16 pixels with 2 rows and 3 columns of patches, in squares of a tenth of a pixel."""
+    x, y, w, h = box
+    column, row = ((np.arange(count) + 0.5) / 10 for count in (240, 160))
+    inside = np.outer((row > y) & (row < y + h), (column > x) & (column < x + w))
+    expected = inside.reshape(2, 80, 3, 80).mean(axis=(1, 3)).flatten()
+    assert share_inside(list(box), (24, 16), (2, 3)).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_attention_that_is_equal_everywhere_falls_inside_a_box_by_its_area(grounding, checkpoint):
+    """And by all of it where the box is the picture; a model whose attention is uniform has no favourite."""
+    model, tokenizer, _ = load_model(checkpoint, CPU)
+    rows = read_rows([grounding], "grounding")[:6]
+    for block in model.student.fusion.blocks:
+        block.attention.query.weight.data.zero_()
+        block.attention.query.bias.data.zero_()
+    found = attention_inside(model, tokenizer, rows)
+    assert found["[CLS]"] == pytest.approx(found["region"], abs=1e-5) and max(found["region"]) < 1
+    assert found["words"] == pytest.approx(found["region"], abs=1e-5)
+    whole = attention_inside(model, tokenizer, [row | {"boxes": [[0, 0, *size_of(row["image"])]]} for row in rows])
+    assert whole["words"] == pytest.approx([1.0] * 6, abs=1e-5)
