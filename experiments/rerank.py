@@ -1,0 +1,46 @@
+"""Does matching add to contrast? Retrieval by contrast, re-ranked by both heads together, and by matching alone.
+
+    python experiments/rerank.py --runs mamo=runs/a albef=runs/b --data data/scenes/pairs_val.jsonl --results out.json
+
+For each run folder, under the name before the =, R@1 in percent both ways, and the areas under the curve of the
+matching logit, see `separation` in eval.py.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import runtime  # noqa: E402
+from data import read_rows  # noqa: E402
+from eval import load_model, retrieval  # noqa: E402
+
+
+def main() -> None:
+    """Command line."""
+    parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs")
+    parser.add_argument("--results", type=Path, required=True, help="rows of other names in it stay")
+    options = parser.parse_args()
+    rows, device = read_rows(options.data, "pairs"), torch.device("cpu")
+    found = json.loads(options.results.read_text())["rows"] if options.results.is_file() else {}
+    for name, _, folder in (run.partition("=") for run in options.runs):
+        model, tokenizer, state = load_model(Path(folder) / "checkpoint.pt", device)
+        both, alone = (retrieval(model, tokenizer, rows, device, alone=alone) for alone in (False, True))
+        ways = {"contrast": both["contrast"], "both": both["matching"], "matching alone": alone["matching"]}
+        entry = {way: {side: one["R@1"] for side, one in result.items()} for way, result in ways.items()}
+        entry |= {"chance": both["chance"]["image_to_text"]["R@1"], "separation": both["separation"]}
+        found[name] = entry | {"pictures": both["images"], "steps": state["step"], "seed": state["train"]["seed"]}
+        print(name, entry)
+        what = "R@1 in percent by contrast, re-ranked by both heads, and by matching alone; areas under the curve"
+        runtime.write_json(options.results, {"what": what, "rows": found} | runtime.how_made("experiments/rerank.py"))
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
