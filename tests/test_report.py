@@ -126,7 +126,7 @@ def test_the_gallery_is_what_retrieval_finds(trained, squares, write):
     rows, lists = read_rows([squares], "pairs"), []
     result = retrieval(model, tokenizer, rows, CPU, lists=lists)
     assert page["tables"] == [report.recall_table(f"this page, {squares}", result)] and page["k"] == result["k"] == 3
-    assert {row[0]: row[1] for row in page["tables"][0]["rows"]}["image to text, matching"].startswith(
+    assert {row[0]: row[1] for row in page["tables"][0]["rows"]}["image to text, re-ranked"].startswith(
         f"{result['matching']['image_to_text']['R@1']:.1f} ("
     )
     best = {(one["direction"], one["query"]): one["found"] for one in lists if one["way"] == "matching"}

@@ -174,7 +174,7 @@ def answers_to(query: str, found: list[str], right: set[str], direction: str) ->
 def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) -> dict[str, list[dict]]:
     """By direction the queries to show; together they show at most so many pictures, which are put into the album.
 
-    Args:    lists   what eval.retrieval took up: the ten best of each query, of matching behind those of contrast
+    Args:    lists   what eval.retrieval took up: the ten best of each query, re-ranked behind those of contrast
     Returns: {direction: [{"right": whether the first answer is, "answers": [{"path", "text", "right", "place"}]}]}
     """
     (right, names), way = right_answers(rows, lists), lists[-1]["way"]
@@ -319,7 +319,8 @@ def recall_table(title: str, result: dict) -> dict:
             if recalls := result[way].get(direction):
                 low_high = result["intervals"].get(way, {}).get(direction, {})
                 cells = [f"{value:.1f}" + interval(low_high.get(name)) for name, value in recalls.items()]
-                rows.append([f"{direction.replace('_', ' ')}, {way}", *cells])
+                label = "re-ranked" if way == "matching" else way
+                rows.append([f"{direction.replace('_', ' ')}, {label}", *cells])
     about = f"{title}: {result['images']} pictures, {result['texts']} captions"
     return {"title": about, "head": ["recall in % (95 % interval)", "R@1", "R@5", "R@10"], "rows": rows}
 

@@ -62,7 +62,7 @@ def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
 
 
 def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int = 8, best: int = 5) -> None:
-    """Some pictures of a gallery beside the captions ranked first, by matching where there is matching."""
+    """Some pictures of a gallery beside the captions ranked first, re-ranked where there is matching."""
     right, names = right_answers(rows, lists)
     picture, text = names["image_to_text"]
     way = lists[-1]["way"]  # matching comes behind contrast
