@@ -190,9 +190,12 @@ def spoiled(folder: Path, kind: str) -> Path:
     changes = {
         "distilled": {"dist_token": torch.ones(1, 1, 32)},
         "layer scale": {"blocks.0.ls1.gamma": torch.ones(32)},
+        "half a block": {},
         "not finite": {"norm.bias": torch.full((32,), float("nan"))},
         "hostile": {"norm.bias": Hostile()},
     }
+    if kind == "half a block":
+        del tensors["blocks.1.mlp.fc2.bias"]
     torch.save(tensors | changes.get(kind, {}), file)
     if kind == "half a file":
         file.write_bytes(file.read_bytes()[:20000])
@@ -204,7 +207,9 @@ def spoiled(folder: Path, kind: str) -> Path:
         write_safetensors(folder / "whole.safetensors", tensors)
         file = folder / "vit.safetensors"
         file.write_bytes((folder / "whole.safetensors").read_bytes()[:20000])
-    if kind in ("no vocabulary", "cased", "other vocabulary", "no heads", "roberta"):
+    if kind in ("no vocabulary", "cased", "other vocabulary", "no heads", "roberta", "relu"):
+        if kind == "relu":
+            (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "hidden_act": "relu"}))
         prefix = "roberta." if kind == "roberta" else "bert."
         file = folder / "bert.bin"
         torch.save({name.replace("bert.", prefix): value for name, value in published("bert").items()}, file)
@@ -226,6 +231,8 @@ def spoiled(folder: Path, kind: str) -> Path:
         ("distilled", "distilled DeiT"),
         ("layer scale", "holds blocks.0.ls1.gamma, which no encoder here has"),
         ("not finite", "not finite"),
+        ("half a block", "lacks blocks.1.mlp.2.bias"),
+        ("relu", "trained with relu"),
         ("no vocabulary", "give its vocab.txt or tokenizer.json as --vocab"),
         ("cased", "knows capital letters .'Paris'."),
         ("other vocabulary", "41 words and .* 40"),
@@ -235,8 +242,9 @@ def spoiled(folder: Path, kind: str) -> Path:
 )
 def test_a_file_that_is_no_encoder_is_refused_in_one_sentence(tmp_path, kind, says, capsys):
     file = tmp_path / "none.pth" if kind == "missing" else spoiled(tmp_path, kind)
+    heads = 4 if file.suffix != ".bin" else 0
     with pytest.raises(ValueError, match=says) as refused:
-        weights.convert(file, tmp_path / "out.pt")
+        weights.convert(file, tmp_path / "out.pt", heads)
     assert "\n" not in str(refused.value) and not (tmp_path / "out.pt").exists()
     assert "ran code" not in capsys.readouterr().out
 

@@ -185,6 +185,12 @@ def renamed(tensors: dict[str, Tensor], names: dict[str, str | None], path: Path
     for name in [name for name in found if ".attention.key." in name]:
         both = found.pop(name), found.pop(name.replace(".key.", ".value."))
         found[name.replace(".key.", ".key_value.")] = torch.cat(both)
+    numbers = {name.split(".")[1] for name in found if name.startswith("blocks.")}
+    parts = ("norm1", "norm2", "attention.query", "attention.key_value", "attention.out", "mlp.0", "mlp.2")
+    expected = [f"blocks.{n}.{part}.{kind}" for n in sorted(numbers) for part in parts for kind in ("weight", "bias")]
+    lacking = [name for name in expected if name not in found]
+    if lacking:
+        raise ValueError(f"{path} lacks {lacking[0]} and {len(lacking) - 1} more: it is not a whole encoder")
     return found
 
 
@@ -208,10 +214,8 @@ def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str)
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}: it is not a whole ViT")
     kernel = found["patch_embedding.weight"]  # (d, 3, p, p)
-    (mean, deviation), (d, _, p, _) = (
-        map(torch.tensor, PIXELS[pixels or ("clip" if clip else "imagenet")]),
-        kernel.shape,
-    )
+    d, _, p, _ = kernel.shape
+    mean, deviation = map(torch.tensor, PIXELS[pixels or ("clip" if clip else "imagenet")])
     bias = found.get("patch_embedding.bias", torch.zeros(d))
     # Here a value x is in [-1, 1]; the peer saw ((x + 1) / 2 - mean) / deviation.
     found["patch_embedding.bias"] = bias + (kernel * ((0.5 - mean) / deviation)[:, None, None]).sum(dim=(1, 2, 3))
@@ -223,6 +227,8 @@ def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str)
     side = round((len(found["positions"]) - 1) ** 0.5)
     if side**2 != len(found["positions"]) - 1:
         raise ValueError(f"{path} has {len(found['positions']) - 1} patches, which is no square: its grid is not known")
+    if not heads and d % 64:
+        raise ValueError(f"{path} is {d} wide, and how many attention heads it has is not known: give --heads")
     fields = {"width": d, "heads": heads or d // 64, "patch_size": p, "clip_image": clip}
     return {"what": "image", "fields": fields, "grid": (side, side), "tensors": found}
 
@@ -250,8 +256,11 @@ def text_tower(tensors: dict[str, Tensor], path: Path, heads: int, vocab: Path |
         raise ValueError(
             f"{vocab} has {len(words)} words and {path} {len(found['words.weight'])}: they do not belong together"
         )
-    if not heads and path.with_name("config.json").is_file():
-        heads = json.loads(path.with_name("config.json").read_text(encoding="utf-8")).get("num_attention_heads", 0)
+    if path.with_name("config.json").is_file():
+        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        heads = heads or config.get("num_attention_heads", 0)
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"{path} was trained with {config['hidden_act']}, and the blocks here have a GELU")
     if not heads:
         raise ValueError(
             f"how many attention heads {path} has does not follow from it: give --heads (BERT-base, MiniLM: 12)"
