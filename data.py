@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import runtime
 from mamo import Config
+from reading.pictures import load_image, size_of, to_rgb  # noqa: F401
 from reading.rows import (  # noqa: F401  all that reading has, for whoever imports data
     CHECKS,
     ENTAILMENT_LABELS,
@@ -43,10 +44,8 @@ from reading.rows import (  # noqa: F401  all that reading has, for whoever impo
     read_rows,
     resolved,
     sample_of,
-    size_of,
     twins_of,
 )
-from reading.shards import picture_file
 from tokenizer import Tokenizer, pad
 
 # ------------------------------------------------------------------------------------------------- samples and batches
@@ -270,42 +269,6 @@ class Pictures:
         elif self.augment == "boxes":
             pixels = shuffle_boxes(pixels, rng)
         return centred(pixels)
-
-
-def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
-    """A picture, or the path of one, of any mode as RGB, turned as EXIF says.
-
-    Args:    side   pixels that will be wanted of the longer side at most: a JPEG is decoded at a half, a quarter or an
-                    eighth of its size where that leaves twice as many; 0 = decode all
-    Raises:  ValueError naming a file that is missing or cannot be decoded
-    """
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    try:
-        with Image.open(picture_file(source)) as file:
-            if side:
-                file.draft(None, (2 * side, 2 * side))
-            return to_rgb(file)
-    except FileNotFoundError as error:
-        raise ValueError(f"{source} is not a file: give the path of a picture") from error
-    except Exception as error:  # Pillow raises many kinds for broken files
-        raise ValueError(
-            f"{source} cannot be decoded ({error}): replace it, or find all such with train.py --check full"
-        ) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB: turned as EXIF says, transparency on white, palette, grey, CMYK and 16 bit converted."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # asked first: turning always copies
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def to_pixels(source: str | Path | Image.Image, image_size: tuple[int, int]) -> Tensor:

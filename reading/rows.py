@@ -34,11 +34,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 import runtime
-from reading.shards import MEMBER, as_rows, expand, picture_file
+from reading.pictures import check_boxes, check_image
+from reading.shards import MEMBER, as_rows, expand
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
@@ -450,33 +450,3 @@ def fault_of(image: str, row: dict, task: str, check: str) -> str | None:
     """What is wrong with a picture of a row, or with the boxes in it, or None."""
     fault = check_image(image, check)
     return check_boxes(image, row["boxes"] + row.get("proposals", [])) if task == "grounding" and not fault else fault
-
-
-@lru_cache(maxsize=100_000)  # rows of one picture need not stand together
-def check_image(path: str, check: str) -> str | None:
-    """What is wrong with a picture, or None. "header" reads the first bytes, "full" decodes everything."""
-    try:
-        with Image.open(picture_file(path)) as image:
-            if check == "full":
-                image.load()
-    except FileNotFoundError:
-        return "missing"
-    except Exception as error:  # Pillow raises many kinds for broken files
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def check_boxes(path: str, boxes: list) -> str | None:
-    """Which box reaches outside a picture, or None."""
-    width, height = size_of(path)
-    for x, y, w, h in boxes:
-        if x + w > width or y + h > height:
-            return f"the box {[x, y, w, h]} reaches outside the picture of {width} x {height} pixels"
-    return None
-
-
-def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height that load_image would give, from the header alone."""
-    with Image.open(picture_file(path)) as file:
-        quarter_turn = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 exchange width and height
-        return file.size[::-1] if quarter_turn else file.size

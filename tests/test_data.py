@@ -12,6 +12,7 @@ import torch
 from helpers import caption, square, write_rows, write_squares
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from data import (
     Collate,
@@ -272,6 +273,39 @@ def test_corrupt_pictures_are_found_by_header_and_by_full_check(tmp_path):
     assert "text.png" in str(error.value) and "broken.png" in str(error.value)
     with pytest.raises(ValueError, match=r"broken\.png cannot be decoded.*--check full"):
         load_image(tmp_path / "broken.png")
+
+
+def test_a_full_check_finds_what_the_use_would_stop_at(tmp_path, monkeypatch):
+    """An EXIF block that cannot be read comes through decoding, but not through turning the picture."""
+    path = one_picture(tmp_path, {"image": "a.png", "caption": "a square"})
+
+    def broken(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", broken)
+    monkeypatch.setattr(PngImageFile, "getexif", broken)
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded \(not a TIFF file\)"):
+        load_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"1 of 1 pictures.*\n.*not a TIFF file"):
+        read_rows([path], "pairs", check="full")
+
+
+def test_an_orientation_that_there_is_not_turns_neither_size_nor_picture(tmp_path):
+    for number in range(12):
+        exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0" + bytes([number]) + b"\0\0\0\0\0\0\0"
+        square(3).save(tmp_path / "a.jpg", exif=exif)
+        assert load_image(tmp_path / "a.jpg").size == size_of(tmp_path / "a.jpg"), number
+        assert (size_of(tmp_path / "a.jpg") == (16, 24)) == (number in (5, 6, 7, 8))
+
+
+def test_a_postscript_file_is_no_picture_whatever_it_is_called(tmp_path):
+    """Pillow would hand it to Ghostscript."""
+    path = one_picture(tmp_path, {"image": "a.png", "caption": "a square"})
+    square(3).save(tmp_path / "a.png", format="EPS")
+    with pytest.raises(ValueError, match="1 of 1 pictures"):
+        read_rows([path], "pairs")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        load_image(tmp_path / "a.png")
 
 
 def test_skip_bad_leaves_out_and_counts(tmp_path, capsys):

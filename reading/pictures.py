@@ -1,0 +1,92 @@
+"""Pictures: opened, turned and converted; the check of a row does what its use does.
+
+Raster formats only: Pillow would hand a PostScript file, whatever it is called, to another program.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from reading.shards import picture_file
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")
+
+
+def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
+    """A picture, or the path of one, of any mode as RGB, turned as EXIF says.
+
+    Args:    side   pixels that will be wanted of the longer side at most: a JPEG is decoded at a half, a quarter or an
+                    eighth of its size where that leaves twice as many; 0 = decode all
+    Raises:  ValueError naming a file that is missing or cannot be decoded
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    try:
+        with opened(source) as file:
+            if side:
+                file.draft(None, (2 * side, 2 * side))
+            return to_rgb(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} is not a file: give the path of a picture") from error
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise ValueError(
+            f"{source} cannot be decoded ({error}): replace it, or find all such with train.py --check full"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB: turned as EXIF says, transparency on white, palette, grey, CMYK and 16 bit converted."""
+    if orientation(image) != 1:  # asked first: turning always copies
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
+        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def opened(path: str | Path) -> Image.Image:
+    """A picture whose header alone has been read."""
+    return Image.open(picture_file(path), formats=FORMATS)
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF says that a picture is turned, from 1, not at all, to 8."""
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1  # as ImageOps.exif_transpose takes it
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Width and height that load_image would give, from the header alone."""
+    with opened(path) as file:
+        return file.size[::-1] if orientation(file) >= 5 else file.size  # 5 to 8 exchange width and height
+
+
+@lru_cache(maxsize=100_000)  # rows of one picture need not stand together
+def check_image(path: str, check: str) -> str | None:
+    """What is wrong with a picture, or None. "header" reads the first bytes, "full" decodes everything."""
+    try:
+        if check == "full":
+            load_image(path)
+        else:
+            opened(path).close()
+    except FileNotFoundError:
+        return "missing"
+    except Exception as error:  # Pillow raises many kinds for broken files
+        cause = error.__cause__ or error
+        return "missing" if isinstance(cause, FileNotFoundError) else f"{type(cause).__name__}: {cause}"
+    return None
+
+
+def check_boxes(path: str, boxes: list) -> str | None:
+    """Which box reaches outside a picture, or None."""
+    width, height = size_of(path)
+    for x, y, w, h in boxes:
+        if x + w > width or y + h > height:
+            return f"the box {[x, y, w, h]} reaches outside the picture of {width} x {height} pixels"
+    return None
