@@ -18,6 +18,7 @@ which is what to evaluate.
 import argparse
 import dataclasses
 import functools
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ from tasks import (
     texts_of,
 )
 from tokenizer import Tokenizer
-from train import FROM_TOKENIZER, Run, TrainConfig, make_optimizer, make_order, make_vocabulary, new_shape
+from train import BOUNDS, FROM_TOKENIZER, Run, TrainConfig, make_optimizer, make_order, make_vocabulary, new_shape
 
 
 @dataclass
@@ -77,15 +78,8 @@ class FineConfig(TrainConfig):
             raise ValueError(f"{self.task} has no head of its own to train while the encoders stay: leave out --freeze")
         if self.compile and (issubclass(TASKS[self.task], TASKS["retrieval"]) or TASKS[self.task].pictures > 1):
             raise ValueError(f"batches of {self.task} have no one shape to compile a step for: leave out --compile")
-        if self.lr <= 0 or self.lr_head <= 0:
-            raise ValueError(
-                f"lr is {self.lr}, lr_head {self.lr_head}: give more than 0; --freeze keeps the encoders as they are"
-            )
-        if self.patience < 0 or not 0 <= self.val_share < 1 or self.answers < 2:
-            raise ValueError(
-                f"patience {self.patience}, val_share {self.val_share}, answers {self.answers}: give a patience of 0 "
-                "or more, a share from 0 to below 1, and two answers or more"
-            )
+        bounds = {"lr_head": BOUNDS["lr"], "patience": (0, math.inf), "val_share": (0, 0.99), "answers": (2, math.inf)}
+        runtime.check_bounds(self, bounds | {"new_words": (0, math.inf)})
 
 
 HEAD_PARAMETERS = ("head.", "absent")  # how the names of a task's own parameters begin

@@ -129,8 +129,12 @@ class Config:
             near = " or ".join(str(s) for s in (side // p * p, side // p * p + p) if s)
             require(side % p == 0, f"image_size {side} is not a multiple of patch_size {p}: use {near}")
         require(self.num_patches > 1, f"a picture of {size} is one patch of {p}: use smaller patches")
-        for name in ("heads", "embed_dim", *DEPTHS):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("width", "heads", "embed_dim", *DEPTHS):
+            value = getattr(self, name)
+            require(0 < value <= 2**15, f"{name} is {value}: it must be at least 1, and at most {2**15}")
+        longest = self.max_tokens
+        require(2 <= longest <= 2**15, f"max_tokens is {longest}: it must be at least 2, for [CLS] and [SEP]")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}: give a share from 0 to below 1")
         fits = self.width % self.heads == 0 and self.width % 4 == 0
         require(fits, f"width {self.width} must be a multiple of heads ({self.heads}) and of 4: change one of them")
         fits = self.text_heads >= 0 and self.width % (self.text_heads or 1) == 0

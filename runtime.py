@@ -18,6 +18,7 @@ import os
 import pickle
 import platform
 import random
+import re
 import shutil
 import signal
 import sys
@@ -148,6 +149,14 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
     return config_class(**options), overrides
 
 
+def check_bounds(config, bounds: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for the first option outside its (least, largest) value."""
+    for name, (least, most) in bounds.items():
+        if not least <= getattr(config, name) <= most:
+            upper = "or more" if most == math.inf else f"to {most}"
+            raise ValueError(f"{name} is {getattr(config, name)}: give {least} {upper}")
+
+
 def may_become(name: str, was, now) -> bool:
     """Whether a resumed run may be given this value of an option."""
     if name in ("vocab", "init"):  # their content is in the checkpoint, and a place has many names
@@ -230,7 +239,7 @@ def pick_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0]):
+    if not available.get(name.split(":")[0]) or not re.fullmatch(r"[a-z]+(:\d+)?", name):
         raise ValueError(
             f"device {name} is not available here: use auto, or one of {[k for k, v in available.items() if v]}"
         )

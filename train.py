@@ -108,14 +108,14 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        for name in ("steps", "accumulate", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: give 0 or more")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}: contrast and matching need at least 2 pairs")
+        runtime.check_bounds(self, BOUNDS)
 
+
+BOUNDS = dict.fromkeys(("steps", "accumulate", "log_every", "eval_every", "save_every"), (1, math.inf))
+BOUNDS |= dict.fromkeys(("epochs", "parts", "seed", "workers", "weight_decay"), (0, math.inf))
+BOUNDS |= {"lr": (1e-12, 100), "lr_end": (0, 1), "warmup": (0, 1), "beta2": (0, 1 - 1e-9), "clip": (1e-12, math.inf)}
 
 FROM_TOKENIZER = ("mask_id", "special_ids", "continuation_ids")  # fields of a Config that are no options, as vocab_size
 

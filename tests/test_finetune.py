@@ -570,9 +570,9 @@ REFUSED = [
     ("vqa DATA --patch-size 4", "--patch-size is fixed by the checkpoint"),
     ("vqa DATA --image-size 20 24", "image_size 20 is not a multiple of patch_size 8"),
     ("vqa DATA --batch-size 100", "batch of 100 pairs is larger than the"),
-    ("vqa DATA --patience -1", "patience -1"),
-    ("vqa DATA --val-share 1", "val_share 1.0"),
-    ("vqa DATA --answers 1", "answers 1"),
+    ("vqa DATA --patience -1", "patience is -1"),
+    ("vqa DATA --val-share 1", "val_share is 1.0"),
+    ("vqa DATA --answers 1", "answers is 1"),
     ("vqa DATA --init none.pt", "none.pt is not a file"),
     ("vqa DATA --init TEXT", "use"),
     ("vqa DATA --init OTHER", "is not a checkpoint of this project"),
@@ -584,7 +584,7 @@ REFUSED = [
     ("grounding DATA --freeze", "grounding has no head of its own to train while the encoders stay"),
     ("reasoning --data EMPTY --compile", "batches of reasoning have no one shape to compile a step for"),
     ("singing DATA", "invalid choice: 'singing'"),
-    ("vqa DATA --augment flip", "unknown augment 'flip': use one of none, photo, drawing, boxes"),
+    ("vqa DATA --augment flip", "unknown augment 'flip': use one of none, photo, aerial, drawing, boxes"),
     ("vqa DATA --lr-haed 1", "unknown option --lr-haed: did you mean --lr-head?"),
 ]
 
