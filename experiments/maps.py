@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
-from data import read_rows  # noqa: E402
+from data import read_rows, sample_of  # noqa: E402
 from eval import load_model  # noqa: E402
 from explain import How, ground  # noqa: E402
 from metrics import judge_grounding  # noqa: E402
@@ -35,8 +35,10 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", required=True, help="run folders, with {seed} in place of the seed")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of grounding")
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1000, help="phrases at most, a sample")
     options = parser.parse_args()
     rows, device, found = read_rows(options.data, "grounding"), torch.device("cpu"), {}
+    rows = sample_of(rows, options.rows)
     for pattern in options.runs:
         models = [load_model(Path(pattern.format(seed=seed)) / "checkpoint.pt", device)[:2] for seed in range(3)]
         for how in WAYS:
