@@ -324,7 +324,7 @@ def retrieval(
             for value in sorted(set(values)) if by else ():
                 those = rank[torch.tensor([v == value for v in values])].numpy()
                 result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
-    if k and encoded.image_embed is not None:
+    if k and not own:
         result["separation"] = separation(model, encoded, right["image_to_text"], device)
     return result
 

@@ -700,7 +700,7 @@ def test_an_unknown_option_that_resembles_none_is_told(capsys):
         ("--beta2 1.5", "beta2 is 1.5: give 0 to 0.999999999"),
         ("--workers -1", "workers is -1: give 0 or more"),
         ("--parts -1", "parts is -1: give 0 or more"),
-        ("--lr 0", "lr is 0.0: give 1e-12 to 100"),
+        ("--lr 0", "lr is 0.0: give 1e-12 or more"),
         ("--dropout 1", "dropout is 1.0: give a share from 0 to below 1"),
         ("--width 0", "width is 0: it must be at least 1"),
         ("--max-tokens -1", "max_tokens is -1: it must be at least 2"),
