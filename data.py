@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import runtime
 from mamo import Config
-from reading.pictures import load_image, size_of, to_rgb  # noqa: F401
+from reading.pictures import load_image, size_of  # noqa: F401
 from reading.rows import (  # noqa: F401  all that reading has, for whoever imports data
     CHECKS,
     ENTAILMENT_LABELS,

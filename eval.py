@@ -275,9 +275,8 @@ def retrieval(
              own     only a picture's own captions are right, as most published figures count: an equal caption of
                      another picture is wrong, and of equal ones any may come first
     Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls of what is re-ranked,
-             "apart": {value},
-             "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1", "R@5", "R@10"},
-             "text_to_image": ...} in percent, of intervals [low, high] over resampled queries
+             "apart": {value}, "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1",
+             "R@5", "R@10"}, "text_to_image": ...} in percent, of intervals [low, high] over resampled queries
     """
     check_ranks(model, k)
     check_by(rows, by)
@@ -297,6 +296,8 @@ def retrieval(
         answers, values = right[direction], value_of[direction]
         found, best = {"contrast": [], "matching": []}, {"contrast": [], "matching": []}
         mine = range(len(queries))[shard(len(queries))]
+        # Which of equal captions comes first is drawn: so little decides between equal scores alone.
+        drawn = 1e-9 * torch.rand(len(gallery), generator=torch.Generator().manual_seed(0)) if own else None
         for start in tqdm(mine[::block], desc=direction, leave=False, disable=len(queries) < 2000):
             asked = range(start, min(start + block, mine.stop))
             truth = torch.zeros(len(asked), len(gallery), dtype=torch.bool)
@@ -306,8 +307,7 @@ def retrieval(
             if k:
                 scores["matching"] = rerank(model, encoded, scores["contrast"], start, direction, k, device, alone)[0]
             for way, score in scores.items():
-                if own:  # which of equal captions comes first is drawn
-                    score = score.double() + 1e-9 * torch.rand(len(gallery), generator=torch.Generator().manual_seed(0))
+                score = score if drawn is None else score.double() + drawn
                 found[way].append(ranks(score, truth))
                 if lists is not None:
                     best[way].append(best_first(score, truth))
@@ -388,11 +388,10 @@ def each_caption(rows: list[dict], texts: dict, encoded: Encoded) -> tuple[list[
     named = [row | {"caption": [(text, number, place) for place, text in enumerate(captions_of(row))]}
              for number, row in enumerate(rows)]  # fmt: skip
     each = {name: place for place, name in enumerate(name for row in named for name in row["caption"])}
-    index = torch.tensor([texts[text] for text, _, _ in each])
-    embed = None if encoded.text_embed is None else encoded.text_embed[index]
     names = [text for text, _, _ in each]
-    mask = encoded.attention_mask[index]
-    return named, each, replace(encoded, texts=names, text=encoded.text[index], attention_mask=mask, text_embed=embed)
+    index = torch.tensor([texts[text] for text in names])
+    of_texts = {part: getattr(encoded, part)[index] for part in ("text", "attention_mask", "text_embed")}
+    return named, each, replace(encoded, texts=names, **of_texts)
 
 
 def one_name(rows: list[dict], tokenizer: Tokenizer, longest: int) -> tuple[list[dict], dict[str, dict]]:

@@ -148,8 +148,9 @@ def nce(prediction: Tensor, target: Tensor, temperature: float, valid: Tensor | 
     valid = valid.flatten()
     # fp32: cosines that differ by 0.01 are 0.3 apart after division by the temperature.
     with torch.autocast(prediction.device.type, enabled=False):
-        ours = F.normalize(prediction.float().reshape(len(valid), -1), dim=-1)
-        theirs = F.normalize(target.detach().float().reshape(len(valid), -1), dim=-1)
+        exact = torch.promote_types(prediction.dtype, torch.float32)
+        ours = F.normalize(prediction.to(exact).reshape(len(valid), -1), dim=-1)
+        theirs = F.normalize(target.detach().to(exact).reshape(len(valid), -1), dim=-1)
         own, (all_ours, all_theirs, candidate) = among_all(ours, theirs, valid)
         loss = torch.zeros_like(ours[:, 0])
         for queries, keys in ((ours, all_theirs), (theirs, all_ours)):

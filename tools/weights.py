@@ -300,7 +300,7 @@ def depth_of(tensors: dict[str, Tensor]) -> int:
 def load_tower(path: str | Path) -> dict:
     """What `convert` wrote. Raises ValueError for another file."""
     try:
-        tower = torch.load(path, map_location="cpu", weights_only=True)
+        tower = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # who asks for words reads no tensor
     except Exception as error:
         raise ValueError(f"{path} cannot be read: give a file that tools/weights.py wrote") from error
     if not isinstance(tower, dict) or not {"what", "fields", "tensors"} <= tower.keys():
