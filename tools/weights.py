@@ -280,7 +280,9 @@ def convert(path: Path, out: Path, heads: int = 0, pixels: str = "", vocab: Path
     tensors = read_tensors(path)
     is_text = any("word_embeddings" in name for name in tensors)
     tower = text_tower(tensors, path, heads, vocab) if is_text else image_tower(tensors, path, heads, pixels)
-    runtime.check_finite(tower["tensors"], f"in {path}", "it is of no use")
+    bad = next((name for name, value in tower["tensors"].items() if not value.isfinite().all()), None)
+    if bad:
+        raise ValueError(f"{path} holds numbers that are not finite, in {bad} first: download it again")
     tower["source"], tensors = path.name, tower["tensors"]
     runtime.write_beside(out, lambda temporary: torch.save(tower, temporary))
     size = ", ".join(f"{name} {value}" for name, value in tower["fields"].items())
