@@ -22,7 +22,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
     else:
         model = build_model(state["objective"], state["config"])
     runtime.load_weights(model, state["model"], path)
+    model.matching_weight = state.get("matching_weight", 1.0)
     return model.to(device).eval(), tokenizer, state
 
 
@@ -252,6 +253,9 @@ def best_first(scores: Tensor, right: Tensor, k: int = 10) -> Tensor:
     return wrong_first.gather(1, ordered)[:, :k]
 
 
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of matching beside contrast: what training chooses from, on val
+
+
 def retrieval(
     model,
     tokenizer: Tokenizer,
@@ -261,22 +265,23 @@ def retrieval(
     by: str = "",
     block: int = 500,
     lists: list[dict] | None = None,
-    alone: bool = False,
+    weights: Sequence[float] = (),
     own: bool = False,
 ) -> dict:
     """Retrieval over the distinct pictures and captions of `pairs` rows, both ways.
 
-    Args:    k       candidates to re-rank, at most a tenth of the gallery (MAMO Sec. 4.1 takes 128 on Flickr30k and 256
-                     on COCO); 0 = contrast only
-             by      a key of the rows: the recalls of its values are reported apart, still among the whole gallery
-             block   queries at a time, which bounds the memory
-             lists   a list that takes up the ten best of each query, see metrics.py
-             alone   order them by the matching head alone, as ALBEF does
-             own     only a picture's own captions are right, as most published figures count: an equal caption of
-                     another picture is wrong, and of equal ones any may come first
-    Returns: {"images", "texts", "k", "chance": recalls, "contrast": recalls, "matching": recalls of what is re-ranked,
-             "apart": {value}, "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1",
-             "R@5", "R@10"}, "text_to_image": ...} in percent, of intervals [low, high] over resampled queries
+    Args:    k         candidates to re-rank, at most a tenth of the gallery (MAMO Sec. 4.1 takes 128 on Flickr30k and
+                       256 on COCO); 0 = contrast only
+             by        a key of the rows: the recalls of its values are reported apart, still among the whole gallery
+             block     queries at a time, which bounds the memory
+             lists     a list that takes up the ten best of each query, see metrics.py
+             weights   of matching beside contrast, see rerank; of several the one with the best mean of the six recalls
+                       is reported, of equals the first; without: the model's
+             own       only a picture's own captions are right, as most published figures count: an equal caption of
+                       another picture is wrong, and of equal ones any may come first
+    Returns: {"images", "texts", "k", "weight", "chance": recalls, "contrast": recalls, "matching": recalls of what is
+             re-ranked, "apart": {value}, "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text":
+             {"R@1", "R@5", "R@10"}, "text_to_image": ...} in percent, of intervals [low, high] over resampled queries
     """
     check_ranks(model, k)
     check_by(rows, by)
@@ -286,15 +291,14 @@ def retrieval(
         rows, texts, encoded = each_caption(rows, texts, encoded)
     right, value_of = right_places(rows, images, texts, by)
     k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
-    parts = ("chance", "contrast", "matching", "apart", "intervals")
-    result = {"images": len(images), "texts": len(texts), "k": k} | {part: {} for part in parts}
+    weights = (weights or (model.matching_weight,)) if k else ()
     sides = {
         "image_to_text": (encoded.image_embed, encoded.text_embed),
         "text_to_image": (encoded.text_embed, encoded.image_embed),
     }
+    rank_of, best_of = {way: {} for way in ("contrast", *weights)}, {way: {} for way in ("contrast", *weights)}
     for direction, (queries, gallery) in sides.items():
-        answers, values = right[direction], value_of[direction]
-        found, best = {"contrast": [], "matching": []}, {"contrast": [], "matching": []}
+        found, best = {way: [] for way in rank_of}, {way: [] for way in rank_of}
         mine = range(len(queries))[shard(len(queries))]
         # Which of equal captions comes first is drawn: so little decides between equal scores alone.
         drawn = 1e-9 * torch.rand(len(gallery), generator=torch.Generator().manual_seed(0)) if own else None
@@ -302,28 +306,42 @@ def retrieval(
             asked = range(start, min(start + block, mine.stop))
             truth = torch.zeros(len(asked), len(gallery), dtype=torch.bool)
             for place, query in enumerate(asked):
-                truth[place, list(answers[query])] = True
-            scores = {"contrast": queries[asked.start : asked.stop] @ gallery.T}
-            if k:
-                scores["matching"] = rerank(model, encoded, scores["contrast"], start, direction, k, device, alone)[0]
-            for way, score in scores.items():
+                truth[place, list(right[direction][query])] = True
+            cosines = queries[asked.start : asked.stop] @ gallery.T
+            logits = match_best(model, encoded, cosines, start, direction, k, device) if k else None
+            for way in rank_of:
+                score = cosines if way == "contrast" else rerank(cosines, logits, model.temperature.item(), way)
                 score = score if drawn is None else score.double() + drawn
                 found[way].append(ranks(score, truth))
                 if lists is not None:
                     best[way].append(best_first(score, truth))
-        result["chance"][direction] = chance_recalls([len(answer) for answer in answers], len(gallery))
-        for way in ("contrast", "matching") if k else ("contrast",):
-            nothing = torch.empty(0, dtype=torch.long)  # for a process with fewer queries than there are processes
-            rank = gather_shards(torch.cat([nothing, *found[way]]), len(queries))
-            result[way][direction] = recalls(rank.numpy())
-            result["intervals"].setdefault(way, {})[direction] = recall_intervals(rank.numpy())
+        nothing = torch.empty(0, dtype=torch.long)  # for a process with fewer queries than there are processes
+        none = torch.empty(0, min(10, len(gallery)), dtype=torch.long)
+        for way in rank_of:
+            rank_of[way][direction] = gather_shards(torch.cat([nothing, *found[way]]), len(queries))
             if lists is not None:
-                none = torch.empty(0, min(10, len(gallery)), dtype=torch.long)
-                ten = gather_shards(torch.cat([none, *best[way]]), len(queries)).tolist()
-                lists += ranked_lists(way, direction, images, texts, ten, also)
-            for value in sorted(set(values)) if by else ():
-                those = rank[torch.tensor([v == value for v in values])].numpy()
-                result["apart"].setdefault(f"{by} {value}", {}).setdefault(way, {})[direction] = recalls(those)
+                best_of[way][direction] = gather_shards(torch.cat([none, *best[way]]), len(queries)).tolist()
+
+    def mean(way) -> float:
+        return sum(sum(recalls(rank.numpy()).values()) for rank in rank_of[way].values())
+
+    result = {"images": len(images), "texts": len(texts), "k": k}
+    result |= {part: {} for part in ("chance", "contrast", "matching", "apart", "intervals")}
+    ways = {"contrast": "contrast"}
+    if weights:
+        result["weight"] = max(weights, key=mean)
+        ways["matching"] = result["weight"]
+    for direction, (_, gallery) in sides.items():
+        result["chance"][direction] = chance_recalls([len(answer) for answer in right[direction]], len(gallery))
+        for name, way in ways.items():
+            rank = rank_of[way][direction]
+            result[name][direction] = recalls(rank.numpy())
+            result["intervals"].setdefault(name, {})[direction] = recall_intervals(rank.numpy())
+            if lists is not None:
+                lists += ranked_lists(name, direction, images, texts, best_of[way][direction], also)
+            for value in sorted(set(value_of[direction])) if by else ():
+                those = rank[torch.tensor([v == value for v in value_of[direction]])].numpy()
+                result["apart"].setdefault(f"{by} {value}", {}).setdefault(name, {})[direction] = recalls(those)
     if k and not own:
         result["separation"] = separation(model, encoded, right["image_to_text"], device)
     return result
@@ -436,30 +454,36 @@ def encode_rows(
     return *places, encode(model, tokenizer, images, texts, device)
 
 
-def rerank(
-    model, encoded: Encoded, cosines: Tensor, start: int, direction: str, k: int, device, alone: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Order the k best of each query anew; all others keep their order behind them.
-
-    ITM's negatives are drawn by contrast: the likelier contrast finds a pair, the more often the matching head has seen
-    it as a negative. So it learns what contrast has not told, and the evidence for a pair is the sum of both logits.
-    differs: ALBEF orders by the matching head alone
+def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: str, k: int, device) -> Tensor:
+    """Matching logits (q, g) of the k best of each query by contrast, nan elsewhere.
 
     Args:    cosines (q, g)   of queries from place `start` on, with the whole gallery
-             alone            order as ALBEF does
-    Returns: scores (q, g), the higher the better; matching logits (q, g), nan behind the k best
     """
     best = cosines.topk(k, dim=1).indices
     query = torch.arange(start, start + len(cosines))[:, None].expand_as(best)
     pair = (query, best) if direction == "image_to_text" else (best, query)
     logits = match_pairs(model, encoded, pair[0].flatten(), pair[1].flatten(), device).view_as(best).double()
-    contrast = 0 if alone else cosines.gather(1, best).double() / model.temperature.item()
-    behind = cosines.double() - 1e4  # below any logit; double, because in single close cosines would become ties
-    return behind.scatter(1, best, logits + contrast), torch.full_like(behind, math.nan).scatter(1, best, logits)
+    return torch.full_like(cosines, math.nan, dtype=torch.double).scatter(1, best, logits)
+
+
+def rerank(cosines: Tensor, logits: Tensor, temperature: float, weight: float) -> Tensor:
+    """Order the candidates that matching has seen anew -> scores (q, g); all others keep their order behind them.
+
+    ITM's negatives are drawn by contrast: the likelier contrast finds a pair, the more often the matching head has seen
+    it as a negative. So it learns what contrast has not told, and the evidence for a pair is the sum of both logits,
+    where the matching head has learned enough: training chooses its weight on val.
+    differs: ALBEF orders by the matching head alone, which is the weight inf
+
+    Args:    cosines, logits (q, g)   see match_best
+             weight                   of a matching logit beside one of contrast; 0 leaves the order as it is
+    """
+    contrast = cosines.double() / temperature  # double, because in single close cosines would become ties
+    scores = logits if weight == math.inf else weight * logits + contrast
+    return torch.where(logits.isnan(), contrast - 1e6, scores)  # below any logit
 
 
 def search(
-    model, tokenizer: Tokenizer, images: list[str], text: str, device, k: int = 128, alone: bool = False
+    model, tokenizer: Tokenizer, images: list[str], text: str, device, k: int = 128, weight: float | None = None
 ) -> list[dict]:
     """The pictures (paths) that fit a text, best first: by contrast, the k best of them ordered anew, see rerank.
 
@@ -467,9 +491,11 @@ def search(
     """
     check_ranks(model, k)
     encoded = encode(model, tokenizer, list(dict.fromkeys(images)), [text], device)
-    cosines = encoded.text_embed @ encoded.image_embed.T
+    scores = cosines = encoded.text_embed @ encoded.image_embed.T
     k = min(k, len(encoded.images)) if model.config.w_itm > 0 else 0
-    scores, logits = rerank(model, encoded, cosines, 0, "text_to_image", k, device, alone) if k else (cosines, None)
+    if k:
+        logits = match_best(model, encoded, cosines, 0, "text_to_image", k, device)
+        scores = rerank(cosines, logits, model.temperature.item(), model.matching_weight if weight is None else weight)
     return [
         {
             "image": encoded.images[place],
@@ -552,7 +578,8 @@ def retrieval_table(name: str, result: dict) -> str:
     """Recalls in percent, both ways, beside chance."""
     ways = {"contrast": result["contrast"]}
     if result["matching"]:
-        ways[f"re-ranked, k={result['k']}"] = result["matching"]
+        weight = f", weight {result['weight']:g}" if "weight" in result else ""
+        ways[f"re-ranked, k={result['k']}{weight}"] = result["matching"]
     ways["chance"] = result["chance"]
     for value, part in result["apart"].items():
         ways |= {f"{value}: {way}": recall for way, recall in part.items()}
@@ -660,6 +687,14 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
     return result | extra
 
 
+def weights_of(options: argparse.Namespace) -> tuple[float, ...]:
+    """The weight of matching that the options ask for, if they do."""
+    weight = options.matching_weight
+    if weight is not None and not weight >= 0:
+        raise ValueError(f"matching_weight is {weight}: give 0 or more")
+    return () if weight is None else (weight,)
+
+
 def how_of(options: argparse.Namespace) -> How:
     """How the options ask for maps to be made."""
     given = vars(options)
@@ -708,7 +743,10 @@ def parse() -> argparse.Namespace:
         "--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only (%(default)s)"
     )
     parser.add_argument(
-        "--matching-alone", action="store_true", help="order them by the matching head alone, not by the sum of logits"
+        "--matching-weight",
+        type=float,
+        help="weight of the matching logit beside contrast's: 0 = contrast, inf = matching alone; without: as training "
+        "chose it on val",
     )
     parser.add_argument(
         "--own-captions", action="store_true", help="only a picture's own captions are right, not another's equal one"
@@ -778,8 +816,8 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
         own, lists = options.own_captions, None if options.own_captions else []
         if own and (options.predictions or options.figure):
             raise ValueError("--own-captions gives figures only: leave --predictions and --figure out, or it")
-        alone = options.matching_alone
-        result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists, alone=alone, own=own)
+        weights = weights_of(options)
+        result = retrieval(model, tokenizer, rows, device, options.k, options.by, lists=lists, weights=weights, own=own)
     if model is not None and options.predictions and rank_and_size()[0] == 0:
         with runtime.side_file(options.predictions):
             write_predictions(options.predictions, rows, lists)
@@ -796,14 +834,14 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
     captions: dict[str, str] = {}  # of each picture the first
     for row in read_rows(options.data, "pairs"):
         captions.setdefault(row["image"], captions_of(row)[0])
-    found = search(model, tokenizer, list(captions), options.text, device, options.k, options.matching_alone)[:best]
+    found = search(model, tokenizer, list(captions), options.text, device, options.k, options.matching_weight)[:best]
     print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")
     for one in found:
         matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
         path = os.path.normpath(one["image"])
         print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
     if any(one["matching"] is not None for one in found):
-        print("ordered by both heads together; --matching-alone and --k 0 ask one of them")
+        print("ordered by both heads together; --k 0 and --matching-weight inf ask one of them")
     if options.figure and rank_and_size()[0] == 0:
         sheet.draw_found(options.text, [one["image"] for one in found], options.figure)
         print(f"the pictures are in {options.figure}")
@@ -842,7 +880,7 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         rows = read_rows([folder / f"pairs_{split}.jsonl"], "pairs")
         by = "heldout" if split == "test" else ""
         lists = []
-        result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists, alone=options.matching_alone)
+        result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists, weights=weights_of(options))
         print(retrieval_table(f"retrieval, {split}", result))
         keep_result(options.results, f"pairs_{split}", result)
         if split == "test" and rank_and_size()[0] == 0:

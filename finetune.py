@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import runtime
 from data import SCHEMAS, content_of, read_rows, sample_of
-from eval import classify, retrieval
+from eval import WEIGHTS, classify, retrieval
 from mamo import Config
 from metrics import cluster_of, right_label, score_answers
 from tasks import (
@@ -261,10 +261,11 @@ class FineTune(Run):
         return {"val": score}
 
     def score(self) -> float:
-        """Accuracy in percent; of retrieval and grounding R@1 by matching, the mean of both ways."""
+        """Accuracy in percent; of retrieval and grounding R@1 re-ranked, the mean of both ways."""
         if isinstance(self.model, TASKS["retrieval"]):
-            ways = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=16)["matching"]
-            return sum(way["R@1"] for way in ways.values()) / len(ways)
+            found = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=16, weights=WEIGHTS)
+            self.model.matching_weight = found["weight"]
+            return sum(way["R@1"] for way in found["matching"].values()) / 2
         given = classify(self.model, self.tokenizer, self.val_rows, self.device)
         return 100 * sum(score_answers(self.config.task, self.val_rows, given)) / len(self.val_rows)
 

@@ -667,6 +667,7 @@ class VisionLanguageModel(nn.Module):
             nn.init.normal_(self.itm_head.weight, std=0.02)  # undecided at first
         self.teacher: nn.Module | None = None  # an objective with a teacher makes one, see teacher_of
         self.watch: dict[str, Tensor] = {}  # scalars of the last step that are no losses and that a log should show
+        self.matching_weight = 1.0  # of matching beside contrast, when both rank a gallery: training chooses it on val
         self.class_token_before: Tensor | None = None  # by which `total` sees that the optimiser has stepped
 
     def make_mlm_head(self) -> None:

@@ -48,7 +48,7 @@ from data import (
     sample_of,
     training_batches,
 )
-from eval import retrieval
+from eval import WEIGHTS, retrieval
 from mamo import PRESETS, VisionLanguageModel, ema_for, rank_and_size
 from siblings import OBJECTIVES, build_model, model_of
 from tokenizer import Tokenizer
@@ -433,11 +433,14 @@ class Run:
         return row | {"pairs_per_s": rate, "peak_memory_mb": runtime.peak_memory_mb(self.device)}
 
     def evaluate(self, bar: tqdm) -> dict:
-        """Zero-shot retrieval by contrast on val; the test set is not touched while training."""
+        """Zero-shot retrieval by contrast on val; the test set is not touched while training. After the last step val
+        decides how much matching weighs when both rank."""
         if self.model.config.w_itc <= 0:
             return {}
-        scores = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=0)["contrast"]
-        i2t, t2i = scores["image_to_text"]["R@1"], scores["text_to_image"]["R@1"]
+        k = 16 if self.step == self.config.steps else 0
+        found = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k, weights=WEIGHTS)
+        self.model.matching_weight = found.get("weight", self.model.matching_weight)
+        i2t, t2i = (found["contrast"][side]["R@1"] for side in ("image_to_text", "text_to_image"))
         bar.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image, by contrast")
         return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
 
@@ -456,6 +459,7 @@ class Run:
             "train": dataclasses.asdict(self.config),
             "vocab": self.tokenizer.vocab,
             "model": self.model.state_dict(),
+            "matching_weight": self.model.matching_weight,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -483,6 +487,7 @@ class Run:
                     "now: give it what it began with, wherever that lies, or begin another run with another --out"
                 )
         runtime.load_weights(self.model, saved["model"], self.out / "checkpoint.pt")
+        self.model.matching_weight = saved.get("matching_weight", 1.0)
         scales = [group["scale"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, scale in zip(self.optimizer.param_groups, scales, strict=True):

@@ -8,6 +8,7 @@ matching logit, see `separation` in eval.py.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main() -> None:
     found = json.loads(options.results.read_text())["rows"] if options.results.is_file() else {}
     for name, _, folder in (run.partition("=") for run in options.runs):
         model, tokenizer, state = load_model(Path(folder) / "checkpoint.pt", device)
-        both, alone = (retrieval(model, tokenizer, rows, device, alone=alone) for alone in (False, True))
+        both, alone = (retrieval(model, tokenizer, rows, device, weights=[weight]) for weight in (1.0, math.inf))
         ways = {"contrast": both["contrast"], "both": both["matching"], "matching alone": alone["matching"]}
         entry = {way: {side: one["R@1"] for side, one in result.items()} for way, result in ways.items()}
         entry |= {"chance": both["chance"]["image_to_text"]["R@1"], "separation": both["separation"]}

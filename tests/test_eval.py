@@ -18,7 +18,7 @@ from torch import Tensor
 
 import eval as evaluation
 from data import captions_of, load_image, pad, read_rows, to_tensor
-from eval import area_under_curve, encode_rows, foils, load_model, ranks, rerank, retrieval
+from eval import area_under_curve, encode_rows, foils, load_model, match_best, ranks, rerank, retrieval
 from metrics import chance_recalls, recalls
 from tools import sheet
 
@@ -92,17 +92,17 @@ def scores_one_by_one(model, tokenizer, images: list[str], text: str) -> list[tu
     return pairs
 
 
-@pytest.mark.parametrize(("k", "alone"), [(0, False), (5, True), (128, False), (128, True)])
-def test_a_search_orders_the_best_by_contrast_anew(model_and_words, gallery, k, alone):
+@pytest.mark.parametrize(("k", "weight"), [(0, None), (5, math.inf), (128, None), (128, math.inf), (128, 0.25)])
+def test_a_search_orders_the_best_by_contrast_anew(model_and_words, gallery, k, weight):
     model, tokenizer = model_and_words
     images = sorted({row["image"] for row in read_rows([gallery], "pairs")})
     text = "a green square at the top left"
     scores = dict(zip(images, scores_one_by_one(model, tokenizer, images, text), strict=True))
     by_contrast = sorted(images, key=lambda image: -scores[image][0])
-    per_cosine = 0 if alone else 1 / model.temperature.item()
+    per_cosine = 0 if weight == math.inf else 1 / (weight or 1) / model.temperature.item()
     logit = {image: math.log(p / (1 - p)) + per_cosine * cosine for image, (cosine, p) in scores.items()}
     first = sorted(by_contrast[:k], key=lambda image: -logit[image])
-    found = evaluation.search(model, tokenizer, images, text, CPU, k, alone)
+    found = evaluation.search(model, tokenizer, images, text, CPU, k, weight)
     assert [one["image"] for one in found] == first + by_contrast[k:]
     assert first != by_contrast[:k] or k == 0, "matching changes the order, or nothing is tested"
     for place, one in enumerate(found):
@@ -115,7 +115,7 @@ def test_a_search_orders_the_best_by_contrast_anew(model_and_words, gallery, k, 
 
 def test_the_command_search_prints_and_draws_what_it_finds(command, checkpoint, gallery, tmp_path):
     asked = ("search", "--checkpoint", checkpoint, "--data", gallery, "--figure", tmp_path / "found.png")
-    status, said, _ = command(*asked, "--text", "a red square", "--matching-alone")
+    status, said, _ = command(*asked, "--text", "a red square", "--matching-weight", "inf")
     assert status == 0
     found = re.findall(r"^ +([\d.]+) +(-?[\d.]+)   (\S+): (.+)$", said, re.M)
     assert len(found) == 10 and [row[0] for row in found] == sorted((row[0] for row in found), reverse=True)
@@ -366,18 +366,37 @@ def test_only_a_pictures_own_captions_are_right_where_that_is_asked(model_and_wo
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 100])
-@pytest.mark.parametrize("alone", [False, True])
-def test_the_number_of_candidates_is_as_asked_and_at_most_a_tenth(model_and_words, naive, k, alone):
+@pytest.mark.parametrize("weight", [1.0, math.inf, 0.5, 0.0])
+def test_the_number_of_candidates_is_as_asked_and_at_most_a_tenth(model_and_words, naive, k, weight):
     """k = 0 is contrast alone; the candidates are ordered by both logits together, or by matching alone."""
     rows, _, _, right, scores = naive
-    result = retrieval(*model_and_words, rows, CPU, k=k, alone=alone)
+    result = retrieval(*model_and_words, rows, CPU, k=k, weights=[weight])
     assert result["k"] == min(k, 3)
     if k == 0:
         assert result["matching"] == {}
     else:
-        per_cosine = 0 if alone else 1 / model_and_words[0].temperature.item()
+        # Of two logits the order is that of the one plus the other, divided by the weight.
+        per_cosine = 1 / max(weight, 1e-9) / model_and_words[0].temperature.item()
         expected = naive_retrieval(scores, right, min(k, 3), per_cosine)["matching"]
-        assert result["matching"]["image_to_text"] == in_percent(expected)
+        assert result["matching"]["image_to_text"] == in_percent(expected) and result["weight"] == weight
+        assert weight or result["matching"] == result["contrast"]
+
+
+def test_of_several_weights_the_best_is_reported_and_of_equals_the_first(model_and_words, gallery):
+    """By the mean of the six recalls; so re-ranking is never behind contrast where 0 is among them."""
+    rows = read_rows([gallery], "pairs")
+
+    def mean(result: dict) -> float:
+        return sum(sum(part.values()) for part in result["matching"].values())
+
+    each = {weight: retrieval(*model_and_words, rows, CPU, weights=[weight]) for weight in (0.0, 0.25, 1.0, math.inf)}
+    means = {weight: mean(result) for weight, result in each.items()}
+    assert len(set(means.values())) > 2, "all weights are alike, nothing is tested"
+    best = max(means, key=means.get)
+    assert retrieval(*model_and_words, rows, CPU, weights=list(each)) == each[best]
+    worst = min(means, key=means.get)
+    assert retrieval(*model_and_words, rows, CPU, weights=[worst, best, worst])["weight"] == best
+    assert retrieval(*model_and_words, rows[:1], CPU, weights=[1.0, 0.0])["weight"] == 1.0, "of equals the first"
 
 
 def test_numbers_do_not_depend_on_batch_or_block(model_and_words, gallery, foil_file, monkeypatch):
@@ -399,7 +418,8 @@ def test_reranking_moves_the_best_and_leaves_the_others(model_and_words, naive, 
     logits = scores["itm"] if direction == "image_to_text" else scores["itm"].T
     draw = torch.Generator().manual_seed(1)
     cosines = torch.stack([torch.randperm(logits.shape[1], generator=draw) for _ in logits]) * 1e-4
-    found, matching = rerank(model, encoded, cosines[5:20], 5, direction, 4, CPU)
+    matching = match_best(model, encoded, cosines[5:20], 5, direction, 4, CPU)
+    found = rerank(cosines[5:20], matching, model.temperature.item(), 1.0)
     assert found.shape == matching.shape == (15, len(texts) if direction == "image_to_text" else len(images))
     for row, query in enumerate(range(5, 20)):
         order = naive_order(cosines[query].tolist(), logits[query].tolist(), 4, 1 / model.temperature.item())

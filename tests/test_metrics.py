@@ -630,7 +630,7 @@ def test_predictions_of_a_file_score_as_those_of_the_model(world, tmp_path, comm
     code, again, errors = command(task, *data, "--predictions", said)
     assert code == 0 and str(tmp_path / "results.json") in again, errors
     second = kept(tmp_path)
-    only_of_a_model = {"k", "map", "separation", "coverage"}
+    only_of_a_model = {"k", "weight", "map", "separation", "coverage"}
     assert {key: value for key, value in first.items() if key not in only_of_a_model} == {
         key: value for key, value in second.items() if key not in only_of_a_model
     }
@@ -677,7 +677,7 @@ def test_ranked_lists_hold_what_retrieval_reports(world, tmp_path, k):
     assert result["k"] == k and bool(result["matching"]) == (k > 0)
     write_predictions(tmp_path / "lists.jsonl", rows, lists)
     found = judge_retrieval(rows, tmp_path / "lists.jsonl")
-    assert found | {key: result[key] for key in ("k", "separation") if key in result} == result
+    assert found | {key: result[key] for key in ("k", "weight", "separation") if key in result} == result
     texts = {text for row in rows for text in captions_of(row)}
     assert len(lists) == (24 + len(texts)) * (2 if k else 1) and all(len(set(one["found"])) == 10 for one in lists)
     assert 0 < result["contrast"]["image_to_text"]["R@10"] < 100, "some are beyond the ten best"
