@@ -130,6 +130,7 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
         if ("task" in saved["train"]) != ("task" in run_fields):
             command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
             raise ValueError(f"{path} is a run of {command}: take it up with that, or give another --out")
+        saved["train"] = {"optimizer": "adamw"} | saved["train"]  # as it was before there was a choice
         # The defaults come first, for options that are younger than the checkpoint.
         before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
         changed = [name for name in given if not may_become(name, before[name], given[name])]

@@ -33,7 +33,7 @@ import train
 from data import TwinBatches, read_rows
 from eval import load_model
 from mamo import MAMO, MAMOConfig
-from train import TrainConfig, learning_rate, parse
+from train import TrainConfig, learning_rate, orthogonal, parse
 
 LOSSES = ["itc", "itm", "mrm", "mim", "mlm"]
 unix = pytest.mark.skipif(os.name == "nt", reason="signals work otherwise on Windows")
@@ -342,23 +342,87 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_the_optimiser_takes_its_steps_at_that_rate(data, tmp_path):
-    """Both groups, each step; and the log tells it."""
+    """All groups, each step; and the log tells it."""
     run = new_run(data, tmp_path, "--warmup", "0.4", "--lr", "0.01")
     seen = gradients(run)
     run.train()
     expected = [learning_rate(step, run.config) for step in range(9)]
-    assert [grads["lr"] for grads in seen] == [[rate, rate] for rate in expected]
+    assert [grads["lr"] for grads in seen] == [[rate] * 3 for rate in expected]
     assert [float(row["lr"]) for row in read_log(tmp_path)] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
+def test_orthogonal_keeps_the_directions_and_makes_them_count_alike(shape):
+    """Against the singular values: all near 1, with the same singular vectors; each matrix of a batch by itself."""
+    draw = torch.Generator().manual_seed(0)
+    matrices = (
+        torch.randn(3, *shape, generator=draw, dtype=torch.double) * torch.tensor([1e-4, 1.0, 50.0])[:, None, None]
+    )
+    for matrix, found in zip(matrices, orthogonal(matrices), strict=True):
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inside = u.T @ found @ v.T
+        assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
+        torch.testing.assert_close(inside, inside.diagonal().diag(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_is_muon_for_matrices_in_blocks_and_adamw_for_the_rest(data, tmp_path, optimizer):
+    """Three steps against a loop over single parameters; without Muon all is AdamW as torch has it."""
+    run = new_run(data, tmp_path, "--optimizer", optimizer, "--weight-decay", "0.3")
+    named = {name: value for name, value in run.model.named_parameters() if value.requires_grad}
+    rest = {name: value.detach().clone().requires_grad_() for name, value in named.items()}
+    block = {name for name, value in named.items() if value.ndim == 2 and ".blocks." in name and optimizer == "muon"}
+    decay = {name: 0.3 if value.ndim == 2 and not name.endswith(("positions", "types")) else 0.0
+             for name, value in named.items()}  # fmt: skip
+    adam = torch.optim.AdamW(
+        [{"params": [rest[name]], "weight_decay": decay[name]} for name in named if name not in block],
+        lr=0.01, betas=(0.9, 0.98),
+    )  # fmt: skip
+    momentum = {name: torch.zeros_like(named[name]) for name in block}
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.01
+    for number in range(3):
+        draw = torch.Generator().manual_seed(number)
+        for name, value in named.items():
+            value.grad = torch.randn(value.shape, generator=draw)
+            rest[name].grad = value.grad.clone()
+        run.optimizer.step()
+        adam.step()
+        for name in block:
+            momentum[name] = 0.95 * momentum[name] + named[name].grad
+            move = orthogonal((named[name].grad + 0.95 * momentum[name])[None])[0]
+            kept = rest[name].detach() * (1 - 0.01 * 0.3)
+            rest[name] = kept - 0.01 * 0.2 * max(move.shape) ** 0.5 * move
+            rms = (0.2 * max(move.shape) ** 0.5 * move).square().mean().sqrt()
+            assert 0.1 < rms < 0.3, "about as large as a step of AdamW"
+    for name, value in named.items():
+        torch.testing.assert_close(value, rest[name], rtol=0, atol=2e-6, msg=name, check_stride=False)
+
+
+def test_a_run_from_before_muon_goes_on_with_adamw(data, tmp_path):
+    """Its checkpoint names no optimiser, and has the state of AdamW for every parameter."""
+    new_run(data, tmp_path, "--optimizer", "adamw").train(stop_at=4)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["train"]["optimizer"]
+    torch.save(state, path)
+    run = resumed_run(tmp_path)
+    assert run.config.optimizer == "adamw" and run.step == 4
+    run.train()
+    with pytest.raises(ValueError, match=re.escape("optimizer (was adamw, now muon)")):
+        resumed_run(tmp_path, "--optimizer", "muon")
 
 
 def test_decay_is_for_matrices_only(data, tmp_path):
     """Every trainable parameter is in one group; the teacher is in none."""
     run = new_run(data, tmp_path, "--weight-decay", "0.3")
-    decayed, spared = run.optimizer.param_groups
-    assert decayed["weight_decay"] == 0.3 and spared["weight_decay"] == 0.0
+    groups = run.optimizer.param_groups
+    assert [(group["weight_decay"], group["orthogonal"]) for group in groups] == [(0.3, True), (0.3, False), (0, False)]
     names = {parameter: name for name, parameter in run.model.named_parameters()}
-    with_decay, without = ({names[p] for p in group["params"]} for group in run.optimizer.param_groups)
-    grouped = [*decayed["params"], *spared["params"]]
+    in_blocks, others, without = ({names[p] for p in group["params"]} for group in groups)
+    with_decay = in_blocks | others
+    assert in_blocks == {name for name in with_decay if ".blocks." in name} and others
+    grouped = [parameter for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert with_decay | without == {name for name in names.values() if not name.startswith("teacher.")}
     assert any(name.startswith("teacher.") for name in names.values())
