@@ -791,7 +791,7 @@ def main() -> None:
         if options.command == "world":
             evaluate_world(model, tokenizer, options, device)
             return
-        name = " ".join(options.data)
+        name = " ".join(options.data) + ", own captions" * options.own_captions
         if options.command == "retrieval":
             result = retrieve(model, tokenizer, options, device)
             print(retrieval_table(name, result))

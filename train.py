@@ -68,12 +68,12 @@ class TrainConfig:
     preset: str = "nano"  # sizes: nano, tiny, small or base
     vocab: str = ""  # vocab.txt to use; without: built from the captions
     init: list[str] = field(default_factory=list)  # published encoders to start from, made by tools/weights.py
-    steps: int = 2750  # optimiser steps
+    steps: int = 1600  # optimiser steps
     epochs: float = 0.0  # passes over the data; when given, steps follow from it
     batch_size: int = 64  # pairs per forward pass, of all processes together
     parts: int = 0  # equal parts a batch is filled in, twins whole, for processes to share; 0 = 8, fewer if it is small
     accumulate: int = 1  # forward passes per optimiser step, as if the batch were so many times as large: see Run.parts
-    lr: float = 2e-3  # peak learning rate
+    lr: float = 6e-3  # peak learning rate; this one suits `nano`, a model twice as wide wants a third of it
     lr_end: float = 0.01  # learning rate of the last step as a share of the peak
     warmup: float = 0.05  # share of the steps in which the learning rate rises
     optimizer: str = "muon"  # muon = Muon for the matrices in blocks and AdamW for the rest; or adamw for all
