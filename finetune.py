@@ -48,7 +48,16 @@ from tasks import (
     texts_of,
 )
 from tokenizer import Tokenizer
-from train import BOUNDS, FROM_TOKENIZER, Run, TrainConfig, make_optimizer, make_order, make_vocabulary, new_shape
+from train import (
+    FROM_TOKENIZER,
+    POSITIVE,
+    Run,
+    TrainConfig,
+    make_optimizer,
+    make_order,
+    make_vocabulary,
+    new_shape,
+)
 
 
 @dataclass
@@ -78,7 +87,13 @@ class FineConfig(TrainConfig):
             raise ValueError(f"{self.task} has no head of its own to train while the encoders stay: leave out --freeze")
         if self.compile and (issubclass(TASKS[self.task], TASKS["retrieval"]) or TASKS[self.task].pictures > 1):
             raise ValueError(f"batches of {self.task} have no one shape to compile a step for: leave out --compile")
-        bounds = {"lr_head": BOUNDS["lr"], "patience": (0, math.inf), "val_share": (0, 0.99), "answers": (2, math.inf)}
+        bounds = {
+            "lr": POSITIVE,
+            "lr_head": POSITIVE,
+            "patience": (0, math.inf),
+            "val_share": (0, 0.99),
+            "answers": (2, math.inf),
+        }
         runtime.check_bounds(self, bounds | {"new_words": (0, math.inf)})
 
 
@@ -104,6 +119,7 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
         model = build_task(HeadConfig(**saved["head"]), saved["config"])
     else:
         tokenizer, model, fresh = adapted(config, overrides, rows, texts)
+    model.student.text.requires_grad_(not config.freeze_text)
     if config.freeze:
         model.student.requires_grad_(False)
     device = device or runtime.pick_device(config.device)

@@ -68,12 +68,13 @@ class TrainConfig:
     preset: str = "nano"  # sizes: nano, tiny, small or base
     vocab: str = ""  # vocab.txt to use; without: built from the captions
     init: list[str] = field(default_factory=list)  # published encoders to start from, made by tools/weights.py
+    freeze_text: bool = False  # keep the text encoder as it is, which is for one of --init
     steps: int = 1600  # optimiser steps
     epochs: float = 0.0  # passes over the data; when given, steps follow from it
     batch_size: int = 64  # pairs per forward pass, of all processes together
     parts: int = 0  # equal parts a batch is filled in, twins whole, for processes to share; 0 = 8, fewer if it is small
     accumulate: int = 1  # forward passes per optimiser step, as if the batch were so many times as large: see Run.parts
-    lr: float = 6e-3  # peak learning rate; this one suits `nano`, a model twice as wide wants a third of it
+    lr: float = 0.0  # peak learning rate; 0 = by the width of the model, see rate_for: 6e-3 for nano, 2e-3 for tiny
     lr_end: float = 0.01  # learning rate of the last step as a share of the peak
     warmup: float = 0.05  # share of the steps in which the learning rate rises
     optimizer: str = "muon"  # muon = Muon for the matrices in blocks and AdamW for the rest; or adamw for all
@@ -118,7 +119,7 @@ class TrainConfig:
 POSITIVE = (1e-12, math.inf)
 BOUNDS = dict.fromkeys(("steps", "accumulate", "log_every", "eval_every", "save_every"), (1, math.inf))
 BOUNDS |= dict.fromkeys(("epochs", "parts", "seed", "workers", "weight_decay"), (0, math.inf))
-BOUNDS |= {"lr": POSITIVE, "lr_end": (0, 1), "warmup": (0, 1), "beta2": (0, 1 - 1e-9), "clip": POSITIVE}
+BOUNDS |= {"lr": (0, math.inf), "lr_end": (0, 1), "warmup": (0, 1), "beta2": (0, 1 - 1e-9), "clip": POSITIVE}
 
 FROM_TOKENIZER = ("mask_id", "special_ids", "continuation_ids")  # fields of a Config that are no options, as vocab_size
 
@@ -168,7 +169,9 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     tokenizer = Tokenizer(words) if words else make_vocabulary(config, texts)
     runtime.seed_everything(config.seed)
     model = build_model(config.objective, saved["config"] if saved else new_shape(config, overrides, tokenizer))
+    config.lr = config.lr or rate_for(model.config.width)
     taken = weights.take(model, config.init) if config.init and not saved else ""
+    model.student.text.requires_grad_(not config.freeze_text)
     device = device or runtime.pick_device(config.device)
     model = model.to(device)
 
@@ -283,6 +286,12 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
         gram = near @ near.mT
         near = 3.4445 * near + (2.0315 * gram @ gram - 4.775 * gram) @ near
     return near.to(matrices.dtype)
+
+
+def rate_for(width: int) -> float:
+    """Peak learning rate for a model of some width: 6e-3 up to 64, as was chosen on the built-in world, 2.1e-3 for 128,
+    4.1e-4 for 384, and 1.4e-4 for 768, which is near what is usual for ViT-B."""
+    return 6e-3 * min(64 / width, 1) ** 1.5
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -557,7 +566,10 @@ class Run:
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         where = f"{self.device}, {self.processes} processes" if self.processes > 1 else f"{self.device}"
         print(f"{what}: {millions:.2f} M parameters on {where}, {len(self.rows)} rows")
-        print(f"{config.steps} steps of {config.batch_size} x {config.accumulate}, {self.precision}: {self.why}")
+        print(
+            f"{config.steps} steps of {config.batch_size} x {config.accumulate}, learning rate up to {config.lr:.2g}, "
+            f"{self.precision}: {self.why}"
+        )
         texts = [text for row in sample_of(self.rows, 10_000) for text in read_texts(row)]
         if cut := count_truncated(texts, self.tokenizer, model.config.max_tokens):
             of = f"{cut} of {len(texts)} texts" + (", drawn at random," if len(self.rows) > 10_000 else "")

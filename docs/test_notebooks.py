@@ -28,8 +28,8 @@ MODULES = {name for path in ROOT.glob("*.py") for name in defined_in(path.read_t
 }
 
 
-def test_there_are_six_notebooks_in_their_order():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_"]
+def test_there_are_seven_notebooks_in_their_order():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_", "7_"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -478,8 +478,8 @@ def test_a_finished_run_can_be_trained_longer(data, tmp_path, monkeypatch, capsy
     new_run(data, tmp_path / "run").train()
     assert command(monkeypatch, train.main, "--out", tmp_path / "run", "--resume", "--steps", "18") == 0
     said = capsys.readouterr().out
-    assert "now 18 steps (were 9)" in said and "step 9 took the rate 2e-05, and the next takes" in said
-    rows, long = read_log(tmp_path / "run"), train.TrainConfig(steps=18)
+    assert "now 18 steps (were 9)" in said and "step 9 took the rate 6e-05, and the next takes" in said
+    rows, long = read_log(tmp_path / "run"), train.TrainConfig(steps=18, lr=6e-3)
     assert checkpoint(tmp_path / "run")["step"] == 18 and len(rows) == 18
     assert [float(row["lr"]) for row in rows[9:]] == pytest.approx(
         [train.learning_rate(step, long) for step in range(9, 18)], rel=1e-4

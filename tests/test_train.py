@@ -33,7 +33,7 @@ import train
 from data import TwinBatches, read_rows
 from eval import load_model
 from mamo import MAMO, MAMOConfig
-from train import TrainConfig, learning_rate, orthogonal, parse
+from train import TrainConfig, learning_rate, orthogonal, parse, rate_for
 
 LOSSES = ["itc", "itm", "mrm", "mim", "mlm"]
 unix = pytest.mark.skipif(os.name == "nt", reason="signals work otherwise on Windows")
@@ -397,6 +397,27 @@ def test_a_step_is_muon_for_matrices_in_blocks_and_adamw_for_the_rest(data, tmp_
             assert 0.1 < rms < 0.3, "about as large as a step of AdamW"
     for name, value in named.items():
         torch.testing.assert_close(value, rest[name], rtol=0, atol=2e-6, msg=name, check_stride=False)
+
+
+def test_the_learning_rate_follows_the_width_unless_it_is_given(data, tmp_path, capsys):
+    for width, peak in ((64, 6e-3), (128, 2.1e-3), (384, 4.1e-4), (768, 1.4e-4), (16, 6e-3)):
+        assert rate_for(width) == pytest.approx(peak, rel=0.02)
+    options = ["--data", str(data), "--batch-size", "4"]
+    run = train.start(*parse([*options, "--out", str(tmp_path / "one")]))
+    assert run.config.lr == 6e-3 and "learning rate up to 0.006" in capsys.readouterr().out
+    assert new_run(data, tmp_path / "other", "--lr", "0.01").config.lr == 0.01
+
+
+def test_a_frozen_text_encoder_stays_what_it_was(data, tmp_path):
+    """Also its words, which the head of MLM shares; all else learns."""
+    run = new_run(data, tmp_path, "--freeze-text")
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train(stop_at=3)
+    after = run.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("student.text."))
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    for part in ("student.image.", "student.fusion.", "student.text_projection.", "itm_head.", "mlm_head."):
+        assert any(name.startswith(part) for name in moved), part
 
 
 def test_a_run_from_before_muon_goes_on_with_adamw(data, tmp_path):
@@ -764,7 +785,7 @@ def test_an_unknown_option_that_resembles_none_is_told(capsys):
         ("--beta2 1.5", "beta2 is 1.5: give 0 to 0.999999999"),
         ("--workers -1", "workers is -1: give 0 or more"),
         ("--parts -1", "parts is -1: give 0 or more"),
-        ("--lr 0", "lr is 0.0: give 1e-12 or more"),
+        ("--lr -1", "lr is -1.0: give 0 or more"),
         ("--dropout 1", "dropout is 1.0: give a share from 0 to below 1"),
         ("--width 0", "width is 0: it must be at least 1"),
         ("--max-tokens -1", "max_tokens is -1: it must be at least 2"),
