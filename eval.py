@@ -50,7 +50,7 @@ from metrics import (
     write_predictions,
 )
 from siblings import build_model
-from tasks import TASKS, Classifier, HeadConfig, build_task, coverage, read_as, slots, texts_of
+from tasks import TASKS, Classifier, build_task, coverage, head_of, read_as, slots, texts_of
 from tokenizer import Tokenizer
 from tools import sheet
 
@@ -70,7 +70,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
             "the two do not belong together"
         )
     if "head" in state:
-        model = build_task(HeadConfig(**state["head"]), state["config"])
+        model = build_task(head_of(state), state["config"])
     else:
         model = build_model(state["objective"], state["config"])
     runtime.load_weights(model, state["model"], path)

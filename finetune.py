@@ -44,6 +44,7 @@ from tasks import (
     by_picture,
     coverage,
     encoders_of,
+    head_of,
     read_as,
     texts_of,
 )
@@ -116,7 +117,7 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
     runtime.seed_everything(config.seed)
     if saved:
         tokenizer, fresh = Tokenizer(saved["vocab"]), []
-        model = build_task(HeadConfig(**saved["head"]), saved["config"])
+        model = build_task(head_of(saved), saved["config"])
     else:
         tokenizer, model, fresh = adapted(config, overrides, rows, texts)
     model.student.text.requires_grad_(not config.freeze_text)

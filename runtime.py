@@ -26,6 +26,7 @@ import threading
 import types
 import typing
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
         if ("task" in saved["train"]) != ("task" in run_fields):
             command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
             raise ValueError(f"{path} is a run of {command}: take it up with that, or give another --out")
+        check_fields(config_class, saved["train"], str(path))
         saved["train"] = {"optimizer": "adamw"} | saved["train"]  # as it was before there was a choice
         # The defaults come first, for options that are younger than the checkpoint.
         before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
@@ -455,8 +457,52 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a whole checkpoint ({reason}): use another") from error
     if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
+    damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+    if damaged:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is another; use another checkpoint")
+    check_fields(Content, state, str(path))
+    if any(not isinstance(value, torch.Tensor) for value in state["model"].values()):
+        raise ValueError(f"{path} holds weights that are no tensors: use a checkpoint that train.py wrote")
     check_finite(state["model"], f"in {path}", "it is of no use")
     return state
+
+
+@dataclass
+class Content:
+    """What a checkpoint holds, see Run.state in train.py; only the first four are always there."""
+
+    objective: str
+    config: dict
+    vocab: list[str]
+    model: dict
+    train: dict
+    step: int
+    optimizer: dict
+    scaler: dict
+    meter: dict
+    data: dict
+    matching_weight: float
+    head: dict
+    best: list[float]
+
+
+def check_fields(config_class: type, values: dict, where: str) -> None:
+    """Raise ValueError for a value under a name that a dataclass does not have, or of another kind than it says."""
+    hints = typing.get_type_hints(config_class)
+    if strange := ", ".join(sorted(map(str, values.keys() - hints.keys()))):
+        raise ValueError(f"{strange} is no field of {where}: it is another one's")
+    for name, value in values.items():
+        kind, inner = typing.get_origin(hints[name]) or hints[name], typing.get_args(hints[name])
+        right = is_a(value, kind) if not inner else isinstance(value, list | tuple)
+        if not right or (inner and not all(is_a(one, inner[0]) for one in value)):
+            said = repr(value) if len(repr(value)) < 50 else f"a {type(value).__name__}"
+            expected = f"a list of {inner[0].__name__}" if inner else f"a value of type {kind.__name__}"
+            raise ValueError(f"{name} of {where} is {said}: expected {expected}")
+
+
+def is_a(value: object, kind: type) -> bool:
+    """Whether a value is of a kind; whole numbers are numbers, True and False are not."""
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 
 def saved_run(config) -> dict | None:
@@ -472,6 +518,8 @@ def saved_run(config) -> dict | None:
     if not config.resume:
         raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
     saved = load_checkpoint(path)
+    if missing := ", ".join(sorted({"train", "step", "optimizer", "scaler", "meter"} - saved.keys())):
+        raise ValueError(f"{path} holds no run to go on from, {missing} are missing: is it a copy of best.pt?")
     saved["config"].setdefault("albef_negatives", True)  # which is what a run did before there was the option
     return saved
 
@@ -489,6 +537,27 @@ def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> Non
             "build the model with the options in the checkpoint's config"
         )
     model.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
+    """Load the state of an optimiser; its options are those of the run. torch itself takes moments of another length,
+    and then reads beyond their end."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states, whole = saved.get("state"), isinstance(saved.get("state"), dict)
+    for number, state in states.items() if whole else ():
+        whole &= type(number) is int and 0 <= number < len(parameters) and isinstance(state, dict) and bool(state)
+        for name, value in state.items() if whole else ():
+            shape = torch.Size() if name == "step" else parameters[number].shape
+            whole &= isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == shape
+    counts = [[len(group["params"]) for group in some] for some in (groups, saved.get("param_groups", []))]
+    names = {frozenset(state) for state in states.values()} if whole else set()
+    if not whole or counts[0] != counts[1] or not names <= OPTIMIZER_STATES:
+        raise ValueError(f"{path} holds the state of another optimiser, or of another model: begin another run")
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+OPTIMIZER_STATES = {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("step", "momentum"))}
 
 
 def write_json(path: Path, value) -> None:

@@ -30,6 +30,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import runtime
 from data import SCHEMAS, Pictures, captions_of, pictures_of, stable_id
 from mamo import Config, View, VisionLanguageModel, gather, global_mean, init_weights, rank_and_size
 from metrics import LABELS, named, right_label, worths
@@ -220,6 +221,14 @@ def read_as(task: str) -> str:
     return "pairs" if issubclass(TASKS[task], Retrieval) else TASKS[task].schema
 
 
+def head_of(state: dict) -> HeadConfig:
+    """The head in a checkpoint. Raises ValueError for one that is none."""
+    runtime.check_fields(HeadConfig, state["head"], "the checkpoint's head")
+    if state["head"].get("task") not in TASKS:
+        raise ValueError(f"the checkpoint is of the task {state['head'].get('task')!r}: use one of {', '.join(TASKS)}")
+    return HeadConfig(**state["head"])
+
+
 def build_task(head: HeadConfig, shape: dict) -> Retrieval | Classifier:
     """A fresh model of a task from the fields of the Config that its encoders were pre-trained with."""
     return TASKS[head.task](encoders_of(shape, TASKS[head.task].losses), head)
@@ -229,7 +238,9 @@ def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
     """Of the fields of an objective's Config those that every objective has, its encoders; losses: which have weight 1
     and not 0, whatever the objective gave them."""
     shape = shape | {"w_itc": 0.0, "w_itm": 0.0, "w_mlm": 0.0} | dict.fromkeys(losses, 1.0)
-    return Config(**{field.name: shape[field.name] for field in dataclasses.fields(Config) if field.name in shape})
+    own = {field.name: shape[field.name] for field in dataclasses.fields(Config) if field.name in shape}
+    runtime.check_fields(Config, own, "the checkpoint")
+    return Config(**own)
 
 
 def answers_of(task: str, rows: list[dict], most: int) -> list[str]:

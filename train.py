@@ -545,10 +545,7 @@ class Run:
                 )
         runtime.load_weights(self.model, saved["model"], self.out / "checkpoint.pt")
         self.model.matching_weight = saved.get("matching_weight", 1.0)
-        scales = [group["scale"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
-            group["scale"] = scale
+        runtime.load_optimizer(self.optimizer, saved["optimizer"], self.out / "checkpoint.pt")
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.meter = saved["step"], saved["meter"]

@@ -9,8 +9,7 @@
 What only the siblings share, beside the encoders of mamo.py, is in masking.py.
 """
 
-import dataclasses
-
+import runtime
 from mamo import MAMO, VisionLanguageModel
 from siblings.glscl import GLSCL
 from siblings.maskvlm import MaskVLM
@@ -36,7 +35,5 @@ def model_of(objective: str) -> type[VisionLanguageModel]:
 def build_model(objective: str, config: dict) -> VisionLanguageModel:
     """A fresh model of an objective from the fields of its Config."""
     model = model_of(objective)
-    strange = config.keys() - {field.name for field in dataclasses.fields(model.config_class)}
-    if strange:
-        raise ValueError(f"{', '.join(sorted(strange))} is no field of the objective {objective}: it is another one's")
+    runtime.check_fields(model.config_class, config, f"the objective {objective}")
     return model(model.config_class(**config))

@@ -401,7 +401,7 @@ def test_a_step_is_muon_for_matrices_in_blocks_and_adamw_for_the_rest(data, tmp_
 
 def test_the_learning_rate_follows_the_width_unless_it_is_given(data, tmp_path, capsys):
     for width, peak in ((64, 6e-3), (128, 2.1e-3), (384, 4.1e-4), (768, 1.4e-4), (16, 6e-3)):
-        assert rate_for(width) == pytest.approx(peak, rel=0.02)
+        assert rate_for(width) == pytest.approx(peak, rel=0.05)
     options = ["--data", str(data), "--batch-size", "4"]
     run = train.start(*parse([*options, "--out", str(tmp_path / "one")]))
     assert run.config.lr == 6e-3 and "learning rate up to 0.006" in capsys.readouterr().out
