@@ -16,7 +16,7 @@ demo: .venv/ready
 	$(PYTHON) -m world.scenes --out data/scenes
 	$(PYTHON) train.py --data data/scenes/pairs_train.jsonl --out runs/demo --resume
 	$(PYTHON) eval.py world --checkpoint runs/demo/checkpoint.pt --data data/scenes
-	$(PYTHON) finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa --steps 2000 --out runs/demo-vqa --resume
+	$(PYTHON) finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa --lr 1e-3 --lr-head 4e-3 --steps 1500 --out runs/demo-vqa --resume
 	$(PYTHON) eval.py vqa --checkpoint runs/demo-vqa/best.pt --data data/scenes/vqa_test.jsonl --figure runs/demo-vqa/answers.png
 	$(PYTHON) -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
 

@@ -64,9 +64,9 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
     """
     state = runtime.load_checkpoint(path)
     tokenizer = Tokenizer(state["vocab"])
-    if len(tokenizer) != state["config"]["vocab_size"]:
+    if len(tokenizer) != state["config"].get("vocab_size"):
         raise ValueError(
-            f"{path} holds a vocabulary of {len(tokenizer)} words and a model of {state['config']['vocab_size']}: "
+            f"{path} holds a vocabulary of {len(tokenizer)} words and a model of {state['config'].get('vocab_size')}: "
             "the two do not belong together"
         )
     if "head" in state:

@@ -550,9 +550,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
         for name, value in state.items() if whole else ():
             shape = torch.Size() if name == "step" else parameters[number].shape
             whole &= isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == shape
-    counts = [[len(group["params"]) for group in some] for some in (groups, saved.get("param_groups", []))]
+    theirs = saved.get("param_groups") if isinstance(saved.get("param_groups"), list) else []
+    numbers = [group.get("params") if isinstance(group, dict) else None for group in theirs]
     names = {frozenset(state) for state in states.values()} if whole else set()
-    if not whole or counts[0] != counts[1] or not names <= OPTIMIZER_STATES:
+    if not whole or numbers != [group["params"] for group in groups] or not names <= OPTIMIZER_STATES:
         raise ValueError(f"{path} holds the state of another optimiser, or of another model: begin another run")
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 

@@ -14,6 +14,6 @@ shift 3
 gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)
 gpus=$((gpus > 0 ? gpus : 1))
 "$here/.venv/bin/torchrun" --nproc-per-node "$gpus" "$here/train.py" --data "$data" --val "$val" --vocab "$vocab" \
-    --preset base --batch-size $((64 * gpus)) --accumulate $((8 / gpus > 0 ? 8 / gpus : 1)) --epochs 10 --lr 1e-4 --lr-end 0.1 \
+    --preset base --batch-size $((64 * gpus)) --accumulate $((8 / gpus > 0 ? 8 / gpus : 1)) --epochs 10 --optimizer adamw --lr 1e-4 --lr-end 0.1 \
     --augment photo --check none --workers 8 --compile --eval-every 5000 --save-every 2000 --out runs/base --resume "$@"
 "$here/.venv/bin/torchrun" --nproc-per-node "$gpus" "$here/eval.py" retrieval --checkpoint runs/base/checkpoint.pt --data "$val"
