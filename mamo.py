@@ -202,8 +202,8 @@ class MAMOConfig(Config):
         require(target in ("features", "pixels"), f"unknown mim_target {target!r}: use features or pixels")
         both = self.masks_patches and self.masks_words
         require(both or not self.mask_both, "mask_both: give w_mrm a weight, or both w_mim and w_mlm")
-        fits = size == 0 or (size > 0 and self.w_itc > 0)
-        require(fits, f"queue_size is {size}: it must be 0 or more, and 0 without ITC (w_itc 0)")
+        fits = size == 0 or (0 < size <= 2**24 and self.w_itc > 0)
+        require(fits, f"queue_size is {size}: it must be from 0 to {2**24}, and 0 without ITC (w_itc 0)")
         require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
 
 

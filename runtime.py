@@ -553,7 +553,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
     theirs = saved.get("param_groups") if isinstance(saved.get("param_groups"), list) else []
     numbers = [group.get("params") if isinstance(group, dict) else None for group in theirs]
     names = {frozenset(state) for state in states.values()} if whole else set()
-    if not whole or numbers != [group["params"] for group in groups] or not names <= OPTIMIZER_STATES:
+    if not whole or str(numbers) != str([group["params"] for group in groups]) or not names <= OPTIMIZER_STATES:
         raise ValueError(f"{path} holds the state of another optimiser, or of another model: begin another run")
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 

@@ -195,13 +195,16 @@ def memory_of_step(
     Not counted: what single operations need for a moment, and what the allocator keeps.
 
     Args:    grad_checkpointing   a block then keeps what it was given, and one at a time makes the rest again
-    Returns: "weights" of student, heads and teacher, "gradients", "optimiser" (AdamW's two moments), "activations"
+    Returns: "weights" of student, heads and teacher, "gradients", "optimiser" (of matrices in blocks one moment, of the
+             rest two), "activations"
     """
     costs, d = Costs(config, batch_size, length), config.width
     passes, n = mamo(config, costs), costs.n
     with torch.device("meta"):
         model = MAMO(config)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in learning.values())
+    by_muon = sum(p.numel() for name, p in learning.items() if p.ndim == 2 and ".blocks." in name)
     # The stacks of blocks that run in one call: depth, tokens of all views, and outputs of the last block.
     stacks = [(config.image_depth, sum(passes.images), sum(passes.images))]
     stacks.append((config.text_depth, passes.texts * length, passes.texts * length))
@@ -219,7 +222,7 @@ def memory_of_step(
     return {
         "weights": 4 * sum(p.numel() for p in model.parameters()),
         "gradients": 4 * trained,
-        "optimiser": 8 * trained,
+        "optimiser": 8 * trained - 4 * by_muon,
         "activations": 4 * batch_size * (embeddings + kept + heads),
     }
 
