@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, pictures_of, read_rows, resolved, to_tensor
+from data import captions_of, count_truncated, pictures_of, read_rows, resolved, to_tensor
 from explain import Heat, How, ground, heats_of
 from mamo import VisionLanguageModel, rank_and_size
 from metrics import (
@@ -450,8 +450,26 @@ def encode_rows(
     """Encode the distinct pictures and texts of rows -> place of each picture, place of each text, Encoded"""
     images = list(dict.fromkeys(image for row in rows for image in pictures_of(row)))
     texts = list(dict.fromkeys(text for row in rows for text in read_texts(row)))
+    tell_unread(texts, tokenizer, model.config.max_tokens)
     places = ({name: i for i, name in enumerate(names)} for names in (images, texts))
     return *places, encode(model, tokenizer, images, texts, device)
+
+
+def tell_unread(texts: list[str], tokenizer: Tokenizer, longest: int) -> None:
+    """Say, once, how many texts are not read as they stand."""
+    cut = count_truncated(texts, tokenizer, longest)
+    unknown = sum(tokenizer.unk_id in tokenizer.encode(text) for text in texts)
+    for count, why in (
+        (cut, f"are longer than max_tokens {longest} and lose their end"),
+        (unknown, "have words in characters that the vocabulary lacks: they are read as [UNK]"),
+    ):
+        said = f"{count} of {len(texts)} texts {why}"
+        if count and said not in TOLD:
+            TOLD.add(said)
+            runtime.warn(said)
+
+
+TOLD: set[str] = set()
 
 
 def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: str, k: int, device) -> Tensor:

@@ -92,6 +92,20 @@ def scores_one_by_one(model, tokenizer, images: list[str], text: str) -> list[tu
     return pairs
 
 
+def test_texts_that_are_not_read_as_they_stand_are_told(command, checkpoint, gallery, tmp_path):
+    """Too long, or in letters that training has not seen: a figure over them would look like any other."""
+    rows = read_rows([gallery], "pairs")[:12]
+    texts = ["a red square " * 40, "собака", "一只狗 runs"]
+    changed = [row | {"caption": texts[number] if number < 3 else row["caption"]} for number, row in enumerate(rows)]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"image": row["image"], "caption": row["caption"]}) + "\n" for row in changed))
+    status, _, errors = command("retrieval", "--checkpoint", checkpoint, "--data", path)
+    count = len({text for row in changed for text in captions_of(row)})
+    assert status == 0 and f"1 of {count} texts are longer than max_tokens" in errors
+    assert f"2 of {count} texts have words in characters that the vocabulary lacks" in errors
+    assert "vocabulary" not in command("retrieval", "--checkpoint", checkpoint, "--data", gallery)[2]
+
+
 @pytest.mark.parametrize(("k", "weight"), [(0, None), (5, math.inf), (128, None), (128, math.inf), (128, 0.25)])
 def test_a_search_orders_the_best_by_contrast_anew(model_and_words, gallery, k, weight):
     model, tokenizer = model_and_words
