@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, count_truncated, pictures_of, read_rows, resolved, to_tensor
+from data import captions_of, pictures_of, read_rows, resolved, to_tensor
 from explain import Heat, How, ground, heats_of
 from mamo import VisionLanguageModel, rank_and_size
 from metrics import (
@@ -455,21 +455,23 @@ def encode_rows(
     return *places, encode(model, tokenizer, images, texts, device)
 
 
+TOLD: set[str] = set()  # what has been said of texts that are not read as they stand
+
+
 def tell_unread(texts: list[str], tokenizer: Tokenizer, longest: int) -> None:
     """Say, once, how many texts are not read as they stand."""
-    cut = count_truncated(texts, tokenizer, longest)
-    unknown = sum(tokenizer.unk_id in tokenizer.encode(text) for text in texts)
+    read = [tokenizer.encode(text) for text in texts]
     for count, why in (
-        (cut, f"are longer than max_tokens {longest} and lose their end"),
-        (unknown, "have words in characters that the vocabulary lacks: they are read as [UNK]"),
+        (sum(len(ids) > longest for ids in read), f"are longer than max_tokens {longest} and lose their end"),
+        (
+            sum(tokenizer.unk_id in ids for ids in read),
+            "have words in characters that the vocabulary lacks: they are read as [UNK]",
+        ),
     ):
         said = f"{count} of {len(texts)} texts {why}"
         if count and said not in TOLD:
             TOLD.add(said)
             runtime.warn(said)
-
-
-TOLD: set[str] = set()
 
 
 def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: str, k: int, device) -> Tensor:

@@ -539,6 +539,10 @@ def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> Non
     model.load_state_dict(weights)
 
 
+# What AdamW and Muon keep of a parameter.
+OPTIMIZER_STATES = {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("step", "momentum"))}
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
     """Load the state of an optimiser; its options are those of the run. torch itself takes moments of another length,
     and then reads beyond their end."""
@@ -556,9 +560,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
     if not whole or str(numbers) != str([group["params"] for group in groups]) or not names <= OPTIMIZER_STATES:
         raise ValueError(f"{path} holds the state of another optimiser, or of another model: begin another run")
     optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-OPTIMIZER_STATES = {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("step", "momentum"))}
 
 
 def write_json(path: Path, value) -> None:

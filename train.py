@@ -230,15 +230,20 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale: Callable 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim == 2 and not name.endswith(("positions", "types"))
-            in_block = config.optimizer == "muon" and parameter.ndim == 2 and ".blocks." in name
-            kind = scale(name), config.weight_decay if decays else 0.0, in_block
+            by_muon = config.optimizer == "muon" and takes_muon(name, parameter)
+            kind = scale(name), config.weight_decay if decays else 0.0, by_muon
             groups.setdefault(kind, []).append(parameter)
     in_order = sorted(groups.items(), key=lambda item: item[0], reverse=True)  # what decays first
     named = [
-        {"params": group, "scale": times, "weight_decay": decay, "orthogonal": in_block}
-        for (times, decay, in_block), group in in_order
+        {"params": group, "scale": times, "weight_decay": decay, "orthogonal": by_muon}
+        for (times, decay, by_muon), group in in_order
     ]
     return Muon(named, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
+def takes_muon(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix inside a block, which Muon moves."""
+    return parameter.ndim == 2 and ".blocks." in name
 
 
 class Muon(torch.optim.AdamW):

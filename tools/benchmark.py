@@ -36,7 +36,7 @@ from mamo import PRESETS, Config
 from siblings import OBJECTIVES, build_model
 from tokenizer import Tokenizer
 from tools.costs import flops_of_step, uncounted
-from train import TrainConfig, make_optimizer
+from train import TrainConfig, make_optimizer, rate_for
 from train import parse as parse_training
 from train import start as start_training
 
@@ -80,11 +80,11 @@ def ratios(seconds: dict[str, list[float]], of: str, to: str) -> dict[str, float
 
 
 class TrainingStep:
-    """A training step as train.py makes it, on one batch or another: forward, backward, clip, AdamW, teacher."""
+    """A training step as train.py makes it, on one batch or another: forward, backward, clip, optimiser, teacher."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], device: torch.device, precision: str = "fp32"):
         self.model = model.to(device).train()
-        self.optimizer = make_optimizer(self.model, TrainConfig())
+        self.optimizer = make_optimizer(self.model, TrainConfig(lr=rate_for(model.config.width)))
         self.batch = {name: value.to(device) for name, value in batch.items()}
         self.device, self.precision = device, precision
 

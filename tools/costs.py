@@ -27,6 +27,7 @@ from siblings import OBJECTIVES
 from siblings.glscl import GLSCLConfig
 from siblings.maskvlm import MaskVLMConfig
 from siblings.vlmae import VLMAEConfig
+from train import takes_muon
 
 
 @dataclass
@@ -204,7 +205,7 @@ def memory_of_step(
         model = MAMO(config)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained = sum(p.numel() for p in learning.values())
-    by_muon = sum(p.numel() for name, p in learning.items() if p.ndim == 2 and ".blocks." in name)
+    by_muon = sum(p.numel() for name, p in learning.items() if takes_muon(name, p))
     # The stacks of blocks that run in one call: depth, tokens of all views, and outputs of the last block.
     stacks = [(config.image_depth, sum(passes.images), sum(passes.images))]
     stacks.append((config.text_depth, passes.texts * length, passes.texts * length))
