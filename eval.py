@@ -483,6 +483,7 @@ def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: 
     query = torch.arange(start, start + len(cosines))[:, None].expand_as(best)
     pair = (query, best) if direction == "image_to_text" else (best, query)
     logits = match_pairs(model, encoded, pair[0].flatten(), pair[1].flatten(), device).view_as(best).double()
+    logits = logits.where(~logits.isnan(), math.inf)  # one that is not a number counts as ahead, see ranks
     return torch.full_like(cosines, math.nan, dtype=torch.double).scatter(1, best, logits)
 
 

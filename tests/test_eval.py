@@ -442,6 +442,18 @@ def test_reranking_moves_the_best_and_leaves_the_others(model_and_words, naive, 
         assert all(one > other for one, other in pairwise(values)), "a tie, or another order"
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5, math.inf])
+def test_a_matching_head_that_gives_no_number_is_not_taken_for_contrast(model_and_words, gallery, monkeypatch, weight):
+    rows = read_rows([gallery], "pairs")
+    monkeypatch.setattr(evaluation, "match_pairs", lambda m, e, image, *rest: torch.full((len(image),), math.nan))
+    result = retrieval(*model_and_words, rows, CPU, weights=[weight])
+    assert (
+        [way["R@1"] for way in result["matching"].values()]
+        == [0, 0]
+        != [way["R@1"] for way in result["contrast"].values()]
+    )
+
+
 def test_a_model_that_says_the_same_to_everything_finds_nothing(model_and_words, gallery, foil_file):
     """Its embeddings and its matching head are made constant: 0 % by contrast, and 0 % of the foils."""
     model, tokenizer = model_and_words
