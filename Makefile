@@ -1,6 +1,6 @@
 # Two commands do everything, set-up included, on a fresh clone:
 #   make demo        builds the world, pre-trains MAMO on it, evaluates, learns to answer questions, writes a page to look at
-#                    (about 11 minutes on two cores)
+#                    (11 to 14 minutes on two cores)
 #   make test        runs the tests
 # and three more for who changes something here:
 #   make lint        checks the form of the code, and that the pages say what is
