@@ -2,7 +2,8 @@
 
 One reading path for every data set: the built-in world, your own files, converted official releases. What a row holds,
 and how it is read and checked: reading/rows.py. Here a row of `pairs` is {"image": path, "caption": text or list of
-texts}, and rows that share the optional "twin" stay in one batch.
+texts}, and rows that share the optional "twin" stay in one batch. With "video" in place of "image" the row's picture is
+a video: all that is said of pictures here holds of it, with one dimension more, its f frames.
 
 Randomness belongs to the sample: the order of the rows follows from (seed, epoch); augmentation, the choice of a
 caption and the noise behind both masks follow from (seed, epoch, row). So a resumed run, another number of workers and
@@ -45,7 +46,9 @@ from reading.rows import (  # noqa: F401  all that reading has, for whoever impo
     resolved,
     sample_of,
     twins_of,
+    videos_of,
 )
+from reading.videos import choose_frames, count_frames, files_of, is_video, load_frames, shown, video_of  # noqa: F401
 from tokenizer import Tokenizer, pad
 
 # ------------------------------------------------------------------------------------------------- samples and batches
@@ -58,8 +61,8 @@ class Pairs(Dataset):
         self, rows: Sequence[dict], tokenizer: Tokenizer, config: Config, augment: str = "none", seed: int = 0
     ):
         self.rows, self.tokenizer, self.config, self.seed = rows, tokenizer, config, seed
-        self.pictures = Pictures(config.image_size, augment, len(rows))
-        self.folder = os.path.dirname(resolved(rows[0]["image"]))
+        self.pictures = Pictures(config, augment, len(rows))
+        self.folder = os.path.dirname(resolved(files_of(rows[0]["image"])[0]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,11 +75,12 @@ class Pairs(Dataset):
         patch_noise, token_noise, replace_noise = noise.split([n, l, l])
         captions = captions_of(row)
         input_ids = self.tokenizer.encode(captions[rng.integers(len(captions))], l)
+        files = [os.path.relpath(resolved(file), self.folder) for file in files_of(row["image"])]
         return {
             "images": self.pictures(row["image"], rng),
             "input_ids": input_ids,
             # By its place beside the first picture: the same wherever the data lie.
-            "image_id": stable_id(os.path.relpath(resolved(row["image"]), self.folder)),
+            "image_id": stable_id("\n".join(files)),
             "caption_id": stable_id(str(input_ids)),
             "patch_noise": patch_noise,
             "token_noise": token_noise,
@@ -113,7 +117,8 @@ def make_batch(
 ) -> dict[str, Tensor]:
     """A batch for a model's forward, with all its noise, from a few pictures and texts of one's own.
 
-    Args:    images      a tensor (b, 3, height, width) with values in [-1, 1], or a list of paths or PIL images
+    Args:    images      a tensor (b, 3, height, width) with values in [-1, 1], or a list of paths or PIL images; of
+                         videos (b, f, 3, height, width), or names that video_of gives
              texts       b texts
              tokenizer   whose vocabulary the config is for; without one, words are spelled letter by letter
              seed        decides all noise
@@ -126,7 +131,7 @@ def make_batch(
         raise ValueError(f"{len(images)} images and {len(texts)} texts: give a list of each, one text for each image")
     names = [resolved(image) if isinstance(image, str | Path) else number for number, image in enumerate(images)]
     if not isinstance(images, Tensor):
-        images = torch.stack([to_tensor(image, config.image_size) for image in images])
+        images = torch.stack([to_tensor(image, config.image_size, config.frames) for image in images])
     input_ids, attention_mask = tokenizer(texts, config.max_tokens)
     (b, l), draw = input_ids.shape, torch.Generator().manual_seed(seed)  # noqa: E741
     return {
@@ -162,6 +167,7 @@ class TwinBatches:
     rows, which do not fill a batch, and fills parts of equal size: with the largest groups first, as many as fit, then
     with the smallest; where none fits, one is cut. Parts are shuffled, and some of them make a batch. Processes share
     a batch by its parts: so any number of processes that divides the parts sees the same batches, and twins are on one.
+    A batch is of pictures or of videos; where there are both, each kind fills batches of its own, and these are mixed.
     """
 
     def __init__(
@@ -180,27 +186,39 @@ class TwinBatches:
                 f"a batch of {batch_size} pairs in {parts} parts cannot be shared by {processes} processes: "
                 f"use a number of processes that divides {parts}, and a --batch-size that is a multiple of it"
             )
-        if batch_size > len(rows):
-            raise ValueError(
-                f"the batch of {batch_size} pairs is larger than the {len(rows)} rows at hand: "
-                f"use --batch-size {len(rows) // parts * parts} or less"
-            )
-        self.rows, self.batch_size, self.seed, self.first = len(rows), batch_size, seed, first
+        self.batch_size, self.seed, self.first = batch_size, seed, first
         self.rank, self.processes, self.size = rank, processes, batch_size // parts  # size: pairs of a part
-        self.batches_per_epoch = len(rows) // batch_size
-        self.groups: list[list[int]] | range = range(len(rows))  # a row alone is its number
-        if (twins := twins_of(rows)) is not None:
-            by_group, counts = np.argsort(twins, kind="stable"), np.unique(twins, return_counts=True)[1]
-            whole = [group.tolist() for group in np.split(by_group, counts.cumsum()[:-1])]
-            self.groups = [group[i : i + self.size] for group in whole for i in range(0, len(group), self.size)]
+        videos, twins = videos_of(rows), twins_of(rows)
+        kinds = [places for kind in (False, True) if len(places := np.flatnonzero(videos == kind).astype(np.int32))]
+        for places in kinds:
+            if batch_size > len(places):
+                what = "videos" if videos[places[0]] else "pictures" if len(kinds) > 1 else "rows"
+                raise ValueError(
+                    f"the batch of {batch_size} pairs is larger than the {len(places)} {what} at hand: "
+                    f"use --batch-size {len(places) // parts * parts} or less"
+                )
+        self.kinds = [places if twins is None else self.grouped(places, twins[places]) for places in kinds]
+        self.batches_per_epoch = sum(len(places) // batch_size for places in kinds)
+
+    def grouped(self, places: np.ndarray, twins: np.ndarray) -> list[list[int]]:
+        """Numbers of rows, those of twins together; more twins than a part holds are several groups."""
+        by_group, counts = places[np.argsort(twins, kind="stable")], np.unique(twins, return_counts=True)[1]
+        whole = [group.tolist() for group in np.split(by_group, counts.cumsum()[:-1])]
+        return [group[i : i + self.size] for group in whole for i in range(0, len(group), self.size)]
 
     def epoch(self, number: int) -> np.ndarray:
         """The batches of one epoch -> (batches, batch_size), numbers of rows."""
-        rng, used = np.random.default_rng([self.seed, number]), self.batches_per_epoch * self.batch_size
-        order = rng.permutation(np.arange(len(self.groups), dtype=np.int32))
-        if isinstance(self.groups, range):
-            return order[:used].reshape(-1, self.batch_size)
-        line, rest, parts, cut = [self.groups[place] for place in order], self.rows - used, [], []
+        rng = np.random.default_rng([self.seed, number])
+        batches = [self.filled(groups, rng) for groups in self.kinds]
+        return batches[0] if len(batches) == 1 else rng.permutation(np.concatenate(batches))
+
+    def filled(self, groups: np.ndarray | list[list[int]], rng: np.random.Generator) -> np.ndarray:
+        """Batches of the rows of one kind, in groups or each alone -> (batches, batch_size)"""
+        order = rng.permutation(np.arange(len(groups), dtype=np.int32))
+        if isinstance(groups, np.ndarray):
+            return groups[order[: len(order) // self.batch_size * self.batch_size]].reshape(-1, self.batch_size)
+        line, parts, cut = [groups[place] for place in order], [], []
+        rest = sum(map(len, groups)) % self.batch_size
         while rest:
             last = line.pop()
             line += [last[rest:]] if len(last) > rest else []
@@ -218,7 +236,7 @@ class TwinBatches:
                 else:
                     cut = list(line.pop())
             parts.append(part)
-        if len(set(map(len, self.groups))) > 1:  # else no part is like its neighbour by size
+        if len(set(map(len, groups))) > 1:  # else no part is like its neighbour by size
             rng.shuffle(parts)
         return np.array(parts).reshape(-1, self.batch_size)
 
@@ -247,22 +265,33 @@ def training_batches(
 
 
 class Pictures:
-    """Pictures as bytes by path. Unless they are cropped, and if those of all rows fit into 256 MB, they are kept."""
+    """Pictures and frames as bytes. Unless they are cropped they are kept, if those of all rows fit into 256 MB."""
 
-    def __init__(self, image_size: tuple[int, int], augment: str, rows: int):
-        self.image_size, self.augment = image_size, augment
-        self.kept: dict[str, Tensor] | None = {} if rows * 3 * math.prod(image_size) <= 2**28 else None
+    def __init__(self, config: Config, augment: str, rows: int):
+        self.image_size, self.frames, self.augment = config.image_size, config.frames, augment
+        most = 2**28 // (3 * math.prod(config.image_size))
+        self.most, self.kept = most if rows <= most else 0, {}
 
     def __call__(self, path: str, rng: np.random.Generator) -> Tensor:
-        """Path -> (3, height, width), values in [-1, 1], augmented by draws from rng."""
+        """Path -> (3, height, width), values in [-1, 1], augmented by draws from rng; of a video (f, 3, height, width),
+        one frame from each of f equal segments, all augmented alike."""
+        if not is_video(path):
+            return self.picture(path, path, rng)
+        numbers, seed = choose_frames(count_frames(path), self.frames, rng), rng.integers(2**62)
+        missing = [number for number in numbers if (path, number) not in self.kept]
+        read = dict(zip(missing, load_frames(path, missing), strict=True)) if missing else {}
+        return torch.stack([self.picture((path, n), read.get(n), np.random.default_rng(seed)) for n in numbers])
+
+    def picture(self, name: str | tuple, source: str | Image.Image | None, rng: np.random.Generator) -> Tensor:
+        """One picture or frame -> (3, height, width). name: by which it is kept; source: what to read if it is not"""
         if self.augment in ("photo", "aerial"):  # cropped before it is made small, so that details stay sharp
-            image = load_image(path, 2 * max(self.image_size))  # twice, because of the crop
+            image = load_image(source, 2 * max(self.image_size))  # twice, because of the crop
             return centred(to_pixels((photo if self.augment == "photo" else aerial)(image, rng), self.image_size))
-        pixels = None if self.kept is None else self.kept.get(path)
+        pixels = self.kept.get(name)
         if pixels is None:
-            pixels = to_pixels(path, self.image_size)
-            if self.kept is not None:
-                self.kept[path] = pixels
+            pixels = to_pixels(source, self.image_size)
+            if len(self.kept) < self.most:
+                self.kept[name] = pixels
         if self.augment == "drawing":
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             pixels = to_pixels(drawing(image, rng), self.image_size)
@@ -280,8 +309,12 @@ def to_pixels(source: str | Path | Image.Image, image_size: tuple[int, int]) -> 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_tensor(source: str | Path | Image.Image, image_size: tuple[int, int]) -> Tensor:
-    """A picture, or the path of one, at image_size (height, width) -> (3, height, width), values in [-1, 1]."""
+def to_tensor(source: str | Path | Image.Image, image_size: tuple[int, int], frames: int = 1) -> Tensor:
+    """A picture, or the path of one, at image_size (height, width) -> (3, height, width), values in [-1, 1]; of a video
+    so many frames, the middle ones of equal segments -> (f, 3, height, width)."""
+    if is_video(source):
+        some = load_frames(source, choose_frames(count_frames(source), frames))
+        return torch.stack([to_tensor(one, image_size) for one in some])
     return centred(to_pixels(source, image_size))
 
 

@@ -24,6 +24,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, pictures_of, read_rows, resolved, to_tensor
+from data import captions_of, files_of, is_video, pictures_of, read_rows, resolved, to_tensor, video_of
 from explain import Heat, How, ground, heats_of
-from mamo import VisionLanguageModel, rank_and_size
+from mamo import VisionLanguageModel, frames_of, rank_and_size
 from metrics import (
     chance_recalls,
     judge_answers,
@@ -87,9 +88,11 @@ class Pipeline:
     device: torch.device
 
     def pixels(self, images) -> Tensor:
-        """One picture or several -> (b, 3, height, width), values in [-1, 1]"""
-        size = self.model.config.image_size
-        return torch.stack([to_tensor(image, size) for image in several(images)]).to(self.device)
+        """One picture or several -> (b, 3, height, width), values in [-1, 1]; videos, as video_of of data.py names
+        them -> (b, f, 3, height, width)"""
+        config, images = self.model.config, several(images)
+        check_kinds(images)
+        return torch.stack([to_tensor(image, config.image_size, config.frames) for image in images]).to(self.device)
 
     def tokens(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
         """One text or several -> input_ids, attention_mask (b, l)"""
@@ -99,7 +102,8 @@ class Pipeline:
     @torch.inference_mode()
     def embed_images(self, images) -> Tensor:
         """-> unit vectors (b, e), whose products with those of texts are what contrast ranks by"""
-        return self.model.embed_image(self.model.encode_image(self.pixels(images))).cpu()
+        pixels = self.pixels(images)
+        return self.model.embed_image(self.model.encode_image(pixels), frames_of(pixels)).cpu()
 
     @torch.inference_mode()
     def embed_texts(self, texts: str | list[str]) -> Tensor:
@@ -190,14 +194,15 @@ class Encoded:
 def encode(
     model: VisionLanguageModel, tokenizer: Tokenizer, images: list[str], texts: list[str], device, batch: int = 100
 ) -> Encoded:
-    """Encode distinct pictures (paths) and distinct texts, each process its share."""
+    """Encode distinct pictures (paths), or videos, and distinct texts, each process its share."""
     model.eval()
-    config = model.config
+    check_kinds(images)
+    config, frames = model.config, model.config.frames if is_video(images[0]) else 1
     input_ids, attention_mask = tokenizer(texts, config.max_tokens)
 
     def encode_pictures(rows: slice) -> tuple[Tensor, Callable]:
-        pixels = torch.stack([to_tensor(path, config.image_size) for path in images[rows]])
-        return model.encode_image(pixels.to(device)), model.embed_image
+        pixels = torch.stack([to_tensor(path, config.image_size, frames) for path in images[rows]])
+        return model.encode_image(pixels.to(device)), partial(model.embed_image, frames=frames)
 
     def encode_words(rows: slice) -> tuple[Tensor, Callable]:
         return model.encode_text(input_ids[rows].to(device), attention_mask[rows].to(device)), model.embed_text
@@ -215,9 +220,17 @@ def encode(
                 embed[start : start + batch] = embed_some(some).cpu()
         return gather_shards(hidden, count), gather_shards(embed, count) if config.w_itc > 0 else None
 
-    image, image_embed = encode_all("pictures", encode_pictures, len(images), 1 + config.num_patches)
+    length = frames * (1 + config.num_patches)
+    image, image_embed = encode_all("pictures", encode_pictures, len(images), length)
     text, text_embed = encode_all("texts", encode_words, len(texts), input_ids.shape[1])
     return Encoded(images, texts, image, text, attention_mask, image_embed, text_embed)
+
+
+def check_kinds(images: list) -> None:
+    """Raise ValueError for pictures among videos: a gallery is of one kind."""
+    videos = sum(map(is_video, images))
+    if 0 < videos < len(images):
+        raise ValueError(f"{len(images) - videos} pictures and {videos} videos: evaluate them apart, a file of each")
 
 
 @torch.inference_mode()
@@ -747,6 +760,9 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
             f"{options.checkpoint} is a checkpoint of {task}, which neither contrasts nor matches: give one of "
             "train.py, or of finetune.py retrieval or grounding"
         )
+    if options.frames is not None:
+        model.student.image.places(options.frames)  # which raises for more than it knows
+        model.config = replace(model.config, frames=options.frames)
     if "{}" not in options.frame:
         raise ValueError(f'--frame is {options.frame!r}: expected a text with {{}} for the phrase, "there is a {{}}"')
     return model, tokenizer
@@ -774,6 +790,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
     parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
+    parser.add_argument("--video", nargs="+", help="in its place an animated picture, or the frames of a video")
+    parser.add_argument("--frames", type=int, help="frames of a video to look at; without: as many as in training")
     parser.add_argument("--text", help="text for `search`, `score` and `explain`")
     parser.add_argument("--phrase", help="part of the text that `explain` looks for; without: the whole text")
     runtime.add_options(parser, How)
@@ -795,6 +813,8 @@ def main() -> None:
     with runtime.process_group(options.device) as device:
         model, tokenizer = load_for(options, device)
         if options.command in ("score", "explain"):
+            if options.video:
+                options.image = [video_of(options.video)]
             if not options.image or not options.text:
                 raise ValueError(f'{options.command} needs a picture and a text: --image photo.jpg --text "a circle"')
             most = model.pictures if isinstance(model, Classifier) else 1
@@ -813,6 +833,7 @@ def main() -> None:
             evaluate_world(model, tokenizer, options, device)
             return
         name = " ".join(options.data) + ", own captions" * options.own_captions
+        name += f", frames {options.frames}" if options.frames else ""
         if options.command == "retrieval":
             result = retrieve(model, tokenizer, options, device)
             print(retrieval_table(name, result))
@@ -859,7 +880,7 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
     print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")
     for one in found:
         matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
-        path = os.path.normpath(one["image"])
+        path = ", ".join(map(os.path.normpath, files_of(one["image"])))
         print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
     if any(one["matching"] is not None for one in found):
         print("ordered by both heads together; --k 0 and --matching-weight inf ask one of them")

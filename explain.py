@@ -23,6 +23,7 @@ differs: the matching logit is the difference of the head's two, of which ALBEF 
 the whole text and is counted where the phrase is the whole text. Of the last block only [CLS] has a map: the logit
 reads nothing else there.
 
+A video has a map for each frame: patches are hidden in one frame, windows in one at a time, and no frame as a whole.
 No box is ever trained on. A model that judges statements is asked for a phrase within one: --frame "there is a {}".
 """
 
@@ -37,8 +38,8 @@ from PIL import Image
 from torch import Tensor
 
 import runtime
-from data import load_image, size_of, to_tensor
-from mamo import View, VisionLanguageModel, mask_patches, record_attention
+from data import choose_frames, count_frames, is_video, load_frames, load_image, size_of, to_tensor
+from mamo import View, VisionLanguageModel, frames_of, mask_patches, record_attention
 from metrics import patch_centres
 from tasks import Classifier
 from tokenizer import Tokenizer, pad
@@ -93,24 +94,30 @@ def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -
 
 
 def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device, how: How) -> Tensor:
-    """Heat maps of many phrases -> (phrases, n) on the CPU, values of 0 or more"""
+    """Heat maps of many phrases -> (phrases, n) on the CPU, values of 0 or more; of videos (phrases, f * n)"""
     model.eval()
     if how.map == "gradcam":
         return gradcam_maps(model, tokenizer, phrases, device)[check_layer(model, how.layer)]
     maps = []
     for image, those in itertools.groupby(phrases, key=lambda one: one.image):  # hidden once for all of its phrases
-        views, masks = hidden_views(model, to_tensor(image, model.config.image_size).to(device), how)
+        views, masks = hidden_views(model, pixels_of(image, model.config).to(device), how)
         for one in those:
             rows = phrase_rows(tokenizer, one.text, one.phrase, model.config.max_tokens)
             maps.append(hiding_map(watched(model, [views], *rows), masks).cpu())
     return torch.stack(maps)
 
 
+def pixels_of(image, config) -> Tensor:
+    """A picture -> (3, height, width), a video -> (f, 3, height, width), as the model sees them."""
+    return to_tensor(image, config.image_size, config.frames)
+
+
 # ---------------------------------------------------------------------------------------------------- maps by hiding
 
 
-def hiding_masks(grid: tuple[int, int], passes: int) -> tuple[Tensor, Tensor]:
-    """What is hidden in turn -> windows (w, n) and random masks (r, n), True = hidden, of w + r = passes.
+def hiding_masks(grid: tuple[int, int], passes: int, frames: int = 1) -> tuple[Tensor, Tensor]:
+    """What is hidden in turn -> windows (w, n) and random masks (r, n), True = hidden, of w + r = passes; of a video
+    (w, f * n) and (r, f * n).
 
     Windows of 2 x 2 patches at every place; where that would be more than half of the passes, larger ones and fewer.
     """
@@ -120,30 +127,41 @@ def hiding_masks(grid: tuple[int, int], passes: int) -> tuple[Tensor, Tensor]:
         high, wide = min(step + 1, rows), min(step + 1, columns)
         tops = sorted({min(y, rows - high) for y in range(0, rows, step)})
         lefts = sorted({min(x, columns - wide) for x in range(0, columns, step)})
-        if len(tops) * len(lefts) <= max(passes // 2, 1):
+        if frames * len(tops) * len(lefts) <= max(passes // 2, 1) or (high, wide) == grid:
             break
-    windows = torch.zeros(len(tops) * len(lefts), rows, columns, dtype=torch.bool)
-    for window, (y, x) in zip(windows, itertools.product(tops, lefts), strict=True):
-        window[y : y + high, x : x + wide] = True
-    noise = torch.rand(passes - len(windows), rows * columns, generator=torch.Generator().manual_seed(0))
+    places = list(itertools.product(range(frames), tops, lefts))
+    windows = torch.zeros(len(places), frames, rows, columns, dtype=torch.bool)
+    for window, (frame, y, x) in zip(windows, places, strict=True):
+        window[frame, y : y + high, x : x + wide] = True
+    randoms = max(passes - len(windows), 1)
+    noise = torch.rand(randoms, frames * rows * columns, generator=torch.Generator().manual_seed(0))
     return windows.flatten(1), mask_patches(noise, 0.75)[1]
 
 
 @torch.no_grad()
 def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """image (3, height, width) -> encoded (1 + passes, 1 + n, d), the whole picture first; and what each pass hides"""
-    config, masks = model.config, hiding_masks(model.config.grid, how.passes)
+    """image (3, height, width), or a video (f, 3, height, width) -> encoded (1 + passes, 1 + n, d), the whole picture
+    first; and what each pass hides"""
+    config, frames = model.config, frames_of(image[None])
+    masks = hiding_masks(config.grid, how.passes, frames)
     hidden, encoded = torch.cat([torch.zeros_like(masks[0][:1]), *masks]).to(image.device), []
-    filled = filling(image, how.fill, config.patch_size) if how.fill != "token" else None
-    for some in hidden.split(max(2**15 // (1 + config.num_patches), 1)):  # which bounds the memory
+    filled = None
+    if how.fill != "token":
+        parts = [filling(one, how.fill, config.patch_size) for one in image.view(-1, *image.shape[-3:])]
+        filled = torch.stack(parts).view_as(image)
+    for some in hidden.split(max(2**15 // (frames + hidden.shape[1]), 1)):  # which bounds the memory
         if filled is None:
-            encoded.append(model.encode_masked(repeat(image, "c y x -> b c y x", b=len(some)), some))
+            encoded.append(model.encode_masked(image.expand(len(some), *image.shape), some))
         else:
-            pixels = repeat(
-                some, "b (y x) -> b 1 (y p) (x q)", y=config.grid[0], p=config.patch_size, q=config.patch_size
-            )
-            encoded.append(model.encode_image(torch.where(pixels, filled, image)))
+            encoded.append(model.encode_image(torch.where(in_pixels(some, image, config.patch_size), filled, image)))
     return torch.cat(encoded), masks
+
+
+def in_pixels(patches: Tensor, image: Tensor, patch_size: int) -> Tensor:
+    """patches (b, n), True = hidden -> (b, 1, height, width), of a video (b, f, 1, height, width)"""
+    sides = {"f": frames_of(image[None]), "y": image.shape[-2] // patch_size, "p": patch_size, "q": patch_size}
+    pixels = repeat(patches, "b (f y x) -> b f 1 (y p) (x q)", **sides)
+    return pixels if image.ndim == 4 else pixels[:, 0]
 
 
 def filling(image: Tensor, fill: str, patch_size: int) -> Tensor:
@@ -233,13 +251,13 @@ def check_layer(model: VisionLanguageModel, layer: int | None) -> int:
 def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
     """Grad-CAM of the matching logit for every token by itself.           Source: ALBEF's weakly supervised grounding
 
-    Args:    images (b, 3, height, width)
+    Args:    images (b, 3, height, width), or videos (b, f, 3, height, width)
              input_ids, attention_mask (b, l)   attention_mask: True = real token
     Returns: per fusion block (b, l, n), values of 0 or more; of the last block (b, 1, n), [CLS] alone
     Raises:  ValueError for a model without a matching head
     """
     require_matching(model)
-    fusion, length = model.student.fusion, input_ids.shape[1]
+    fusion, length, frames = model.student.fusion, input_ids.shape[1], frames_of(images)
     with torch.no_grad():
         image, text = model.encode_image(images), model.encode_text(input_ids, attention_mask)
     with torch.enable_grad(), record_attention(*fusion.text_attention) as recorded:
@@ -247,10 +265,10 @@ def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, at
         attention = [maps[0] for maps in recorded]
         gradient = torch.autograd.grad(logit.sum(), attention)  # a row's logit depends on its own maps only
     maps = [
-        fusion.text_to_patches(one * slope.relu(), length).mean(dim=1).detach()
+        fusion.text_to_patches(one * slope.relu(), length, frames).mean(dim=1).detach()
         for one, slope in zip(attention, gradient, strict=True)
     ]
-    if any(one.shape[-1] != model.config.num_patches for one in maps):
+    if any(one.shape[-1] != frames * model.config.num_patches for one in maps):
         raise ValueError(
             f"{type(fusion).__name__} gives maps of {[one.shape[-1] for one in maps]} places, one a block, "
             f"where a picture has {model.config.num_patches} patches: see its text_to_patches"
@@ -276,7 +294,7 @@ def gradcam_maps(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> 
     parts, batch = [], 1 if isinstance(model, Classifier) else 50
     for start in range(0, len(phrases), batch):
         chunk = phrases[start : start + batch]
-        images = torch.stack([to_tensor(one.image, model.config.image_size) for one in chunk])
+        images = torch.stack([pixels_of(one.image, model.config) for one in chunk])
         found = [phrase_rows(tokenizer, one.text, one.phrase, model.config.max_tokens) for one in chunk]
         input_ids, attention_mask = pad([ids for ids, _ in found], tokenizer.pad_id)
         rows = torch.zeros_like(attention_mask)
@@ -351,10 +369,11 @@ class Heat:
 
     values: Tensor  # (rows, columns) of patches, 0 or more
     picture: Image.Image
+    hottest: float  # value that is drawn in full red: the largest of the picture, of a video that of all its frames
 
     def image(self) -> Image.Image:
         """The picture with the map laid over it: cold stays pale, hot becomes red."""
-        strength = self.values / self.values.max().clamp(min=1e-12)
+        strength = self.values / max(self.hottest, 1e-12)
         mask = Image.fromarray((200 * strength).byte().numpy()).resize(self.picture.size, Image.Resampling.BICUBIC)
         pale = Image.blend(self.picture, Image.new("RGB", self.picture.size, "white"), 0.5)
         return Image.composite(Image.new("RGB", self.picture.size, (215, 25, 28)), pale, mask)
@@ -369,14 +388,15 @@ class Heat:
 
 
 def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, how: How, device) -> list[Heat]:
-    """The map of a phrase, or of the whole text, over each of some pictures (paths or PIL images).
+    """The map of a phrase, or of the whole text, over each of some pictures (paths or PIL images); of a video, over
+    each of its frames that the model sees.
 
     Several pictures are those of one question where the model answers questions, else each is by itself.
 
     Raises:  ValueError for a map of zeros, which says nothing
     """
     config, heats = model.config, []
-    tensors = torch.stack([to_tensor(image, config.image_size) for image in images]).to(device)
+    tensors = torch.stack([pixels_of(image, config) for image in images]).to(device)
     ids, counted = phrase_rows(tokenizer, text, phrase, config.max_tokens)
     if how.map == "gradcam":
         rows = torch.tensor([counted] * len(images), device=device)
@@ -396,12 +416,19 @@ def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, 
                 f"there is no map for {phrase!r}: nothing in the picture speaks for the answer, or it is Grad-CAM of "
                 "the last block, which has a map for whole texts only"
             )
-        picture = load_image(image)
-        scale = min(320 / min(picture.size), 1280 / max(picture.size))
-        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
-        picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
-        heats.append(Heat(values.reshape(config.grid), picture))
+        pictures, side = [load_image(image)] if not is_video(image) else frames_seen(image, config), 320
+        hottest = values.max()
+        for picture, part in zip(pictures, values.view(len(pictures), *config.grid), strict=True):
+            scale = min(side / min(picture.size), 4 * side / max(picture.size))
+            size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+            picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+            heats.append(Heat(part, picture, hottest.item()))
     return heats
+
+
+def frames_seen(video: str, config) -> list[Image.Image]:
+    """The frames of a video that the model looks at."""
+    return load_frames(video, choose_frames(count_frames(video), config.frames))
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -54,6 +54,7 @@ from train import (
     POSITIVE,
     Run,
     TrainConfig,
+    frames_for,
     make_optimizer,
     make_order,
     make_vocabulary,
@@ -177,12 +178,13 @@ def adapted(
     """The tokenizer, the model of the task from a pre-trained checkpoint or from nothing, and what of it is fresh."""
     if config.init == "none":
         tokenizer = make_vocabulary(config, texts)
-        shape, kept, answers = new_shape(config, overrides, tokenizer), False, None
+        shape, kept, answers = new_shape(config, overrides, tokenizer, rows), False, None
     else:
         start = runtime.load_checkpoint(config.init)
         config.objective = start["objective"]
         tokenizer = with_new_words(Tokenizer(start["vocab"]), texts, config.new_words)
-        shape = shape_from(start, config, overrides) | {"vocab_size": len(tokenizer)}
+        frames = {"frames": max(start["config"].get("frames", 1), frames_for(rows))}
+        shape = shape_from(start, config, frames | overrides) | {"vocab_size": len(tokenizer)}
         # A head that was trained for this task is kept, with the answers that it knows.
         before = start["head"] if "head" in start and not config.new_head else {}
         kept = before.get("task") == config.task
@@ -217,8 +219,8 @@ def with_new_words(old: Tokenizer, texts: list[str], most: int) -> Tokenizer:
 
 
 def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
-    """Fields of mamo.Config: the checkpoint's, in which resolution, text length and dropout may be others."""
-    other = [name for name in overrides if name not in ("image_size", "max_tokens", "dropout")]
+    """Fields of mamo.Config: the checkpoint's, in which resolution, frames, text length and dropout may be others."""
+    other = [name for name in overrides if name not in ("image_size", "frames", "max_tokens", "dropout")]
     default = FineConfig()
     other += [name for name in ("preset", "vocab") if getattr(config, name) != getattr(default, name)]
     if other:

@@ -23,7 +23,10 @@ Two marks in comments and docstrings:
 
 One letter, one meaning, in shapes and einops patterns:
     b batch, n patches (or the places of any sequence), l text tokens, m positions that are wanted: masked patches
-    or, as m', masked words; d width, e joint embedding, h heads, v vocabulary
+    or, as m', masked words; d width, e joint embedding, h heads, v vocabulary; f frames of a video
+
+A picture is a video of one frame. Where a shape says 1 + n, the class token and the patches of a picture, a video has
+f + f * n: the class tokens of its frames, then the patches of the first frame, of the second, and so on.
 """
 
 import copy
@@ -49,6 +52,7 @@ class Config:
 
     image_size: tuple[int, int] = (32, 32)  # height and width of the picture in pixels
     patch_size: int = 8  # side of a square patch in pixels
+    frames: int = 1  # most frames of a video that are looked at; 1 = pictures only
     max_tokens: int = 32  # longest text in tokens, [CLS] and [SEP] included
     width: int = 64  # width d of all three encoders
     heads: int = 4  # attention heads per block
@@ -132,6 +136,7 @@ class Config:
         for name in ("width", "heads", "embed_dim", *DEPTHS):
             value = getattr(self, name)
             require(0 < value <= 2**15, f"{name} is {value}: it must be at least 1, and at most {2**15}")
+        require(0 < self.frames <= 2**10, f"frames is {self.frames}: it must be at least 1, and at most {2**10}")
         longest = self.max_tokens
         require(2 <= longest <= 2**15, f"max_tokens is {longest}: it must be at least 2, for [CLS] and [SEP]")
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}: give a share from 0 to below 1")
@@ -356,37 +361,79 @@ class ImageEncoder(nn.Module):
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         code = torch.cat([sine_code(y.flatten(), d // 2), sine_code(x.flatten(), d // 2)], dim=1)
         self.positions = nn.Parameter(initial_scale(d) * torch.cat([torch.zeros(1, d), code]))  # learned from there on
+        times = sine_code(torch.arange(config.frames), d)
+        later = initial_scale(d) * (times[1:] - times[:1])  # the first frame has none: one frame is a picture
+        self.times = nn.Parameter(later) if config.frames > 1 else None
         self.norm_before = nn.LayerNorm(d, eps=config.vit_eps) if config.clip_image else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, norm_first=True) for _ in range(config.image_depth))
         self.norm = nn.LayerNorm(d, eps=config.vit_eps)
 
     def forward(self, images: Tensor, patch_mask: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
-        """images (b, 3, height, width) -> (b, 1 + n, d), class token first.
+        """images (b, 3, height, width) -> (b, 1 + n, d), class token first; videos (b, f, 3, height, width) ->
+        (b, f + f * n, d), the class tokens of all frames first.
 
         Args:    patch_mask (b, n)   True = masked: a learned token takes its place, and the sequence keeps its length
-                 kept (b, k)         only these patches enter the blocks -> (b, 1 + k, d), see put_back
+                 kept (b, k)         only these patches enter the blocks -> (b, 1 + k, d), see put_back; in a video, as
+                                     many of each frame
         differs: the paper does not say how a patch is masked; here after the patch embedding, before the positions.
         """
-        if tuple(images.shape[1:]) != (3, *self.image_size) or not images.is_floating_point():
+        if tuple(images.shape[-3:]) != (3, *self.image_size) or not images.is_floating_point():
             raise ValueError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}: expected floats in [-1, 1] of shape "
                 f"(b, 3, {self.image_size[0]}, {self.image_size[1]}), see to_tensor of data.py"
             )
+        frames = frames_of(images)
         hidden = self.patch_embedding(patchify(images, self.patch_size))
         if patch_mask is not None:
             hidden = torch.where(patch_mask[..., None], self.mask_token.to(hidden.dtype), hidden)
-        hidden = torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(images)), hidden], dim=1) + self.positions
+        class_tokens = repeat(self.class_token, "d -> b f d", b=len(images), f=frames)
+        hidden = torch.cat([class_tokens, hidden], dim=1) + self.places(frames)
         if kept is not None:
-            hidden = at(hidden, F.pad(1 + kept, (1, 0)))  # 0 is the class token
+            hidden = at(hidden, with_class_tokens(kept, frames))
         hidden = self.norm_before(hidden)
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = block(hidden) if frames == 1 else by_frame(block, hidden, frames)
         return self.norm(hidden)
+
+    def places(self, frames: int = 1) -> Tensor:
+        """What says where and when a token stands -> (f + f * n, d): its position, and the time of its frame."""
+        if self.times is None and frames == 1:
+            return self.positions
+        most = 1 if self.times is None else 1 + len(self.times)
+        require(frames <= most, f"a video of {frames} frames, and this model was made for {most}: see --frames")
+        times = rearrange(F.pad(self.times, (0, 0, 1, 0))[:frames], "f d -> f 1 d")
+        class_tokens, patches = (self.positions + times).split([1, len(self.positions) - 1], dim=1)
+        return torch.cat([rearrange(part, "f n d -> (f n) d") for part in (class_tokens, patches)])
+
+
+def by_frame(block: Block, hidden: Tensor, frames: int) -> Tensor:
+    """A block on videos, hidden (b, f + f * n, d): patches attend to their own frame, class tokens to all frames.
+
+    So the cost grows with the frames, not with their square. Source: SCL's code, "flexible vision encoder".
+    """
+    class_tokens, patches = hidden[:, :frames], hidden[:, frames:]
+    own = rearrange(class_tokens, "b f d -> (b f) 1 d"), rearrange(patches, "b (f n) d -> (b f) n d", f=frames)
+    patches = block(torch.cat(own, dim=1))[:, 1:]  # each frame as a picture
+    index = torch.arange(frames, device=hidden.device).expand(len(hidden), -1)
+    return torch.cat([block(hidden, index=index), rearrange(patches, "(b f) n d -> b (f n) d", f=frames)], dim=1)
+
+
+def frames_of(images: Tensor) -> int:
+    """Number f of frames of videos (b, f, 3, height, width); 1 of pictures (b, 3, height, width)."""
+    return images.shape[1] if images.ndim == 5 else 1
+
+
+def with_class_tokens(kept: Tensor, frames: int = 1) -> Tensor:
+    """kept (b, k), numbers of patches -> (b, f + k): the places of the class tokens, and of those patches behind."""
+    class_tokens = torch.arange(frames, device=kept.device).expand(len(kept), -1)
+    return torch.cat([class_tokens, frames + kept], dim=1)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """images (b, 3, height, width) -> (b, n, 3 * patch_size ** 2): the pixels of each patch, row by row."""
-    return rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
+    """images (b, 3, height, width) -> (b, n, 3 * patch_size ** 2): the pixels of each patch, row by row; of videos
+    frame by frame."""
+    videos = images if images.ndim == 5 else images[:, None]
+    return rearrange(videos, "b f c (y p) (x q) -> b (f y x) (c p q)", p=patch_size, q=patch_size)
 
 
 class TextEncoder(nn.Module):
@@ -468,10 +515,10 @@ class FusionEncoder(nn.Module):
         return [self.blocks[-1](one, its_mask, view.places) for one, its_mask, view in per_view]
 
     @staticmethod
-    def at_patches(patch_index: Tensor, length: int) -> Tensor:
+    def at_patches(patch_index: Tensor, length: int, frames: int = 1) -> Tensor:
         """patch_index (b, m), numbers of patches -> (b, m), their places beside a text of so many tokens; -1 gives the
-        class token. A token's place is its own number, [CLS] is 0."""
-        return length + 1 + patch_index
+        class token, of a video that of its last frame. A token's place is its own number, [CLS] is 0."""
+        return length + frames + patch_index
 
     @staticmethod
     def unpack(fused: Tensor, length: int) -> Fused:
@@ -484,10 +531,10 @@ class FusionEncoder(nn.Module):
         return [block.attention for block in self.blocks]
 
     @staticmethod
-    def text_to_patches(attention_map: Tensor, length: int) -> Tensor:
+    def text_to_patches(attention_map: Tensor, length: int, frames: int = 1) -> Tensor:
         """A recorded map (b, h, queries, l + 1 + n) -> (b, h, tokens, n): what tokens look at among the patches. That
         of the last block has one row for each place that was asked for."""
-        return attention_map[:, :, :length, length + 1 :]
+        return attention_map[:, :, :length, length + frames :]
 
 
 class Encoders(nn.Module):
@@ -502,10 +549,10 @@ class Encoders(nn.Module):
             self.image_projection = nn.Linear(config.width, config.embed_dim)
             self.text_projection = nn.Linear(config.width, config.embed_dim)
 
-    def embed_image(self, image: Tensor) -> Tensor:
-        """image (b, 1 + n, d) -> unit vector (b, e) of its class token, for ITC"""
+    def embed_image(self, image: Tensor, frames: int = 1) -> Tensor:
+        """image (b, 1 + n, d) -> unit vector (b, e) of its class token, for ITC; of a video, of their mean"""
         # fp32: a length rounded to 8 bits would change every cosine by up to 0.4 %.
-        return F.normalize(self.image_projection(image[:, 0]).float(), dim=-1)
+        return F.normalize(self.image_projection(image[:, :frames].mean(dim=1)).float(), dim=-1)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """text (b, l, d) -> unit vector (b, e) of its [CLS], for ITC"""
@@ -518,35 +565,45 @@ class Encoders(nn.Module):
 # belongs to the sample, so the same sample is masked alike however many workers or processes there are.
 
 
-def mask_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Choose the patches that I' masks: single patches, the same number in every row.
+def mask_patches(patch_noise: Tensor, ratio: float, frames: int = 1) -> tuple[Tensor, Tensor]:
+    """Choose the patches that I' masks: single patches, the same number in every row; of a video the same places in all
+    frames, else a patch could be copied from the frame before.
 
     Args:    patch_noise (b, n)   uniform noise
              ratio                share of the patches to mask
+             frames               f; of a video there are f * n patches, and f * m are masked
     Returns: patch_index (b, m)   the masked patches, least noise first
              patch_mask  (b, n)   the same as a mask, True = masked
     differs: the paper does not say whether patches are masked singly or in blocks.
     """
     n = patch_noise.shape[1]
     count = min(max(round(ratio * n), 1), n - 1)
-    patch_index = patch_noise.argsort(dim=1)[:, :count]
-    patch_mask = torch.zeros_like(patch_noise, dtype=torch.bool).scatter(1, patch_index, True)
+    patch_index = in_frames(patch_noise.argsort(dim=1)[:, :count], n, frames)
+    patch_mask = torch.zeros_like(patch_noise, dtype=torch.bool).repeat(1, frames).scatter(1, patch_index, True)
     return patch_index, patch_mask
 
 
-def drop_patches(patch_noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k)."""
-    dropped, patch_mask = mask_patches(patch_noise, ratio)
-    return dropped, patch_noise.masked_fill(patch_mask, -1.0).argsort(dim=1)[:, dropped.shape[1] :]
+def in_frames(index: Tensor, n: int, frames: int) -> Tensor:
+    """index (b, m), numbers of patches in a frame of n -> (b, f * m), the same places in each of f frames"""
+    first = n * torch.arange(frames, device=index.device)
+    return rearrange(index[:, None] + first[:, None], "b f m -> b (f m)")
 
 
-def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
+def drop_patches(patch_noise: Tensor, ratio: float, frames: int = 1) -> tuple[Tensor, Tensor]:
+    """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k); of
+    a video the same places in all frames."""
+    (dropped, patch_mask), n = mask_patches(patch_noise, ratio), patch_noise.shape[1]
+    kept = patch_noise.masked_fill(patch_mask, -1.0).argsort(dim=1)[:, dropped.shape[1] :]
+    return in_frames(dropped, n, frames), in_frames(kept, n, frames)
+
+
+def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor, frames: int = 1) -> Tensor:
     """The whole sequence again: visible (b, 1 + k, d) where they stood, the mask token (d) elsewhere -> (b, 1 + n, d).
 
-    positions (1 + n, d) are added everywhere, because a mask token must know where it stands.
+    positions (1 + n, d) are added everywhere, because a mask token must know where it stands; see ImageEncoder.places.
     """
     whole = repeat(mask_token, "d -> b n d", b=len(visible), n=len(positions)).to(visible.dtype)
-    index = repeat(F.pad(1 + kept, (1, 0)), "b k -> b k d", d=visible.shape[-1])
+    index = repeat(with_class_tokens(kept, frames), "b k -> b k d", d=visible.shape[-1])
     return whole.scatter(1, index, visible) + positions
 
 
@@ -712,9 +769,9 @@ class VisionLanguageModel(nn.Module):
         """Views of one shape, in one call -> by name (b, m, d), the fused vectors at the view's places"""
         return dict(zip(views, self.student.fusion.fuse_views(*views.values()), strict=True)) if views else {}
 
-    def embed_image(self, image: Tensor) -> Tensor:
+    def embed_image(self, image: Tensor, frames: int = 1) -> Tensor:
         """Encoded image (b, 1 + n, d) -> unit vector (b, e)"""
-        return self.student.embed_image(image)
+        return self.student.embed_image(image, frames)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Encoded text (b, l, d) -> unit vector (b, e)"""
@@ -739,7 +796,7 @@ class VisionLanguageModel(nn.Module):
         image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask)
         scores = {}
         if self.config.w_itc > 0:
-            scores["itc"] = (self.embed_image(image) * self.embed_text(text)).sum(dim=-1)
+            scores["itc"] = (self.embed_image(image, frames_of(images)) * self.embed_text(text)).sum(dim=-1)
         if self.config.w_itm > 0:
             scores["itm"] = self.match(image, text, attention_mask).sigmoid()
         return scores
@@ -787,7 +844,7 @@ class VisionLanguageModel(nn.Module):
         Args:    queued   candidates in the batch's place: left_out, image_keys, text_keys, see loss_itc
         Returns: the loss, and the cosines (b, b) of this process's pairs, without gradient, for matching_views
         """
-        image_embed, text_embed = self.embed_image(image), self.embed_text(text)
+        image_embed, text_embed = self.embed_image(image, frames_of(batch["images"])), self.embed_text(text)
         with torch.autocast(image.device.type, enabled=False):  # fp32: as in the contrast itself
             similarity = (image_embed @ text_embed.T).detach()
         if "parts" in batch:  # a step in several passes: this one's rows, with gradient, among those of all
@@ -813,7 +870,7 @@ class VisionLanguageModel(nn.Module):
         """
         image, text = self.contrasted_image(batch), self.encode_text(batch["input_ids"], batch["attention_mask"])
         ids = {"image_id": batch["image_id"], "caption_id": batch["caption_id"]}
-        return {"image": self.embed_image(image), "text": self.embed_text(text)} | ids
+        return {"image": self.embed_image(image, frames_of(batch["images"])), "text": self.embed_text(text)} | ids
 
     def contrasted_image(self, batch: dict[str, Tensor]) -> Tensor:
         """The encoded image as contrast sees it -> (b, 1 + n, d)"""
@@ -981,19 +1038,21 @@ class MAMO(VisionLanguageModel):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of a batch: every distinct input is encoded once.                     Source: MAMO Eq. 6
 
-        Args:    batch   images (b, 3, height, width); input_ids, attention_mask (b, l); image_id, caption_id (b,);
-                         patch_noise (b, n); token_noise, replace_noise (b, l); negative_noise (2, b, b)
+        Args:    batch   images (b, 3, height, width), or videos (b, f, 3, height, width); input_ids, attention_mask
+                         (b, l); image_id, caption_id (b,); patch_noise (b, n); token_noise, replace_noise (b, l);
+                         negative_noise (2, b, b)
         Returns: the losses by name, unweighted scalars; `total` weights and adds them
         Raises:  ValueError for a batch that lacks something, or holds one pair
         """
         self.check_batch(batch)
         config, input_ids, attention_mask = self.config, batch["input_ids"], batch["attention_mask"]
         losses, views, places, patch_mask, words = {}, {}, {}, None, None
+        frames = frames_of(batch["images"])  # f, of a batch of videos
 
         # 1. Joint masking: I' lacks 75 % of the patches, T' lacks 25 % of the words.
         if config.masks_patches:
-            patch_index, patch_mask = self.mask_image(batch["patch_noise"])
-            places["patches"] = self.student.fusion.at_patches(patch_index, input_ids.shape[1])
+            patch_index, patch_mask = self.mask_image(batch["patch_noise"], frames)
+            places["patches"] = self.student.fusion.at_patches(patch_index, input_ids.shape[1], frames)
         if config.masks_words:
             noise = batch["token_noise"], batch["replace_noise"]
             words = mask_words(input_ids, attention_mask, *noise, config.mask_text, config)
@@ -1008,7 +1067,7 @@ class MAMO(VisionLanguageModel):
             mrm_target = split_places(normalised(seen["fused"]), places)
             self.watch = {"target_cosine": mean_cosine(mrm_target["patches"])}
         if config.w_mim > 0 and config.mim_target == "features":
-            mim_target = normalised(at(seen["image"], 1 + patch_index))
+            mim_target = normalised(at(seen["image"], frames + patch_index))
         elif config.w_mim > 0:
             mim_target = at(patchify(batch["images"], config.patch_size), patch_index)
 
@@ -1053,9 +1112,9 @@ class MAMO(VisionLanguageModel):
         """Not with a queue, whose candidates are the teacher's."""
         return super().contrasts_parts and self.queue is None
 
-    def mask_image(self, patch_noise: Tensor) -> tuple[Tensor, Tensor]:
+    def mask_image(self, patch_noise: Tensor, frames: int = 1) -> tuple[Tensor, Tensor]:
         """Which patches I' masks, see mask_patches; who shows what a model recovers asks here too."""
-        return mask_patches(patch_noise, self.config.mask_image)
+        return mask_patches(patch_noise, self.config.mask_image, frames)
 
     def encode_whole_and_masked(
         self, batch: dict[str, Tensor], patch_mask: Tensor | None, words: MaskedWords | None
@@ -1073,8 +1132,10 @@ class MAMO(VisionLanguageModel):
             text_inputs["masked"] = words.input_ids, attention_mask
         image = encode_together(self.encode_image, image_inputs)
         if config.masks_patches and config.drop_masked:
-            encoder, kept = self.student.image, drop_patches(batch["patch_noise"], config.mask_image)[1]
-            image["masked"] = put_back(encoder(images, kept=kept), kept, encoder.mask_token, encoder.positions)
+            encoder, frames = self.student.image, frames_of(images)
+            kept = drop_patches(batch["patch_noise"], config.mask_image, frames)[1]
+            visible, positions = encoder(images, kept=kept), encoder.places(frames)
+            image["masked"] = put_back(visible, kept, encoder.mask_token, positions, frames)
         return image, encode_together(self.encode_text, text_inputs)
 
     @torch.no_grad()
@@ -1096,7 +1157,8 @@ class MAMO(VisionLanguageModel):
 
         differs: the paper's queue is not known to us; off by default, as in-batch candidates suit small runs.
         """
-        keys = [gather(self.teacher.embed_image(seen["image"])), gather(self.teacher.embed_text(seen["text"]))]
+        image = self.teacher.embed_image(seen["image"], frames_of(batch["images"]))
+        keys = [gather(image), gather(self.teacher.embed_text(seen["text"]))]
         ids = [gather(batch["image_id"]), gather(batch["caption_id"])]
         queue = self.queue
         left_out = (batch["image_id"][:, None] == queue.image_id) | (batch["caption_id"][:, None] == queue.caption_id)

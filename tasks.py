@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import runtime
-from data import SCHEMAS, Pictures, captions_of, pictures_of, stable_id
-from mamo import Config, View, VisionLanguageModel, gather, global_mean, init_weights, rank_and_size
+from data import SCHEMAS, Pictures, captions_of, is_video, pictures_of, stable_id
+from mamo import Config, View, VisionLanguageModel, frames_of, gather, global_mean, init_weights, rank_and_size
 from metrics import LABELS, named, right_label, worths
 from tokenizer import Tokenizer, bare_words, pad
 
@@ -71,7 +71,7 @@ class Retrieval(VisionLanguageModel):
         given, attention_mask = batch["given"], batch["attention_mask"]
         image = self.encode_image(batch["images"])[batch["picture"]]
         text = self.encode_text(batch["input_ids"], attention_mask)
-        image_embed, text_embed = self.embed_image(image), self.embed_text(text)
+        image_embed, text_embed = self.embed_image(image, frames_of(batch["images"])), self.embed_text(text)
         losses = {"itc": self.loss_contrast(image_embed, text_embed, batch["caption_id"], given)}
 
         # Matching: of each picture one caption, against a hard negative text and a hard negative picture.
@@ -303,7 +303,7 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
         found = source[name]
         if name == "student.image.positions" and config.grid != model.config.grid:
             found = resized(found, config.grid, model.config.grid)
-        elif name == "student.text.positions" and len(found) != len(value):
+        elif name in ("student.text.positions", "student.image.times") and len(found) != len(value):
             found = torch.cat([found, value[len(found) :]])[: len(value)]  # the code goes on where the learned ones end
         elif name == "student.text.words.weight" and len(found) < len(value):
             old = Tokenizer(vocab)
@@ -340,7 +340,7 @@ class TaskRows(Dataset):
     ):
         self.rows, self.head, self.tokenizer, self.seed = rows, head, tokenizer, seed
         self.schema = read_as(head.task)
-        self.max_tokens, self.pictures = config.max_tokens, Pictures(config.image_size, augment, len(rows))
+        self.max_tokens, self.pictures = config.max_tokens, Pictures(config, augment, len(rows))
         self.place = {named(head.task, answer): place for place, answer in enumerate(head.answers)}
 
     def __len__(self) -> int:
@@ -356,8 +356,8 @@ class TaskRows(Dataset):
         encoded = [self.tokenizer.encode(text, self.max_tokens) for text in texts]
         return {
             "images": [self.pictures(path, rng) for path in pictures_of(row)],
-            "names": [  # augmented pictures differ, although they come from one file
-                path if self.pictures.augment == "none" else f"{number} {slot}"
+            "names": [  # augmented pictures differ, although they come from one file; so do frames of a video
+                path if self.pictures.augment == "none" and not is_video(path) else f"{number} {slot}"
                 for slot, path in enumerate(pictures_of(row))
             ],
             "texts": encoded,

@@ -47,8 +47,9 @@ from data import (
     read_rows,
     sample_of,
     training_batches,
+    videos_of,
 )
-from eval import WEIGHTS, retrieval
+from eval import WEIGHTS, check_kinds, retrieval
 from mamo import PRESETS, VisionLanguageModel, ema_for, rank_and_size
 from siblings import OBJECTIVES, build_model, model_of
 from tokenizer import Tokenizer
@@ -162,13 +163,14 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     val_paths = config.val or ([beside] if beside.is_file() else [])
     val_rows = read_rows(val_paths, "pairs", config.check, config.skip_bad) if val_paths else []
     val_rows = sample_of(val_rows, 1000, "val")
+    check_kinds([row["image"] for row in val_rows])
     order = make_order(config, rows, saved)
 
     texts = (caption for row in rows for caption in captions_of(row))
     words = saved["vocab"] if saved else weights.vocabulary(config.init, config.vocab)
     tokenizer = Tokenizer(words) if words else make_vocabulary(config, texts)
     runtime.seed_everything(config.seed)
-    model = build_model(config.objective, saved["config"] if saved else new_shape(config, overrides, tokenizer))
+    model = build_model(config.objective, saved["config"] if saved else new_shape(config, overrides, tokenizer, rows))
     config.lr = config.lr or rate_for(model.config.width)
     taken = weights.take(model, config.init) if config.init and not saved else ""
     model.student.text.requires_grad_(not config.freeze_text)
@@ -209,16 +211,21 @@ def make_vocabulary(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
     return Tokenizer.from_file(config.vocab) if config.vocab else Tokenizer.build(texts)
 
 
-def new_shape(config: TrainConfig, overrides: dict, tokenizer: Tokenizer) -> dict:
-    """Fields of the model's Config: the preset's, the objective's, the user's, and what follows from the tokenizer and
-    the length of the run."""
-    shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | overrides
+def new_shape(config: TrainConfig, overrides: dict, tokenizer: Tokenizer, rows: Sequence[dict]) -> dict:
+    """Fields of the model's Config: the preset's, the objective's, the user's, and what follows from the tokenizer, the
+    length of the run, and whether there are videos."""
+    shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | {"frames": frames_for(rows)} | overrides
     shape["vocab_size"] = len(tokenizer)
     has = {field.name for field in dataclasses.fields(model_of(config.objective).config_class)}
     shape |= {name: getattr(tokenizer, name) for name in FROM_TOKENIZER if name in has}
     if "ema" in has and "ema" not in overrides:
         shape["ema"] = ema_for(config.steps)
     return shape
+
+
+def frames_for(rows: Sequence[dict]) -> int:
+    """How many frames of a video a model looks at, unless it is told."""
+    return 4 if videos_of(rows).any() else 1
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale: Callable = lambda name: 1.0) -> "Muon":
@@ -229,7 +236,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale: Callable 
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim == 2 and not name.endswith(("positions", "types"))
+            decays = parameter.ndim == 2 and not name.endswith(("positions", "types", "times"))
             by_muon = config.optimizer == "muon" and takes_muon(name, parameter)
             kind = scale(name), config.weight_decay if decays else 0.0, by_muon
             groups.setdefault(kind, []).append(parameter)

@@ -2,6 +2,8 @@
 
     pairs      {"image": "a.png", "caption": "a red circle"}   a list of captions means that all of them are right;
                                                                optional "twin": rows that share it stay in one batch
+               {"video": "a.webp", "caption": "it falls"}      a video in place of a picture, in all but grounding and
+                                                               reasoning: an animated picture, or a list of frames
     foils      {"image": "a.png", "caption": "a red circle", "foils": {"colour": "a blue circle"}}
     grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}   in pixels, any is right;
                                                                optional "proposals": boxes to choose from
@@ -39,6 +41,7 @@ from tqdm import tqdm
 import runtime
 from reading.pictures import check_boxes, check_image
 from reading.shards import MEMBER, as_rows, expand
+from reading.videos import check_video, files_of, is_video, video_of
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
@@ -84,6 +87,12 @@ class Rows(Sequence):
             ]
         )
 
+    @property
+    def videos(self) -> np.ndarray:
+        """By row, whether it has a video."""
+        parts = [np.zeros(len(one.offsets), bool) if one.videos is None else one.videos for one in self.indexes]
+        return np.concatenate(parts).astype(bool)
+
 
 @dataclass
 class Index:
@@ -92,6 +101,7 @@ class Index:
     path: Path
     offsets: np.ndarray  # (rows,) where the line of each good row begins
     twins: np.ndarray | None  # (rows,) the first row that shares its "twin"; None where no two do
+    videos: np.ndarray | None  # (rows,) whether the row has a video; None where none has
     digest: str  # of what is learned from the rows; "" where they were not checked
     lines: list[str]  # what is wrong with which lines
     pictures: list[str]  # which pictures cannot be used, and why
@@ -160,6 +170,9 @@ def completed(row: dict, path: Path, task: str) -> dict:
     if "images" in SCHEMAS[task]:
         row.pop("image", None)  # a further key; pictures_of goes by it
         row["images"] = [str(path.parent / image) for image in row["images"]]
+    elif task in WITH_VIDEOS and "video" in row:
+        files = row.pop("video")
+        row["image"] = video_of([path.parent / file for file in ([files] if isinstance(files, str) else files)])
     else:
         row["image"] = str(path.parent / row["image"])
     twin = row.pop("twin", None)
@@ -195,6 +208,11 @@ def twins_of(rows: Sequence) -> np.ndarray | None:
     return np.array(twins) if len(set(twins)) < len(rows) else None
 
 
+def videos_of(rows: Sequence) -> np.ndarray:
+    """By row, whether it has a video in place of a picture."""
+    return rows.videos if isinstance(rows, Rows) else np.array([is_video(row.get("image")) for row in rows], bool)
+
+
 def content_of(rows: Sequence) -> list:
     """How many rows, and a digest of what is learned from them, in order; pictures by name, wherever they lie."""
     if isinstance(rows, Rows):
@@ -207,7 +225,7 @@ def content_of(rows: Sequence) -> list:
 
 def said(row: dict) -> bytes:
     """What is learned from a row."""
-    names = [os.path.basename(picture) for picture in pictures_of(row)]
+    names = [os.path.basename(file) for picture in pictures_of(row) for file in files_of(picture)]
     twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file that it was made unique to
     return json.dumps([names, twin, row.get("group"), *map(row.get, LEARNED)], sort_keys=True).encode()
 
@@ -216,6 +234,8 @@ def said(row: dict) -> bytes:
 def resolved(path: str | Path) -> str:
     """The path of a picture behind "..", symbolic links and the folder that we are in: one for each file. Of a member
     of an archive that of the archive, with the member's name."""
+    if is_video(path):
+        return video_of([resolved(file) for file in files_of(path)])
     member = MEMBER.fullmatch(str(path))
     return f"{os.path.realpath(member[1])}#{member[2]}" if member else os.path.realpath(path)
 
@@ -240,11 +260,11 @@ def index_of(path: Path, task: str, check: str, skip_bad: bool, began: float) ->
 def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
     """Read a file from its first line to its last. Without skip_bad no picture is looked at after a bad row."""
     # A few bytes a row: there may be millions. first: by "twin", the first row that has it
-    offsets, twins, first = array("q"), array("q"), {}
+    offsets, twins, first, videos = array("q"), array("q"), {}, array("b")
     lines, pictures, lost, digest = [], {}, 0, hashlib.blake2b(digest_size=16)
     for number, start, line in progress(path):
         row, twin = {}, None
-        if check != "none" or b'"twin"' in line:
+        if check != "none" or b'"twin"' in line or b'"video"' in line:
             text = decoded(line, path)
             try:
                 row = parse_object(text)
@@ -266,10 +286,12 @@ def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
         if twin is not None or first:
             twins.append(len(offsets) if twin is None else first.setdefault(twin, len(offsets)))
         offsets.append(start)
+        videos.append(is_video(row.get("image")))
     faults = [f"{image}: {fault}" for image, fault in pictures.items()]
     told = "" if check == "none" else digest.hexdigest()
     offsets, twins = (np.frombuffer(one or array("q", [0]), np.int64)[: len(one)] for one in (offsets, twins))
-    return Index(path, offsets, twins if first else None, told, lines, faults, lost)
+    videos = np.frombuffer(videos, np.int8).astype(bool) if any(videos) else None
+    return Index(path, offsets, twins if first else None, videos, told, lines, faults, lost)
 
 
 def rows_of(path: Path, task: str) -> Iterator[dict]:
@@ -290,6 +312,9 @@ def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
             bar.update(start + len(line) - bar.n)
 
 
+ARRAYS = ("offsets", "twins", "videos")  # of an index, by row
+
+
 def shortest(numbers: array) -> np.ndarray:
     """Numbers in four bytes each, if that is enough."""
     return np.array(numbers, np.uint32 if max(numbers, default=0) < 2**32 else np.int64)
@@ -297,8 +322,8 @@ def shortest(numbers: array) -> np.ndarray:
 
 def keep(index: Index, path: Path, task: str, check: str) -> None:
     """Write an index: a line of JSON, then the arrays."""
-    arrays = {name: one for name in ("offsets", "twins") if (one := getattr(index, name)) is not None}
-    about = {name: value for name, value in vars(index).items() if name not in ("path", "offsets", "twins", "before")}
+    arrays = {name: one for name in ARRAYS if (one := getattr(index, name)) is not None}
+    about = {name: value for name, value in vars(index).items() if name not in (*ARRAYS, "path", "before")}
     about |= made_of(index.path) | {"task": task, "check": check, "rows": len(index.offsets)}
     with open(path, "wb") as file:
         file.write(
@@ -319,7 +344,7 @@ def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
         if any(len(one) < about["rows"] for one in arrays.values()):
             return None
         parts = {name: about[name] for name in ("digest", "lines", "pictures", "lost")}
-        return Index(path, arrays["offsets"], arrays.get("twins"), **parts, before=True)
+        return Index(path, arrays["offsets"], arrays.get("twins"), arrays.get("videos"), **parts, before=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -383,6 +408,10 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 def check_row(row: dict, task: str) -> None:
     """Raise ValueError for a row that lacks a key of its task, or holds another kind of value."""
     schema = SCHEMAS[task]
+    if task in WITH_VIDEOS and "video" in row:
+        if "image" in row:
+            raise ValueError("found both image and video: give one of them")
+        schema = {"video": VIDEO} | {key: kind for key, kind in schema.items() if key != "image"}
     if not schema.keys() <= row.keys():
         wanted = "; ".join(f'"{key}": {what}' for key, (what, _) in schema.items())
         raise ValueError(f"found the keys {sorted(row)}: expected {wanted}")
@@ -421,6 +450,10 @@ def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -
 
 # Of each key what it holds, as an error says it, and a test of its value.
 PATH = ("a path relative to this file", lambda value: isinstance(value, str))
+VIDEO = (
+    "the path of an animated picture, or a list of paths, one for each frame",
+    lambda value: isinstance(value, str) or all_of(PATH[1], list)(value),
+)
 PATHS = ("a list of one or two paths relative to this file", all_of(PATH[1], list, 1, 2))
 TEXT = ("a text that is not empty", is_text)
 TEXTS = (
@@ -442,11 +475,12 @@ SCHEMAS = {
     "reasoning": {"images": PATHS, "text": TEXT, "label": TRUTH},
     "entailment": {"image": PATH, "text": TEXT, "label": LABEL},
 }
+WITH_VIDEOS = ("pairs", "foils", "phrases", "vqa", "entailment")  # in which "video" may stand in place of "image"
 OPTIONAL = {"grounding": {"proposals": BOXES}}
 LEARNED = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for key in schema} - {"image", "images"})
 
 
 def fault_of(image: str, row: dict, task: str, check: str) -> str | None:
     """What is wrong with a picture of a row, or with the boxes in it, or None."""
-    fault = check_image(image, check)
+    fault = check_video(image, check) if is_video(image) else check_image(image, check)
     return check_boxes(image, row["boxes"] + row.get("proposals", [])) if task == "grounding" and not fault else fault

@@ -32,7 +32,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamo import Config, View, VisionLanguageModel, drop_patches, encode_together, mask_patches, mask_words, require
+from mamo import (
+    Config,
+    View,
+    VisionLanguageModel,
+    drop_patches,
+    encode_together,
+    frames_of,
+    mask_patches,
+    mask_words,
+    require,
+)
 from siblings.masking import mask_whole_words, matched, nce, whole_pairs
 
 
@@ -91,7 +101,7 @@ class GLSCL(VisionLanguageModel):
         """One step; batch as for MAMO -> the unweighted scalar losses by name."""
         self.check_batch(batch)
         config, images, input_ids = self.config, batch["images"], batch["input_ids"]
-        attention_mask, length = batch["attention_mask"], input_ids.shape[1]
+        attention_mask, length, frames = batch["attention_mask"], input_ids.shape[1], frames_of(images)
         noise = batch["token_noise"], batch["replace_noise"]
 
         # 1. What is masked where, and the unimodal encoders: I and I'' in one call, all texts in another, I' by itself.
@@ -108,7 +118,7 @@ class GLSCL(VisionLanguageModel):
         text = encode_together(self.encode_text, texts)
         image_views = {"whole": (images,)}
         if config.w_mltc > 0:
-            patch_index, patch_mask = mask_patches(batch["patch_noise"], config.mask_image)
+            patch_index, patch_mask = mask_patches(batch["patch_noise"], config.mask_image, frames)
             image_views = {"whole": (images, torch.zeros_like(patch_mask)), "masked": (images, patch_mask)}
         image = encode_together(self.encode_image, image_views)
 
@@ -118,16 +128,17 @@ class GLSCL(VisionLanguageModel):
         # 3. The masked views: a = (I', T), shorter than the others and so fused by itself, and b = (I, T') among them.
         if config.completes:
             fusion = self.student.fusion
-            class_token = fusion.at_patches(torch.full_like(input_ids[:, :1], -1), length)
-            places = [torch.zeros_like(class_token), class_token]  # [CLS] and class token
+            class_tokens = torch.arange(-frames, 0, device=images.device).expand(len(images), -1)
+            class_tokens = fusion.at_patches(class_tokens, length, frames)
+            places = [torch.zeros_like(class_tokens[:, :1]), class_tokens]  # [CLS] and class token, one for each frame
             if config.w_mltc > 0:
                 places.append(missing.index)
-            kept = drop_patches(batch["patch_noise"], config.mask_drop)[1]
+            kept = drop_patches(batch["patch_noise"], config.mask_drop, frames)[1]
             visible = self.student.image(images, kept=kept)
             view = View(visible, text["whole"], attention_mask, torch.cat(places, dim=1))
             a = self.fuse_views({"visible": view})["visible"]
             if config.w_mltc > 0:
-                places.append(fusion.at_patches(patch_index, length))
+                places.append(fusion.at_patches(patch_index, length, frames))
                 views["patches"] = View(image["masked"], text["whole"], attention_mask, places[-1])
             views["missing"] = View(image["whole"], text["missing"], attention_mask, torch.cat(places, dim=1))
         if config.w_mlm > 0:
@@ -139,10 +150,11 @@ class GLSCL(VisionLanguageModel):
             losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_mgsc > 0:
             b = fused["missing"]
-            losses["mgsc"] = self.loss_mgsc(a[:, 1], b[:, 1], b[:, 0], a[:, 0])
+            seen, target = (one[:, 1 : 1 + frames].mean(dim=1) for one in (a, b))
+            losses["mgsc"] = self.loss_mgsc(seen, target, b[:, 0], a[:, 0])
         if config.w_mltc > 0:
             *_, at_words, at_patches = fused["missing"].split([part.shape[1] for part in places], dim=1)
-            losses["mltc"] = self.loss_mltc(fused["patches"], at_patches, at_words, a[:, 2:], missing.valid)
+            losses["mltc"] = self.loss_mltc(fused["patches"], at_patches, at_words, a[:, 1 + frames :], missing.valid)
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses

@@ -22,8 +22,10 @@ from mamo import (
     View,
     VisionLanguageModel,
     choose_words,
+    frames_of,
     gather,
     global_mean,
+    in_frames,
     mask_patches,
     rank_and_size,
     replace_words,
@@ -33,7 +35,9 @@ from mamo import (
 # --------------------------------------------------------------------------------------------------------------- mask
 
 
-def mask_units(patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: int) -> tuple[Tensor, Tensor]:
+def mask_units(
+    patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: int, frames: int = 1
+) -> tuple[Tensor, Tensor]:
     """As mask_patches, but squares of unit x unit patches are masked as a whole.
 
     Args:    patch_noise (b, n)   uniform noise; a unit takes that of its first patch
@@ -48,14 +52,16 @@ def mask_units(patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: i
     patches = torch.arange(patch_noise.shape[1], device=patch_noise.device)
     patches_of_unit = rearrange(patches, "(y u x v) -> (y x) (u v)", **sides)
     patch_index = rearrange(patches_of_unit[unit_index], "b k patches -> b (k patches)")
-    return patch_index, repeat(unit_mask, "b (y x) -> b (y u x v)", **sides)
+    patch_index = in_frames(patch_index, patch_noise.shape[1], frames)
+    return patch_index, repeat(unit_mask, "b (y x) -> b (f y u x v)", f=frames, **sides)
 
 
 def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
-    """images (b, 3, height, width) with the pixels of masked patches, patch_mask (b, n), set to 0, mid grey."""
-    rows = images.shape[2] // patch_size
-    pixels = repeat(patch_mask, "b (y x) -> b 1 (y p) (x q)", y=rows, p=patch_size, q=patch_size)
-    return images.masked_fill(pixels, 0.0)
+    """images (b, 3, height, width), or videos (b, f, 3, height, width), with the pixels of masked patches, patch_mask
+    (b, n), set to 0, mid grey."""
+    sides = {"f": frames_of(images), "y": images.shape[-2] // patch_size, "p": patch_size, "q": patch_size}
+    pixels = repeat(patch_mask, "b (f y x) -> b f 1 (y p) (x q)", **sides)
+    return images.masked_fill(pixels if images.ndim == 5 else pixels[:, 0], 0.0)
 
 
 def mask_whole_words(
@@ -126,10 +132,12 @@ class PixelDecoder(nn.Module):
         self.stream = FusionEncoder(dataclasses.replace(config, fusion_depth=depth))
         self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
 
-    def forward(self, image: Tensor, text: Tensor, attention_mask: Tensor, patch_index: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, text: Tensor, attention_mask: Tensor, patch_index: Tensor, frames: int = 1
+    ) -> Tensor:
         """image (b, 1 + n, d), text (b, l, d), attention_mask (b, l) -> pixels (b, m, 3 * patch_size ** 2) at the
         masked patches, patch_index (b, m)"""
-        places = self.stream.at_patches(patch_index, text.shape[1])
+        places = self.stream.at_patches(patch_index, text.shape[1], frames)
         (fused,) = self.stream.fuse_views(View(image, text, attention_mask, places))
         return self.pixels(fused)
 

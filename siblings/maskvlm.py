@@ -30,6 +30,7 @@ from mamo import (
     VisionLanguageModel,
     at,
     encode_together,
+    frames_of,
     global_mean,
     init_weights,
     mask_words,
@@ -85,6 +86,7 @@ class MaskVLM(VisionLanguageModel):
         self.check_batch(batch)
         config, pixels, input_ids = self.config, batch["images"], batch["input_ids"]
         attention_mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
+        frames = frames_of(pixels)
 
         # 1. Masking, one modality at a time, and the unimodal encoders: I and I' in one call, T and T' in another.
         images, texts = {}, {}
@@ -93,7 +95,8 @@ class MaskVLM(VisionLanguageModel):
         if config.sees_whole or config.w_mim > 0:
             texts["whole"] = input_ids, attention_mask
         if config.w_mim > 0:
-            patch_index, patch_mask = mask_units(batch["patch_noise"], config.mask_image, config.grid, config.mask_unit)
+            squares = config.grid, config.mask_unit, frames
+            patch_index, patch_mask = mask_units(batch["patch_noise"], config.mask_image, *squares)
             images["masked"] = (blank(pixels, patch_mask, config.patch_size),)
         if config.w_mlm > 0:
             noise = batch["token_noise"], batch["replace_noise"]
@@ -104,8 +107,8 @@ class MaskVLM(VisionLanguageModel):
         # 2. Whole pairs: contrast, and the views for matching. Then the masked views, fused with them in one call.
         losses, views, valid = whole_pairs(self, image.get("whole"), text.get("whole"), batch)
         if config.w_mim > 0:
-            places = torch.arange(-1, config.num_patches, device=pixels.device).expand(len(pixels), -1)
-            places = self.student.fusion.at_patches(places, length)  # the decoder reads class token and all patches
+            places = torch.arange(-frames, frames * config.num_patches, device=pixels.device).expand(len(pixels), -1)
+            places = self.student.fusion.at_patches(places, length, frames)  # the decoder reads class token and patches
             views["patches"] = View(image["masked"], text["whole"], attention_mask, places)
         if config.w_mlm > 0:
             views["words"] = View(image["whole"], text["masked"], attention_mask, words.index)
@@ -115,7 +118,7 @@ class MaskVLM(VisionLanguageModel):
         if config.w_itm > 0:
             losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_mim > 0:
-            predicted = self.decoder(fused["patches"], text["whole"], attention_mask, patch_index)
+            predicted = self.decoder(fused["patches"], text["whole"], attention_mask, patch_index, frames)
             losses["mim"] = self.loss_mim(predicted, at(patchify(pixels, config.patch_size), patch_index))
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)

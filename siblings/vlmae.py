@@ -36,6 +36,7 @@ from mamo import (
     at,
     drop_patches,
     encode_together,
+    frames_of,
     global_mean,
     init_weights,
     mask_words,
@@ -99,7 +100,8 @@ class VLMAE(VisionLanguageModel):
         attention_mask = batch["attention_mask"]
 
         # 1. The visible patches, T and T'.
-        dropped, kept = drop_patches(batch["patch_noise"], config.mask_image)
+        frames = frames_of(images)
+        dropped, kept = drop_patches(batch["patch_noise"], config.mask_image, frames)
         visible = self.student.image(images, kept=kept)
         texts = {}
         if config.sees_whole or config.w_rmim > 0:
@@ -119,26 +121,28 @@ class VLMAE(VisionLanguageModel):
         fused = self.fuse_views(views)
 
         # 3. Matching, and the recovery of what was dropped or masked.
-        positions = self.student.image.positions
+        positions = self.student.image.places(frames)
         if config.w_itm > 0:
             losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_rmim > 0:
             pair = self.student.fusion.unpack(fused["pair"], input_ids.shape[1])
-            whole = put_back(pair.image, kept, self.pixel_token, positions)
-            predicted = self.decoder(whole, pair.text, attention_mask, dropped)
+            whole = put_back(pair.image, kept, self.pixel_token, positions, frames)
+            predicted = self.decoder(whole, pair.text, attention_mask, dropped, frames)
             losses["rmim"] = self.loss_rmim(predicted, at(patchify(images, config.patch_size), dropped))
         if config.w_ifr > 0:
             with torch.no_grad():
-                target = at(self.teacher(images), 1 + dropped)
-            whole = put_back(visible, kept, self.feature_token, positions)
-            losses["ifr"] = self.loss_ifr(self.feature_head(self.feature_block(whole, index=1 + dropped)), target)
+                target = at(self.teacher(images), frames + dropped)
+            whole = put_back(visible, kept, self.feature_token, positions, frames)
+            losses["ifr"] = self.loss_ifr(self.feature_head(self.feature_block(whole, index=frames + dropped)), target)
         if config.w_mlm > 0:
             losses["mlm"] = self.loss_mlm(fused["words"], words.labels, words.valid)
         return losses
 
     def contrasted_image(self, batch: dict[str, Tensor]) -> Tensor:
         """The visible patches alone, as in forward -> (b, 1 + k, d)"""
-        return self.student.image(batch["images"], kept=drop_patches(batch["patch_noise"], self.config.mask_image)[1])
+        images = batch["images"]
+        kept = drop_patches(batch["patch_noise"], self.config.mask_image, frames_of(images))[1]
+        return self.student.image(images, kept=kept)
 
     def loss_rmim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
         """Regional masked image modelling: predicted, pixels (b, m, 3 * patch_size ** 2) -> scalar, the mean square.

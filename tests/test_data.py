@@ -331,13 +331,13 @@ def test_twins_of_different_files_are_not_mixed(tmp_path):
     names = [row["twin"] for row in rows]
     assert sorted(Counter(names).values()) == [2, 2, 2, 2]
     assert all(names[i] == names[i + 1] for i in range(0, 8, 2))
-    assert sorted(len(group) for group in TwinBatches(rows, 4).groups) == [2, 2, 2, 2]
+    assert sorted(len(group) for group in TwinBatches(rows, 4).kinds[0]) == [2, 2, 2, 2]
 
 
 def test_a_row_without_a_twin_may_say_so(tmp_path):
     """`"twin": null` is what a table with an empty cell becomes: such rows are not twins of each other."""
     rows = [{"image": "a.png", "caption": "a square", "twin": twin} for twin in (None, 0, None, 0, None, "")]
-    groups = TwinBatches(read_rows([one_picture(tmp_path, *rows)], "pairs"), 2).groups
+    groups = TwinBatches(read_rows([one_picture(tmp_path, *rows)], "pairs"), 2).kinds[0]
     assert sorted(map(sorted, groups)) == [[0], [1, 3], [2], [4], [5]]
 
 

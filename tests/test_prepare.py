@@ -13,11 +13,13 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import environment
 from PIL import Image
 
 import data
+from data import count_frames, files_of, load_frames
 from reading.rows import is_box
 from tools import prepare
 
@@ -1033,3 +1035,106 @@ def test_nothing_is_half_made(tmp_path, monkeypatch, fault, when):
 def test_the_page_on_data_shows_every_command():
     page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     assert {command.split()[0] for command in page.split("python -m tools.prepare ")[1:]} == set(prepare.COMMANDS)
+
+
+# ----------------------------------------------------------------------------------------------------------- videos
+
+
+class Frame:
+    """A frame as PyAV gives it."""
+
+    def __init__(self, level: int):
+        self.level = level
+
+    def to_image(self) -> Image.Image:
+        """One colour, larger than is kept."""
+        return Image.new("RGB", (640, 360), (self.level, self.level, self.level))
+
+
+def videos(folder: Path, *names: str) -> Path:
+    """Files that stand for videos, of 20 frames from dark to light, see decoded."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"video")
+    return folder
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Videos without PyAV: their frames; and a list of the files that were decoded."""
+    opened = []
+
+    def frames(path: Path):
+        opened.append(path.name)
+        yield from (Frame(10 * number) for number in range(20))
+
+    monkeypatch.setattr("tools.frames.decoded", frames)
+    return opened
+
+
+def levels(row: dict) -> list[int]:
+    """The grey of the frames that a row's video is made of."""
+    return [
+        round(float(np.asarray(one).mean())) for one in load_frames(row["image"], range(count_frames(row["image"])))
+    ]
+
+
+def test_msrvtt_has_all_captions_of_a_video_and_frames_from_all_over_it(tmp_path, decoded):
+    """Its three splits, the frames once, and again from what is there."""
+    videos(tmp_path / "pictures", "video0.mp4", "video7.mp4", "video9.mp4")
+    splits = {"video0": "train", "video7": "validate", "video9": "test"}
+    document = {
+        "videos": [{"video_id": name, "split": split, "category": 1} for name, split in splits.items()],
+        "sentences": [
+            {"sen_id": 0, "video_id": "video7", "caption": "a dog runs"},
+            {"sen_id": 1, "video_id": "video0", "caption": "a man sings"},
+            {"sen_id": 2, "video_id": "video0", "caption": "someone sings"},
+            {"sen_id": 3, "video_id": "video0", "caption": "a man sings"},
+        ],
+    }
+    file = write(tmp_path / "a.json", document)
+    for _ in range(2):
+        out = run(tmp_path, "msrvtt", "--annotations", file, "--frames", 4, "--force")
+        (row,) = data.read_rows([out / "pairs_train.jsonl"], "pairs", check="full")
+        assert row["caption"] == ["a man sings", "someone sings"] and levels(row) == [20, 70, 120, 170]
+        assert len(data.read_rows([out / "pairs_val.jsonl"], "pairs")) == 1
+        assert not (out / "pairs_test.jsonl").exists(), "it has no caption"
+    assert decoded == ["video0.mp4"] * 2 + ["video7.mp4"] * 2, "counted and read, in the first run alone"
+    with Image.open(files_of(row["image"])[0]) as first:
+        assert first.size == (320, 180)
+    document["sentences"][0]["video_id"] = "video8"
+    assert "sentences[0]: video_id is 'video8'" in refused(
+        tmp_path, "msrvtt", "--annotations", write(file, document), "--force"
+    )
+
+
+def test_lsmdc_finds_a_clip_in_the_folder_of_its_film(tmp_path, decoded):
+    """A line has six fields, of which the last one is the sentence."""
+    clip = "1005_Signs_00.00.51.926-00.00.54.129"
+    videos(tmp_path / "pictures", f"1005_Signs/{clip}.avi")
+    line = "\t".join([clip, "00.00.51.926", "00.00.54.129", "00.00.51.9", "00.00.54.1", "SOMEONE looks up."])
+    file = write(tmp_path / "a.csv", line + "\n")
+    out = run(tmp_path, "lsmdc", "--annotations", file, "--split", "val", "--frames", 2)
+    (row,) = data.read_rows([out / "pairs_val.jsonl"], "pairs")
+    assert row["caption"] == "SOMEONE looks up." and levels(row) == [50, 150]
+    assert "four times and a sentence" in refused(
+        tmp_path, "lsmdc", "--annotations", write(file, "a\tb\n"), "--split", "val", "--force"
+    )
+
+
+def test_a_folder_may_hold_videos_beside_pictures(tmp_path, decoded):
+    """Each as its kind, with a caption from its name."""
+    picture(tmp_path / "pictures", "a_red_ball.png")
+    videos(tmp_path / "pictures", "deep/a_ball_rolls.mov")
+    found = data.read_rows([run(tmp_path, "folder", "--frames", 3) / "pairs_train.jsonl"], "pairs")
+    assert {row["caption"][0]: data.is_video(row["image"]) for row in found} == {
+        "a red ball": False,
+        "a ball rolls": True,
+    }
+
+
+def test_a_video_file_needs_pyav_and_says_so(tmp_path, monkeypatch):
+    """In one sentence, with the way to get it; a file that is none is named."""
+    videos(tmp_path / "pictures", "a_ball_rolls.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "which PyAV reads: pip install av" in refused(tmp_path, "folder")

@@ -4,6 +4,7 @@
     python -m tools.benchmark step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
     python -m tools.benchmark loader --data data/scenes/pairs_train.jsonl        real batches against a repeated one
     python -m tools.benchmark decode --data my/pairs.jsonl                       JPEGs, scaled as they are decoded
+    python -m tools.benchmark frames --presets nano --length 14 --vocab-size 125 videos of 1, 2, 4 and 8 frames
     python -m tools.benchmark agreement --data data/scenes/pairs_train.jsonl     bf16, fp16, compiled, against fp32
 
 The variants take turns, round by round, so that a machine that slows down slows all of them; quoted is the median of
@@ -175,6 +176,34 @@ def agreement(options: argparse.Namespace) -> dict:
     return {"what": agreement.__doc__, "device": str(device), "rows": rows, "ratios": {}}
 
 
+def frames(options: argparse.Namespace) -> dict:
+    """Videos of 1, 2, 4 and 8 frames against one frame: encoding them, and a whole training step, per video."""
+    (preset,), (size,), many = options.presets, options.batch_size, (1, 2, 4, 8)
+    report = {"what": f"videos of {preset}, {size} a batch, time per video against one frame", "ratios": {}}
+    for objective in options.objectives:
+        config = config_of(objective, preset, options)
+        variants = {}
+        for number in many:
+            model = build_model(objective, vars(config) | {"frames": max(many)})
+            batch = random_batch(config, size, options.length)
+            batch["images"] = torch.randn(size, number, 3, *config.image_size)
+            variants[f"step, {number}"] = TrainingStep(model, batch, torch.device("cpu"))
+            variants[f"encoder, {number}"] = functools.partial(encoded, model, batch["images"])
+        seconds = take_turns(variants, options.rounds)
+        for part in ("encoder", "step"):
+            report["ratios"] |= {
+                f"{objective}, {part}: {number} frames / 1": ratios(seconds, f"{part}, {number}", f"{part}, 1")
+                for number in many[1:]
+            }
+    return report
+
+
+@torch.no_grad()
+def encoded(model: nn.Module, images: Tensor) -> None:
+    """Encode pictures, and forget what came out."""
+    model.encode_image(images)
+
+
 def photograph(side: int) -> Image.Image:
     """A square picture with detail at all scales, as photographs have it."""
     draw, picture = np.random.default_rng(0), np.zeros((side, side, 3))
@@ -332,7 +361,7 @@ def step(options: argparse.Namespace) -> dict:
     return report
 
 
-COMMANDS = {"step": step, "loader": loader, "decode": decode, "agreement": agreement}
+COMMANDS = {"step": step, "loader": loader, "decode": decode, "agreement": agreement, "frames": frames}
 
 
 def parse() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import runtime
 from data import make_batch
-from mamo import PRESETS, FusionEncoder, ImageEncoder, MAMOConfig, TextEncoder, View, patchify, require
+from mamo import PRESETS, FusionEncoder, ImageEncoder, MAMOConfig, TextEncoder, View, by_frame, patchify, require
 from siblings import OBJECTIVES
 from tokenizer import Tokenizer
 from world.shapes import COLOURS, Scene, place, render
@@ -426,7 +426,44 @@ def draw_teacher(sheet: Drawing) -> None:
     sheet.text(760, 512, "fused vectors, masked patches and words", 12, fill=QUIET)
 
 
-FIGURES = {"architecture.svg": draw_architecture}
+def draw_video() -> Drawing:
+    """Which token attends to which in the image encoder, for a video of three frames of 2 x 2 patches. It is not
+    written by hand: a row is filled where the gradient of that token's output reaches."""
+    frames, n, cell, left, top = 3, 4, 24, 250, 96
+    config = MAMOConfig(image_size=(16, 16), patch_size=8, frames=frames)
+    hidden = torch.randn(1, frames + frames * n, config.width, requires_grad=True)
+    block, count = ImageEncoder(config).blocks[0], hidden.shape[1]
+    sheet = Drawing(top + count * cell + 76, "Which token attends to which in a video of three frames")
+    names = [f"frame {number + 1}" for number in range(frames)]
+    blocks = [("class tokens", 0, frames)] + [
+        (f"patches of {name}", frames + n * number, n) for number, name in enumerate(names)
+    ]
+    sheet.text(left, 38, "is looked at", bold=True)
+    sheet.text(28, top - 14, "looks", bold=True)
+    for name, start, length in blocks:
+        middle = (start + length / 2) * cell
+        sheet.text(left - 12, top + middle + 5, name, anchor="end")
+        for line, word in enumerate(name.replace(" of", "").split(" ", 1)):
+            sheet.text(left + middle, top - 28 + 16 * line, word, 11, "middle", QUIET)
+    for query in range(count):
+        (felt,) = torch.autograd.grad(by_frame(block, hidden, frames)[0, query].square().sum(), hidden)
+        for key in range(count):
+            fill = (LOSSES["mrm"][0] if query < frames else MASKED) if felt[0, key].abs().sum() > 0 else "#f1f2f4"
+            sheet.box(left + key * cell + 1, top + query * cell + 1, cell - 2, cell - 2, fill, rx=2)
+    said = (
+        "The class token of a frame looks at all tokens of all frames.",
+        "A patch looks at its own frame: the class token and the patches.",
+        "So the cost grows with the frames and not with their square,",
+        "and a video of one frame is a picture.",
+    )
+    for number, line in enumerate(said):
+        sheet.text(left + count * cell + 40, top + 40 + 26 * number, line)
+    told = "Contrast compares the mean of the class tokens; fusion reads all tokens. Masks hide a place in all frames."
+    sheet.text(28, top + count * cell + 36, told)
+    return sheet
+
+
+FIGURES = {"architecture.svg": draw_architecture, "video.svg": draw_video}
 FIGURES |= {f"{objective}.svg": functools.partial(draw_step, objective) for objective in OBJECTIVES}
 
 

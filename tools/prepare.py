@@ -25,13 +25,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
 from data import check_row, json_lines, lines_of, pictures_of, resolved
 from metrics import normalise
+from tools.frames import CONTAINERS, frames_of_file
 from world.written import listed, replacing
 
 Rows = Iterator[tuple[str, str, dict]]  # (place, split, row)
@@ -124,7 +125,7 @@ CAMERA = {"img", "image", "dsc", "dscf", "dscn", "pxl", "mvimg", "photo", "pictu
 
 
 def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """Your own pictures, also in subfolders: one row for each. Captions come from the first of these that exists:
+    """Your own pictures and videos, also in subfolders: a row for each. Captions come from the first of these there is:
 
     captions.txt or captions.csv in the folder (see read_captions); metadata.jsonl or metadata.csv there or in
     subfolders (see read_metadata); dog.txt beside dog.jpg, one caption a line; the name of the picture, as in
@@ -139,7 +140,8 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     listed = read_captions(lists[0]) if lists else {}
     for path in metadata:
         listed |= read_metadata(path, args.images, args.column)
-    names = {path.relative_to(args.images).as_posix() for path in files if path.suffix.lower() in PICTURES}
+    kinds = *PICTURES, *CONTAINERS
+    names = {path.relative_to(args.images).as_posix() for path in files if path.suffix.lower() in kinds}
     unread = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
@@ -157,11 +159,45 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
             share = zlib.crc32(first.setdefault(resolved(path), name).encode()) / 2**32
             by_share = "val" if share < args.val_share else "train"
             split = SPLIT_FOLDERS.get(name.partition("/")[0], by_share) if metadata else by_share
-            yield str(path), split, {"image": name, "caption": captions}
+            shown = {"video" if path.suffix.lower() in CONTAINERS else "image": name}
+            yield str(path), split, shown | {"caption": captions}
         else:
             without.append(name)
     if without:
         left_out[f"pictures without a caption, {without[0]} first (give captions in captions.txt)"] = len(without)
+
+
+def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
+    """MSR-VTT: one row for each video, with all its captions."""
+    splits, shown = {"train": "train", "validate": "val", "test": "test"}, {}
+    for place, entry in entries(args.annotations, "videos"):
+        with at(place):
+            shown[take(entry, "video_id")] = place, take(entry, "split", splits), []
+    for place, entry in entries(args.annotations, "sentences"):
+        with at(place):
+            name = take(entry, "video_id")
+            if name not in shown:
+                raise ValueError(f"video_id is {name!r}: expected the one of a video in the list")
+            shown[name][2].extend(not_blank([take(entry, "caption")], left_out))
+    for name, (place, split, captions) in shown.items():
+        if captions:
+            yield place, split, {"video": f"{name}.mp4", "caption": list(dict.fromkeys(captions))}
+        else:
+            left_out["videos without a caption"] += 1
+
+
+def lsmdc(args: argparse.Namespace, left_out: Counter) -> Rows:
+    """LSMDC: one row for each line, clip, four times and sentence, with tabs between. A clip lies in its film's folder,
+    whose name is that of the clip without its last part."""
+    for place, line in lines_of(args.annotations):
+        with at(place):
+            clip, *times, sentence = line.rstrip("\r\n").split("\t")
+            film = clip.rpartition("_")[0]
+            if len(times) != 4 or not film:
+                form = "FILM_TIME, four times and a sentence, with tabs between"
+                raise ValueError(f"found {reprlib.repr(line)}: expected {form}")
+        if captions := not_blank([sentence.strip()], left_out):
+            yield place, args.split, {"video": f"{film}/{clip}.avi", "caption": captions[0]}
 
 
 METADATA = (".jsonl", ".csv", ".parquet")
@@ -521,7 +557,7 @@ def convert(args: argparse.Namespace) -> None:
         for place, split, row in tqdm(args.converter(args, left_out), unit=" rows", leave=False, disable=None):
             with at(place):
                 check_row(row, schema)
-            images = pictures_of(row)
+            images = [row["video"]] if "video" in row else pictures_of(row)
             absent = [image for image in images if not os.path.isfile(f"{args.images}/{image}")]
             if absent:
                 left_out[MISSING] += 1
@@ -533,7 +569,12 @@ def convert(args: argparse.Namespace) -> None:
             if name not in files:
                 check_free(name)
                 files[name] = opened.enter_context(open(folder / name, "w", encoding="utf-8", newline="\n"))
-            row |= {"images": paths} if "images" in row else {"image": paths[0]}
+            if "video" in row:
+                name_of_frames = PurePosixPath("frames", images[0]).with_suffix("")
+                frames = frames_of_file(args.images / images[0], args.out / name_of_frames, args.frames)
+                row["video"] = [f"{name_of_frames}/{frame}" for frame in frames]
+            else:
+                row |= {"images": paths} if "images" in row else {"image": paths[0]}
             files[name].write(json.dumps(row) + "\n")
             written[name] += 1
         reasons = [f"left out: {count} {reason}" for reason, count in left_out.items() if count]
@@ -570,16 +611,19 @@ OPTIONS = {
     "--task": {"choices": tuple(ALBEF), "required": True, "help": "what the list is for"},
     "--column": {"default": "", "help": 'column of metadata that holds the caption ("text" or "caption")'},
     "--val-share": {"type": float, "default": 0.0, "help": "share of the pictures to keep apart as val (%(default)s)"},
+    "--frames": {"type": int, "default": 16, "help": "pictures to take from each video file (%(default)s)"},
     "--strip": {"default": "", "help": "beginning of the paths in the file, which --images stands for"},
 }
 ONE = ("--annotations",)
 # command: (converter, task, help, options); the task of ALBEF's lists is an option
 COMMANDS = {
-    "folder": (folder, "pairs", "your own pictures and captions", ("--val-share", "--column")),
+    "folder": (folder, "pairs", "your own pictures and captions", ("--val-share", "--column", "--frames")),
     "coco": (karpathy, "pairs", "COCO captions: Karpathy's dataset_coco.json", ONE),
     "coco-captions": (coco_captions, "pairs", "COCO's own captions_train2017.json", (*ONE, "--split")),
     "flickr30k": (karpathy, "pairs", "Karpathy's dataset_flickr30k.json, or dataset_flickr8k.json", ONE),
     "flickr8k": (flickr8k, "pairs", "captions.txt or Flickr8k.token.txt", (*ONE, "--splits")),
+    "msrvtt": (msrvtt, "pairs", "MSR-VTT: train_val_videodatainfo.json or its like of test", (*ONE, "--frames")),
+    "lsmdc": (lsmdc, "pairs", "LSMDC: LSMDC16_annos_training.csv and its siblings", (*ONE, "--split", "--frames")),
     "cc": (conceptual_captions, "pairs", "Conceptual Captions 3M and 12M", (*ONE, "--split", "--pattern")),
     "vqa": (vqa, "vqa", "VQA v2; test has no answers to convert", ("--questions", *ONE, "--split", "--pattern")),
     "nlvr": (nlvr, "reasoning", "Cornell NLVR", (*ONE, "--split", "--orders")),
@@ -599,12 +643,14 @@ def main(arguments: list[str] | None = None) -> None:
         command.set_defaults(converter=converter, **({"task": task} if task else {}))
         for option in options:
             command.add_argument(option, **OPTIONS[option])
-        command.add_argument("--images", type=Path, required=True, help="folder of the pictures")
+        command.add_argument("--images", type=Path, required=True, help="folder of the pictures or videos")
         command.add_argument("--out", type=Path, required=True, help="folder to write to")
         skip = {"action": "store_true", "default": name == "cc"}  # many links of cc are dead
         command.add_argument("--skip-missing", **skip, help="leave out rows whose picture is missing")
         command.add_argument("--force", action="store_true", help="replace files that exist already")
     args = parser.parse_args(arguments)
+    if getattr(args, "frames", 1) < 1:
+        raise ValueError(f"--frames is {args.frames}: give 1 or more")
     if not args.images.is_dir():
         raise ValueError(f"--images {args.images} is not a folder: give the one that holds the pictures")
     convert(args)

@@ -32,9 +32,9 @@ from PIL import Image
 from torch import Tensor
 
 import runtime
-from data import captions_of, centred, load_image, read_rows, to_pixels, to_tensor
+from data import captions_of, centred, is_video, read_rows, shown, to_pixels
 from eval import encode_rows, load_for, match_pairs, retrieval
-from explain import How, hidden_views, hiding_map, watched
+from explain import How, hidden_views, hiding_map, pixels_of, watched
 from mamo import at, normalised, patchify
 from metrics import right_answers
 from tasks import by_picture
@@ -83,14 +83,15 @@ def text_of(raw: bytes) -> str:
 class Album:
     """The pictures of the page, each embedded once, under the number by which the page calls it."""
 
-    def __init__(self, captions: dict[str, list[str]]):
-        self.captions, self.numbers, self.pictures = captions, {}, []
+    def __init__(self, captions: dict[str, list[str]], frames: int):
+        """frames: that the model sees of a video, which is one strip of them, so that a map can lie over it"""
+        self.captions, self.frames, self.numbers, self.pictures = captions, frames, {}, []
 
     def number(self, path: str) -> int:
         """The number of a picture, which is embedded when it is first asked for."""
         if path not in self.numbers:
             self.numbers[path] = len(self.pictures)
-            self.pictures.append(embed(load_image(path)) | {"alt": "; ".join(self.captions[path])})
+            self.pictures.append(embed(shown(path, self.frames, apart=False)) | {"alt": "; ".join(self.captions[path])})
         return self.numbers[path]
 
 
@@ -116,7 +117,7 @@ def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], how: Ho
     model.eval()
     for path, text in sorted(set(pairs)):
         if path not in maps:  # a picture's views are made once, for all its texts
-            views, masks = hidden_views(model, to_tensor(path, model.config.image_size).to(device), how)
+            views, masks = hidden_views(model, pixels_of(path, model.config).to(device), how)
             maps[path] = {}
         ids = tokenizer.encode(text, longest)
         words = words_of(tokenizer, text, longest) if model.config.w_mlm > 0 else []
@@ -136,8 +137,9 @@ def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tup
     return input_ids.to(device), attention_mask.to(device)
 
 
-def packed(maps: Tensor) -> str:
-    """Maps (words + 1, n) as bytes, each on a scale of its own."""
+def packed(maps: Tensor, grid: tuple[int, int]) -> str:
+    """Maps (words + 1, n) as bytes, each on a scale of its own; of a video the frames side by side."""
+    maps = rearrange(maps, "w (f y x) -> w (y f x)", y=grid[0], x=grid[1])
     levels = maps / maps.amax(dim=1, keepdim=True).clamp(min=1e-12)
     return text_of((255 * levels).round().byte().numpy().tobytes())
 
@@ -208,7 +210,7 @@ def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, how: How, de
     matching = match_pairs(model, encoded, i, t, device).sigmoid().tolist() if k else [None] * len(pairs)
     maps = [None] * len(pairs)
     if model.config.w_itm > 0:
-        maps = map(packed, word_maps(model, tokenizer, pairs, how, device))
+        maps = [packed(one, model.config.grid) for one in word_maps(model, tokenizer, pairs, how, device)]
     for answer, cosine, probability, heat in zip(answers, cosines, matching, maps, strict=True):
         ordered = answer["place"] is not None and answer["place"] < k
         answer |= {"contrast": number(cosine), "matching": number(probability) if ordered else None, "maps": heat}
@@ -377,7 +379,8 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
         )
     lists, how = [], How(passes=options.passes)
     result = retrieval(model, tokenizer, rows, device, lists=lists)
-    album = Album(captions)
+    album, frames = Album(captions, config.frames), config.frames if is_video(rows[0]["image"]) else 1
+    grid = config.grid[0], frames * config.grid[1]  # of a strip of frames
     chosen = galleries(rows, lists, album, options.pictures)
     answers = [answer for queries in chosen.values() for query in queries for answer in query["answers"]]
     score(model, tokenizer, answers, result["k"], how, device)
@@ -391,7 +394,7 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
     folder, data = options.checkpoint.parent, " ".join(options.data)
     return {
         "about": about(model, state, result, data, options.checkpoint),
-        "map": {"grid": config.grid, "how": str(how) if config.w_itm > 0 else None, "words": mapped},
+        "map": {"grid": grid, "how": str(how) if config.w_itm > 0 else None, "words": mapped},
         "k": result["k"],
         "pictures": album.pictures,
         "words": {text: [[word, mapped and bool(places)] for word, places in found] for text, found in words.items()},
@@ -404,7 +407,7 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
 
 def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], album: Album, device) -> dict:
     """What `recover` says of some of the gallery's pictures, or {"why": nothing can be shown}."""
-    if why := why_nothing_recovered(model):
+    if why := why_nothing_recovered(model) or "Nothing to show: only pictures are put together." * is_video(first[0]):
         return {"why": why}
     room, others = max(PATCHES // model.config.num_patches, 2), [path for path in captions if path not in first]
     paths = [*first, *spaced(others, max(room - len(first), 0))][:room]
@@ -449,7 +452,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
     parser.add_argument("--out", type=Path, help="HTML file to write; without: report.html beside the checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.set_defaults(command="retrieval", predictions=None, frame="{}")
+    parser.set_defaults(command="retrieval", predictions=None, frame="{}", frames=None)
     return parser.parse_args()
 
 

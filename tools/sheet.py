@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import load_image, pictures_of
+from data import is_video, load_image, pictures_of, shown
 from explain import Heat, save_png
 from metrics import fits, points_into, right_answers, right_label, score_answers, text_of
 
@@ -43,8 +43,9 @@ def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600
 
 
 def thumbnail(path: str, side: int = 128) -> Image.Image:
-    """A picture in its own proportions, its longer side so many pixels."""
-    picture = load_image(path)
+    """A picture in its own proportions, its longer side so many pixels; of a video a strip of frames, so many high."""
+    picture = shown(path)
+    side = side if not is_video(path) else side * picture.width // picture.height
     return ImageOps.contain(
         picture, (side, side), Image.Resampling.NEAREST if side > 2 * max(picture.size) else Image.Resampling.BICUBIC
     )
@@ -56,7 +57,7 @@ def some_of(items: list, count: int) -> list:
 
 
 def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
-    """Each picture beside itself with its map over it."""
+    """Each picture beside itself with its map over it; of a video, all frames with their maps."""
     panels = [panel for heat in heats for panel in (heat.picture, heat.image())]
     draw_sheet([Cell(panels, [])], path, width=sum(panel.width + GAP for panel in panels), title=line)
 

@@ -1,0 +1,105 @@
+"""Videos: an animated picture (GIF, WebP, APNG), or a list of pictures, one for each frame.
+
+A row has "video" in place of "image". Once it is read, its "image" is one text as a picture's path is one, made by
+`video_of`, so that all code which tells pictures apart by their path does so with videos. Frames are decoded when they
+are wanted, and no others are kept: a video of 10,000 frames costs no more memory than one of ten.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from reading.pictures import check_image, load_image, opened, to_rgb
+
+MARK = "video:"
+
+
+def video_of(files: str | Path | Sequence[str | Path]) -> str:
+    """The name of a video: the path of an animated picture, or those of its frames, in their order."""
+    files = [files] if isinstance(files, str | Path) else files
+    return MARK + json.dumps([str(file) for file in files])
+
+
+def is_video(name) -> bool:
+    """Whether something is the name of a video, and not a picture or the path of one."""
+    return isinstance(name, str) and name.startswith(MARK + '["')
+
+
+def files_of(name: str) -> list[str]:
+    """The files behind a name: of a picture its own path."""
+    return json.loads(name[len(MARK) :]) if is_video(name) else [name]
+
+
+@lru_cache(maxsize=100_000)
+def count_frames(name: str) -> int:
+    """How many frames a video has. Raises ValueError for a file that is no picture"""
+    files = files_of(name)
+    if len(files) > 1:
+        return len(files)
+    try:
+        with opened(files[0]) as file:
+            return getattr(file, "n_frames", 1)
+    except Exception as error:
+        raise ValueError(f"{files[0]} cannot be read as a video ({error}): replace it") from error
+
+
+def choose_frames(count: int, frames: int, rng: np.random.Generator | None = None) -> list[int]:
+    """Which frames of count stand for a video: one of each of so many equal segments, the middle one, or with rng any.
+
+    Of a video with fewer frames than that some are taken twice.
+    """
+    inside = np.full(frames, 0.5) if rng is None else rng.random(frames)
+    return ((np.arange(frames) + inside) * count / frames).astype(int).tolist()
+
+
+def load_frames(name: str, numbers: Sequence[int]) -> list[Image.Image]:
+    """Some frames of a video, by their numbers in ascending order, as load_image gives pictures.
+
+    Raises:  ValueError naming the file and the frame that cannot be decoded
+    """
+    files = files_of(name)
+    if len(files) > 1:
+        found = {number: load_image(files[number]) for number in set(numbers)}
+        return [found[number] for number in numbers]
+    found, number = {}, 0
+    try:
+        with opened(files[0]) as file:
+            for number in sorted(set(numbers)):
+                file.seek(number)
+                found[number] = to_rgb(file)
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise ValueError(f"frame {number} of {files[0]} cannot be decoded ({error}): replace the file") from error
+    return [found[number] for number in numbers]
+
+
+def check_video(name: str, check: str) -> str | None:
+    """What is wrong with a video, or None. "header" reads the first bytes of its files, "full" decodes all frames."""
+    for file in files_of(name):
+        if fault := check_image(file, "header"):
+            return f"{file}: {fault}"
+    try:
+        if check == "full":
+            for number in range(count_frames(name)):
+                load_frames(name, [number])
+    except ValueError as fault:
+        return str(fault)
+    return None
+
+
+def shown(source, frames: int = 4, apart: bool = True) -> Image.Image:
+    """A picture to look at: of a video a strip of some frames from left to right. apart: with a gap between them"""
+    if not is_video(source):
+        return load_image(source)
+    pictures = load_frames(source, choose_frames(count_frames(source), frames))
+    height, gap = pictures[0].height, max(pictures[0].height // 32, 1) * apart
+    pictures = [one.resize((max(one.width * height // one.height, 1), height)) for one in pictures]
+    strip = Image.new("RGB", (sum(one.width + gap for one in pictures) - gap, height), "white")
+    left = 0
+    for one in pictures:
+        strip.paste(one, (left, 0))
+        left += one.width + gap
+    return strip

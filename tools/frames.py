@@ -1,0 +1,51 @@
+"""Frames of video files, as pictures: what tools/prepare.py makes of .mp4 and its like.
+
+PyAV reads the files (`pip install av`); the rest of the project does without it. Frames are spread evenly over the
+video, made no larger than is of use, and kept: a second run finds them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from reading.videos import choose_frames
+
+CONTAINERS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
+SIDE = 320  # pixels of the longer side
+
+
+def frames_of_file(path: Path, folder: Path, count: int) -> list[str]:
+    """Write so many frames of a video file as JPEGs into a folder, unless they are there -> their names, in order.
+
+    Raises:  ValueError without PyAV, or for a file that cannot be decoded
+    """
+    names = [f"{number:03d}.jpg" for number in range(count)]
+    if not all((folder / name).is_file() for name in names):
+        total = sum(1 for _ in decoded(path))
+        if not total:
+            raise ValueError(f"{path} holds no picture: is it a video?")
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted: dict[int, list[str]] = {}
+        for name, number in zip(names, choose_frames(total, count), strict=True):
+            wanted.setdefault(number, []).append(name)
+        for number, frame in enumerate(decoded(path)):
+            if number in wanted:
+                picture = frame.to_image()
+                picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+                for name in wanted[number]:
+                    picture.save(folder / name, quality=90)
+    return names
+
+
+def decoded(path: Path) -> Iterator:
+    """The frames of a video file, one after another, as PyAV gives them."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"{path} is a video file, which PyAV reads: pip install av") from error
+    try:
+        with av.open(str(path)) as file:
+            yield from file.decode(video=0)
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} cannot be decoded ({error}): replace it") from error

@@ -1,0 +1,306 @@
+"""The built-in world in motion: short videos in which time carries the meaning.
+
+    python -m world.moving --out data/moving
+
+A *meaning* says what happens; `words(meaning)` tells it; `frames(meaning, seed)` draws it, 9 frames of 32 x 32 pixels.
+The files are those of the built-in world, with "video" in place of "image": pairs, foils and vqa of train, val, test.
+
+Only time tells. `backwards(meaning)` is what happens when a video is played from its end, and it is drawn as the same
+frames in the other order. The foils of three kinds are the captions of such a video:
+
+    direction   a red circle moves right                          a red circle moves left
+    mover       a red circle moves up and a blue ring moves down  a blue ring moves up and a red circle moves down
+    order       a red circle blinks, then a blue ring swells      a blue ring swells, then a red circle blinks
+
+So who sees all frames but not their order is right half of the time, and so is who sees the middle one alone. Of the
+other kinds, `path` (the two legs of a path exchanged) and `change` (grows for shrinks, appears for goes away, the
+colours of what changes its colour exchanged), no such thing is claimed.
+
+Training videos come in twins: one played backwards, or with the two objects exchanged. Whatever holds of captions and
+foils, holds of text alone: a caption is as likely as its foil.
+"""
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from world import written
+from world.shapes import COLOURS, PAPER, SHAPES, paint
+
+FRAMES, MIDDLE, EXTENT = 9, 4, 32
+THINGS = tuple(f"{colour} {shape}" for colour, shape in product(tuple(COLOURS)[:6], tuple(SHAPES)[:5]))
+STEPS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # in the picture, x to the right, y downwards
+BACK = {"right": "left", "left": "right", "up": "down", "down": "up"}
+BACK |= {"grows": "shrinks", "shrinks": "grows", "appears": "goes away", "goes away": "appears"}
+ACTS = ("blinks", "swells", "hops")  # each looks the same backwards
+
+
+@dataclass(frozen=True)
+class Moves:
+    """A thing moves along a path of one leg or two."""
+
+    thing: str
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Two things move against each other, side by side."""
+
+    thing: str
+    other: str
+    way: str  # of the first
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A thing moves past another, which rests."""
+
+    thing: str
+    other: str
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A thing grows, shrinks, appears, goes away, or turns into another colour."""
+
+    thing: str
+    how: str  # or the other colour
+
+
+@dataclass(frozen=True)
+class Then:
+    """A thing acts, then another."""
+
+    thing: str
+    act: str
+    other: str
+    act_of_other: str
+
+
+Meaning = Moves | Apart | Passes | Changes | Then
+
+
+def words(meaning: Meaning) -> str:
+    """A caption."""
+    match meaning:
+        case Moves(thing, path):
+            return f"a {thing} moves {', then '.join(path)}"
+        case Apart(thing, other, way):
+            return f"a {thing} moves {way} and a {other} moves {BACK[way]}"
+        case Passes(thing, other):
+            return f"a {thing} passes a {other}"
+        case Changes(thing, how):
+            return f"a {thing} {how}" if how in BACK else f"a {thing} turns {how}"
+        case Then(thing, act, other, act_of_other):
+            return f"a {thing} {act}, then a {other} {act_of_other}"
+
+
+def backwards(meaning: Meaning) -> Meaning:
+    """What happens when the video is played from its end."""
+    match meaning:
+        case Moves(thing, path):
+            return Moves(thing, tuple(BACK[way] for way in reversed(path)))
+        case Apart(thing, other, way):
+            return Apart(thing, other, BACK[way])
+        case Passes():
+            return meaning
+        case Changes(thing, how):
+            colour, shape = thing.split()
+            return Changes(thing, BACK[how]) if how in BACK else Changes(f"{how} {shape}", colour)
+        case Then(thing, act, other, act_of_other):
+            return Then(other, act_of_other, thing, act)
+
+
+def exchanged(meaning: Apart | Passes) -> Meaning:
+    """Each of two things does what the other one did."""
+    return replace(meaning, thing=meaning.other, other=meaning.thing)
+
+
+def foils_of(meaning: Meaning) -> dict[str, str]:
+    """Wrong captions by kind, as like the right one as can be."""
+    match meaning:
+        case Moves(_, path) if len(path) == 2:
+            other = replace(meaning, path=path[::-1])
+            return {"direction": words(backwards(meaning)), "path": words(other)}
+        case Moves():
+            return {"direction": words(backwards(meaning))}
+        case Apart():
+            return {"mover": words(exchanged(meaning))}
+        case Passes():
+            return {"passer": words(exchanged(meaning))}
+        case Changes():
+            return {"change": words(backwards(meaning))}
+        case Then():
+            return {"order": words(backwards(meaning))}
+
+
+def question_of(meaning: Meaning) -> tuple[str, str, str]:
+    """Kind, question, answer."""
+    match meaning:
+        case Moves(thing, path):
+            return "direction", f"which way does the {thing} move{' last' if len(path) == 2 else ''}?", path[-1]
+        case Apart(thing, _, way):
+            return "mover", f"what moves {way}?", thing
+        case Passes(thing, _):
+            return "passer", "what moves?", thing
+        case Changes(thing, how):
+            kind = thing.split()[1]
+            return "change", f"what happens to the {kind}?", f"it {how}" if how in BACK else f"it turns {how}"
+        case Then(thing):
+            return "order", "which one is first?", thing
+
+
+def draw_meaning(rng: random.Random) -> Meaning:
+    """What happens in a video."""
+    thing, other = rng.sample(THINGS, 2)
+    match rng.randrange(8):
+        case 0 | 1:
+            return Moves(thing, (rng.choice(tuple(STEPS)),))
+        case 2:
+            way = rng.choice(tuple(STEPS))
+            turns = [turn for turn in STEPS if turn not in (way, BACK[way])]
+            return Moves(thing, (way, rng.choice(turns)))
+        case 3 | 4:
+            return Apart(thing, other, rng.choice(tuple(STEPS)))
+        case 5:
+            return Passes(thing, other)
+        case 6:
+            colours = [colour for colour in tuple(COLOURS)[:6] if colour != thing.split()[0]]
+            return Changes(thing, rng.choice(("grows", "shrinks", "appears", "goes away", rng.choice(colours))))
+        case 7:
+            return Then(thing, rng.choice(ACTS), other, rng.choice(ACTS))
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def frames(meaning: Meaning, seed: str) -> list[np.ndarray]:
+    """The pictures of a video, each (32, 32, 3) of bytes. With one seed, frames(backwards(meaning)) are these in the
+    other order: all is drawn around the middle frame."""
+    rng = random.Random(seed)
+    paper, middle = rng.randint(*PAPER), [rng.randint(14, 18) for _ in range(2)]
+    lanes, near = rng.sample((8, 24), 2), rng.randint(9, 10)
+    pictures = []
+    for time in range(-MIDDLE, FRAMES - MIDDLE):
+        # The paper flickers by one grey level: of frames that are equal a WebP file would keep one.
+        pixels = np.full((EXTENT, EXTENT, 3), paper - time % 2, dtype=np.float32)
+        for thing, centre, extent, strength in placed(meaning, time, middle, lanes, near):
+            colour, shape = thing.split()
+            rgb = tuple(strength * part + (1 - strength) * paper for part in COLOURS[colour])
+            if strength:
+                paint(pixels, shape, rgb, (centre[0] - extent // 2, centre[1] - extent // 2, extent, extent))
+        pictures.append(pixels.round().astype(np.uint8))
+    return pictures
+
+
+def placed(meaning: Meaning, time: int, middle: list[int], lanes: list[int], extent: int) -> list[tuple]:
+    """What is seen so many frames after the middle one: thing, centre, extent, and how much of its colour is seen."""
+    far = int(9 * time / MIDDLE)  # pixels from the middle, the same before it as behind it
+    match meaning:
+        case Moves(thing, path):
+            x, y = STEPS[path[0] if time < 0 else path[-1]]
+            return [(thing, (middle[0] + far * x, middle[1] + far * y), extent, 1.0)]
+        case Apart(thing, other, way):
+            x, y = STEPS[way]
+            first, second = sorted((thing, other)), lanes  # a thing keeps its lane when the video is played backwards
+            lane = dict(zip(first, second, strict=True))
+            along = {thing: middle[0] + far * (x + y), other: middle[1] - far * (x + y)}
+            return [
+                (one, (along[one], lane[one]) if x else (lane[one], along[one]), extent, 1.0) for one in (thing, other)
+            ]
+        case Passes(thing, other):
+            upright = middle[1] % 2 == 0
+            centres = {thing: (middle[0] + far, lanes[0]), other: (middle[1], lanes[1])}
+            return [(one, at[::-1] if upright else at, extent, 1.0) for one, at in centres.items()]
+        case Changes(thing, how):
+            if how in ("grows", "shrinks"):
+                return [(thing, middle, extent + int(time if how == "grows" else -time), 1.0)]
+            seen = 0.5 + np.sign(time) / 2  # of what comes
+            if how in ("appears", "goes away"):
+                return [(thing, middle, extent, seen if how == "appears" else 1 - seen)]
+            parts = [(thing, 1 - seen), (f"{how} {thing.split()[1]}", seen)]
+            return [(one, middle, extent, strength) for one, strength in sorted(parts) if strength]
+        case Then(thing, act, other, act_of_other):
+            lane = dict(zip(sorted((thing, other)), lanes, strict=True))
+            acts = {thing: act if time in (-3, -2, -1) else "", other: act_of_other if time in (1, 2, 3) else ""}
+            return [
+                (
+                    one,
+                    (lane[one], middle[0] - 4 * (acts[one] == "hops")),
+                    extent + 4 * (acts[one] == "swells"),
+                    0.0 if acts[one] == "blinks" else 1.0,
+                )
+                for one in (thing, other)
+            ]
+
+
+# --------------------------------------------------------------------------------------------------------- the data set
+
+
+def videos(split: str, size: int, seed: int) -> list[tuple[Meaning, list[np.ndarray], int | None]]:
+    """So many videos: what happens, the frames, and of training the number of the twins."""
+    made, rng = [], random.Random(f"{seed} {split}")
+    while len(made) < size:
+        meaning, look = draw_meaning(rng), f"{seed} {split} {len(made)}"
+        if split != "train":
+            made.append((meaning, frames(meaning, look), None))
+            continue
+        turn = isinstance(meaning, Passes) or (isinstance(meaning, Apart) and rng.random() < 0.5)
+        twin = exchanged(meaning) if turn else backwards(meaning)
+        made += [(one, frames(one, look), len(made) // 2) for one in (meaning, twin)]
+    return made
+
+
+def write(folder: Path, split: str, size: int, seed: int, bar: tqdm) -> None:
+    """One split of all tasks."""
+    rows = {"pairs": [], "foils": [], "vqa": []}
+    (folder / "videos" / split).mkdir(parents=True)
+    for number, (meaning, pictures, twin) in enumerate(videos(split, size, seed)):
+        name = f"videos/{split}/{number:06d}.webp"
+        first, *rest = map(Image.fromarray, pictures)
+        first.save(folder / name, save_all=True, append_images=rest, duration=150, loop=0, lossless=True, method=0)
+        shown, (kind, question, answer) = {"video": name}, question_of(meaning)
+        rows["pairs"].append(shown | {"caption": words(meaning)} | ({} if twin is None else {"twin": twin}))
+        rows["vqa"].append(shown | {"question": question, "answers": {answer: 1.0}, "type": kind})
+        if twin is None:
+            rows["foils"].append(shown | {"caption": words(meaning), "foils": foils_of(meaning)})
+        bar.update()
+    for task, lines in rows.items():
+        if lines:
+            text = "".join(json.dumps(row) + "\n" for row in lines)
+            (folder / f"{task}_{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("data/moving"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=10000, help="training videos, two by two twins (%(default)s)")
+    parser.add_argument("--val", type=int, default=500, help="videos for validation (%(default)s)")
+    parser.add_argument("--test", type=int, default=500, help="videos for test (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+    sizes = {"train": args.train, "val": args.val, "test": args.test}
+    if args.train % 2 or min(sizes.values()) < 2:
+        raise ValueError(f"--train {args.train} --val {args.val} --test {args.test}: expected 2 or more, --train even")
+    with written.replacing(args.out, "moving") as folder, tqdm(total=sum(sizes.values()), desc="drawing") as bar:
+        for split, size in sizes.items():
+            write(folder, split, size, args.seed, bar)
+    print(f"{args.out} holds {sizes}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
