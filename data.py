@@ -9,8 +9,8 @@ Randomness belongs to the sample: the order of the rows follows from (seed, epoc
 caption and the noise behind both masks follow from (seed, epoch, row). So a resumed run, another number of workers and
 another number of processes see the same samples masked in the same way.
 
-How to read it: a row becomes a sample, samples become a batch, and then which rows share a batch. Pictures and
-augmentation follow.
+How to read it: a row becomes a sample, samples become a batch, and then which rows share a batch. Pictures follow; how
+they are augmented: reading/augment.py.
 """
 
 import hashlib
@@ -24,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import runtime
 from mamo import Config
+from reading.augment import aerial, drawing, photo, shuffle_boxes
 from reading.pictures import load_image, size_of  # noqa: F401
 from reading.rows import (  # noqa: F401  all that reading has, for whoever imports data
     CHECKS,
@@ -321,70 +322,3 @@ def to_tensor(source: str | Path | Image.Image, image_size: tuple[int, int], fra
 def centred(pixels: Tensor) -> Tensor:
     """Bytes -> values in [-1, 1], mid grey at 0."""
     return pixels.float().div_(127.5).sub_(1)
-
-
-# ------------------------------------------------------------------------------------------------------- augmentation
-#
-# Random variants of a picture that keep its caption true. Only what is seen from above is mirrored or turned by much:
-# elsewhere it would make "left of" false.
-
-
-def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For photographs: a crop of 50 to 100 % of the area, brightness and contrast within 30 %."""
-    area, aspect = rng.uniform(0.5, 1.0), math.exp(rng.uniform(-0.25, 0.25))
-    width = min(round(image.width * math.sqrt(area * aspect)), image.width)
-    height = min(round(image.height * math.sqrt(area / aspect)), image.height)
-    x, y = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
-    pixels = np.asarray(image.crop((x, y, x + width, y + height)), dtype=np.float32)
-    contrast, brightness = rng.uniform(0.7, 1.3, size=2)
-    middle = pixels.mean()
-    return Image.fromarray((((pixels - middle) * contrast + middle) * brightness).clip(0, 255).astype(np.uint8))
-
-
-def aerial(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For photographs from above, whose captions name no side: as photo, then mirrored and turned by quarters."""
-    image, turn = photo(image, rng), rng.integers(8)
-    return image if turn == 7 else image.transpose(Image.Transpose(turn))
-
-
-def drawing(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For drawings on white that are to be known in another style: moved, scaled, squeezed and turned by up to 11
-    degrees; in a quarter of the cases blurred, in half outlined; colours mixed, faded or grey."""
-    width, height = image.size
-    zoom, angle = math.exp(rng.uniform(-0.25, 0.35)), rng.uniform(-0.2, 0.2)  # above 1 the drawing becomes smaller
-    squeeze = math.exp(rng.uniform(-0.15, 0.15))
-    a, b = zoom * math.cos(angle) * squeeze, zoom * math.sin(angle)
-    c, d = -zoom * math.sin(angle), zoom * math.cos(angle) / squeeze
-    x, y = (0.5 + rng.uniform(-0.1, 0.1, size=2)) * (width, height)  # where the middle goes
-    matrix = (a, b, width / 2 - a * x - b * y, c, d, height / 2 - c * x - d * y)
-    image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor="white")
-    kind = rng.random()
-    if kind < 0.25:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2.0) * width / 64))
-    pixels = np.asarray(image, dtype=np.float32) / 255
-    if kind > 0.5:  # dark where brightness changes
-        brightness = pixels.mean(axis=2)
-        edge = np.abs(np.gradient(brightness, axis=0)) + np.abs(np.gradient(brightness, axis=1))
-        pixels = pixels * (1 - np.clip(edge * rng.uniform(1, 6), 0, 1))[..., None]
-    mix = np.eye(3) + rng.normal(0, 0.12, size=(3, 3))
-    grey = rng.uniform(0, 0.5) if rng.random() < 0.8 else 1.0
-    mix = mix @ ((1 - grey) * np.eye(3) + grey / 3)
-    mix /= mix.sum(axis=0, keepdims=True)  # white stays white
-    pixels = 1 - (1 - pixels @ mix) * rng.uniform(0.6, 1.3)
-    return Image.fromarray((255 * pixels).round().clip(0, 255).astype(np.uint8))
-
-
-def shuffle_boxes(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """For NLVR's pictures of three boxes, with gaps of half their width: the boxes in any order.
-
-    Args:    pixels (3, height, width)
-    """
-    eighth, rest = divmod(pixels.shape[2], 8)
-    if rest:
-        raise ValueError(
-            f"--augment boxes cuts pictures into eighths, their width is {pixels.shape[2]}: use a multiple of 8"
-        )
-    moved = pixels.clone()
-    for place, box in enumerate(rng.permutation(3)):
-        moved[:, :, 3 * eighth * place :][:, :, : 2 * eighth] = pixels[:, :, 3 * eighth * box :][:, :, : 2 * eighth]
-    return moved

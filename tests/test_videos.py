@@ -21,9 +21,19 @@ from torch import nn
 
 from data import Pairs, TwinBatches, captions_of, open_rows, read_rows, to_tensor
 from eval import check_kinds, load, retrieval
+from explain import hiding_masks
 from finetune import parse as parse_task
 from finetune import start as start_task
-from mamo import at, by_frame, drop_patches, frames_of, mask_patches, mask_words, patchify
+from mamo import (
+    FusionEncoder,
+    at,
+    by_frame,
+    drop_patches,
+    frames_of,
+    mask_patches,
+    mask_words,
+    patchify,
+)
 from reading import rows as reading
 from reading import videos as reading_videos
 from reading.videos import choose_frames, count_frames, load_frames, shown, video_of
@@ -123,6 +133,18 @@ def test_tokens_stand_where_and_when_they_are():
         )
 
 
+def test_after_one_block_a_patch_knows_its_own_frame_alone():
+    """In the encoder too; a class token knows all frames."""
+    model = tiny_objective("mamo", frames=3, image_depth=1)
+    videos, n = videos_for(tiny_batch(model.config), 3)["images"].requires_grad_(), model.config.num_patches
+    encoded = model.encode_image(videos)
+    for frame in range(3):
+        patches = encoded[:, 3 + frame * n : 3 + (frame + 1) * n]
+        for part, known in ((patches, [frame]), (encoded[:, frame], [0, 1, 2])):
+            (gradient,) = torch.autograd.grad(part.square().sum(), videos, retain_graph=True)
+            assert [place for place in range(3) if gradient[:, place].abs().sum() > 0] == known
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_order_of_frames_matters(name):
     """To every loss's model: the embedding and the matching logit are others."""
@@ -162,6 +184,21 @@ def test_hidden_places_are_the_same_in_all_frames():
     ]
     for row in range(5):
         assert sorted([*dropped[row].tolist(), *kept[row].tolist()]) == list(range(18))
+
+
+def test_units_are_masked_as_their_index_says_in_all_frames():
+    """MaskVLM's squares: the mask is where the index points, frame by frame the same."""
+    index, mask = mask_units(torch.rand(5, 24), 0.5, (4, 6), 2, frames=3)
+    assert torch.equal(mask, torch.zeros(5, 72, dtype=torch.bool).scatter(1, index, True))
+    assert torch.equal(mask, mask[:, :24].repeat(1, 3)) and 0 < mask.float().mean() < 1
+
+
+def test_a_map_by_hiding_hides_windows_in_one_frame_at_a_time():
+    """And random places in all of them; every place is hidden by some window."""
+    windows, randoms = hiding_masks((4, 6), 128, frames=3)
+    frames = windows.view(-1, 3, 24).any(dim=2)
+    assert (frames.sum(dim=1) == 1).all() and windows.any(dim=0).all()
+    assert len(windows) + len(randoms) == 128 and (randoms.sum(dim=1) == 54).all()
 
 
 @pytest.mark.parametrize("name, more", [way for way in WAYS if way[0] != "control"])
@@ -208,18 +245,116 @@ def test_targets_are_those_of_the_hidden_patches_of_their_frames():
             assert torch.equal(targets[row, slot], pixels.flatten())
 
 
-def test_features_of_the_teacher_are_taken_at_their_places(monkeypatch):
-    """MRM and MIM: a student that is its own teacher, with heads that change nothing and nothing hidden, loses nothing
-    but what layer norm makes of it."""
-    model = tiny_objective("mamo", frames=3, noise=0.0).eval()
+class Straight(nn.Module):
+    """In a block's place: what comes in goes out, at the places that are asked for."""
+
+    def forward(self, hidden, attention_mask=None, index=None):
+        return hidden if index is None else at(hidden, index)
+
+
+def straightened(model):
+    """The model, with fusion encoders that let everything through: so a loss is given what stands at its places."""
+    for module in model.modules():
+        if isinstance(module, FusionEncoder):
+            module.blocks = nn.ModuleList([Straight()])
+            nn.init.zeros_(module.types)
+    return model
+
+
+def given_to(model, monkeypatch, *names: str) -> dict:
+    """What the losses of some names are given while the model makes a step."""
     seen = {}
-    monkeypatch.setattr(model, "loss_mim", lambda at_patches, target: seen.setdefault("mim", target).sum())
-    batch = videos_for(tiny_batch(model.config), 3)
+    for name in names:
+        monkeypatch.setattr(model, name, lambda *given, name=name: seen.setdefault(name, given)[0].sum())
+    return seen
+
+
+def hidden_at(places: torch.Tensor, encoded: torch.Tensor, frames: int) -> torch.Tensor:
+    """By a loop: the vectors of an encoded video at places, the numbers of patches through all frames."""
+    return torch.stack([encoded[row, [frames + place for place in some]] for row, some in enumerate(places.tolist())])
+
+
+def test_mamo_recovers_at_the_hidden_patches_of_their_frames(monkeypatch):
+    """MRM and MIM read the student's vectors where patches are hidden, and the teacher's at the same places."""
+    model = straightened(tiny_objective("mamo", frames=3))
+    batch, seen = videos_for(tiny_batch(model.config), 3), given_to(model, monkeypatch, "loss_mrm", "loss_mim")
     model(batch)
-    index, _ = mask_patches(batch["patch_noise"], model.config.mask_image, 3)
-    whole = nn.functional.layer_norm(model.teacher.image(batch["images"]), (16,))
-    for row, places in enumerate(index.tolist()):
-        torch.testing.assert_close(seen["mim"][row], whole[row, [3 + place for place in places]], rtol=0, atol=1e-5)
+    index, mask = mask_patches(batch["patch_noise"], model.config.mask_image, 3)
+    student = hidden_at(index, model.encode_image(batch["images"], mask), 3)
+    teacher = hidden_at(index, model.teacher.image(batch["images"]), 3)
+    for found, wanted in (
+        (seen["loss_mrm"][0], student),
+        (seen["loss_mim"][0], student),
+        (seen["loss_mrm"][1], nn.functional.layer_norm(teacher, (16,))),
+        (seen["loss_mim"][1], nn.functional.layer_norm(teacher, (16,))),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_vlmae_recovers_at_the_dropped_patches_of_their_frames(monkeypatch):
+    """A token, its position and its time come in at the place of a dropped patch, and are read there."""
+    model = straightened(tiny_objective("vlmae", frames=3))
+    model.feature_block, model.feature_head, model.decoder.pixels = Straight(), nn.Identity(), nn.Identity()
+    batch, seen = videos_for(tiny_batch(model.config), 3), given_to(model, monkeypatch, "loss_rmim", "loss_ifr")
+    model(batch)
+    dropped, _ = drop_patches(batch["patch_noise"], model.config.mask_image, 3)
+    places = model.student.image.places(3).expand(len(dropped), -1, -1)
+    for loss, token in (("loss_rmim", model.pixel_token), ("loss_ifr", model.feature_token)):
+        torch.testing.assert_close(seen[loss][0], token + hidden_at(dropped, places, 3), rtol=0, atol=1e-5)
+    pixels = patchify(batch["images"], model.config.patch_size)
+    assert torch.equal(seen["loss_rmim"][1], hidden_at(dropped, pixels, 0))
+    teacher = hidden_at(dropped, model.teacher(batch["images"]), 3)
+    torch.testing.assert_close(seen["loss_ifr"][1], teacher, rtol=0, atol=1e-5)
+
+
+def test_maskvlm_recovers_at_the_blanked_patches_of_their_frames(monkeypatch):
+    """The decoder reads all of the fused video, and gives the pixels at the blanked patches."""
+    model = straightened(tiny_objective("maskvlm", frames=3))
+    model.decoder.pixels = nn.Identity()
+    config, batch = model.config, videos_for(tiny_batch(model.config), 3)
+    seen = given_to(model, monkeypatch, "loss_mim")
+    model(batch)
+    index, mask = mask_units(batch["patch_noise"], config.mask_image, config.grid, config.mask_unit, 3)
+    encoded = model.encode_image(blank(batch["images"], mask, config.patch_size))
+    torch.testing.assert_close(seen["loss_mim"][0], hidden_at(index, encoded, 3), rtol=0, atol=1e-5)
+    assert torch.equal(seen["loss_mim"][1], hidden_at(index, patchify(batch["images"], config.patch_size), 0))
+
+
+def test_glscl_compares_the_mean_of_class_tokens_and_the_hidden_patches(monkeypatch):
+    """MGSC takes the mean over frames of both passes; MLTC the patches hidden in I'' and what (I, T') has there."""
+    model = straightened(tiny_objective("glscl", frames=3))
+    config, batch = model.config, videos_for(tiny_batch(model.config), 3)
+    seen = given_to(model, monkeypatch, "loss_mgsc", "loss_mltc")
+    model(batch)
+    kept = drop_patches(batch["patch_noise"], config.mask_drop, 3)[1]
+    index, mask = mask_patches(batch["patch_noise"], config.mask_image, 3)
+    visible, whole = model.student.image(batch["images"], kept=kept), model.encode_image(batch["images"])
+    for found, encoded in zip(seen["loss_mgsc"][:2], (visible, whole), strict=True):
+        torch.testing.assert_close(found, encoded[:, :3].mean(dim=1), rtol=0, atol=1e-5)
+    hidden = hidden_at(index, model.encode_image(batch["images"], mask), 3), hidden_at(index, whole, 3)
+    for found, wanted in zip(seen["loss_mltc"][:2], hidden, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert seen["loss_mltc"][2].shape == seen["loss_mltc"][3].shape
+
+
+@pytest.mark.parametrize("more", [{}, {"queue_size": 8}])
+def test_contrast_compares_the_mean_of_the_class_tokens_of_all_frames(more, monkeypatch):
+    """In training, in parts of a step, in scoring, and of the teacher where there is a queue."""
+    model = tiny_objective("mamo", frames=3, **more).eval()
+    batch, seen = videos_for(tiny_batch(model.config), 3), given_to(model, monkeypatch, "loss_itc")
+    model(batch)
+
+    def embedded(encoders) -> torch.Tensor:
+        mean = torch.stack([encoders.image(batch["images"])[:, frame] for frame in range(3)]).mean(dim=0)
+        return nn.functional.normalize(encoders.image_projection(mean), dim=-1)
+
+    image, text, _, image_keys, _ = seen["loss_itc"]
+    torch.testing.assert_close(image, embedded(model.student), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.features(batch)["image"], image, rtol=0, atol=1e-5)
+    candidates = embedded(model.teacher if more else model.student)
+    torch.testing.assert_close(image_keys[: len(image)], candidates, rtol=0, atol=1e-5)
+    scores = model.score(batch["images"], batch["input_ids"], batch["attention_mask"])
+    torch.testing.assert_close(scores["itc"], (image * text).sum(dim=1), rtol=0, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------- rows and frames
