@@ -265,9 +265,10 @@ def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, at
         attention = [maps[0] for maps in recorded]
         gradient = torch.autograd.grad(logit.sum(), attention)  # a row's logit depends on its own maps only
     maps = [
-        fusion.text_to_patches(one * slope.relu(), length, frames).mean(dim=1).detach()
+        fusion.text_to_patches(one * slope.relu(), length).mean(dim=1).detach()
         for one, slope in zip(attention, gradient, strict=True)
     ]
+    maps = [one[..., frames - 1 :] for one in maps]  # of a video without the class tokens of further frames
     if any(one.shape[-1] != frames * model.config.num_patches for one in maps):
         raise ValueError(
             f"{type(fusion).__name__} gives maps of {[one.shape[-1] for one in maps]} places, one a block, "

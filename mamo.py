@@ -531,10 +531,10 @@ class FusionEncoder(nn.Module):
         return [block.attention for block in self.blocks]
 
     @staticmethod
-    def text_to_patches(attention_map: Tensor, length: int, frames: int = 1) -> Tensor:
+    def text_to_patches(attention_map: Tensor, length: int) -> Tensor:
         """A recorded map (b, h, queries, l + 1 + n) -> (b, h, tokens, n): what tokens look at among the patches. That
         of the last block has one row for each place that was asked for."""
-        return attention_map[:, :, :length, length + frames :]
+        return attention_map[:, :, :length, length + 1 :]
 
 
 class Encoders(nn.Module):
