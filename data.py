@@ -49,7 +49,16 @@ from reading.rows import (  # noqa: F401  all that reading has, for whoever impo
     twins_of,
     videos_of,
 )
-from reading.videos import choose_frames, count_frames, files_of, is_video, load_frames, shown, video_of  # noqa: F401
+from reading.videos import (  # noqa: F401
+    choose_frames,
+    count_frames,
+    files_of,
+    is_video,
+    load_frames,
+    shown,
+    some_frames,
+    video_of,
+)
 from tokenizer import Tokenizer, pad
 
 # ------------------------------------------------------------------------------------------------- samples and batches
@@ -314,8 +323,7 @@ def to_tensor(source: str | Path | Image.Image, image_size: tuple[int, int], fra
     """A picture, or the path of one, at image_size (height, width) -> (3, height, width), values in [-1, 1]; of a video
     so many frames, the middle ones of equal segments -> (f, 3, height, width)."""
     if is_video(source):
-        some = load_frames(source, choose_frames(count_frames(source), frames))
-        return torch.stack([to_tensor(one, image_size) for one in some])
+        return torch.stack([to_tensor(one, image_size) for one in some_frames(source, frames)])
     return centred(to_pixels(source, image_size))
 
 

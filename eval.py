@@ -33,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, files_of, is_video, pictures_of, read_rows, resolved, to_tensor, video_of
-from explain import Heat, How, ground, heats_of
+from data import captions_of, files_of, is_video, pictures_of, read_rows, resolved, video_of
+from explain import Heat, How, ground, heats_of, pixels_of
 from mamo import VisionLanguageModel, frames_of, rank_and_size
 from metrics import (
     chance_recalls,
@@ -90,9 +90,9 @@ class Pipeline:
     def pixels(self, images) -> Tensor:
         """One picture or several -> (b, 3, height, width), values in [-1, 1]; videos, as video_of of data.py names
         them -> (b, f, 3, height, width)"""
-        config, images = self.model.config, several(images)
+        images = several(images)
         check_kinds(images)
-        return torch.stack([to_tensor(image, config.image_size, config.frames) for image in images]).to(self.device)
+        return torch.stack([pixels_of(image, self.model.config) for image in images]).to(self.device)
 
     def tokens(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
         """One text or several -> input_ids, attention_mask (b, l)"""
@@ -133,9 +133,9 @@ class Pipeline:
 
     def heat(self, images, text: str, phrase: str = "", how: How | None = None) -> Heat | list[Heat]:
         """Where the model looks for a phrase in a text, or for the whole text: `.values` (rows, columns), `.show()`,
-        `.save(path)`; of several pictures a list. how: see How of explain.py"""
+        `.save(path)`; of several pictures, or the frames of a video, a list. how: see How of explain.py"""
         heats = heats_of(self.model, self.tokenizer, several(images), text, phrase or text, how or How(), self.device)
-        return heats if isinstance(images, list | tuple) else heats[0]
+        return heats if isinstance(images, list | tuple) or is_video(images) else heats[0]
 
 
 def several(images) -> list:
@@ -201,7 +201,7 @@ def encode(
     input_ids, attention_mask = tokenizer(texts, config.max_tokens)
 
     def encode_pictures(rows: slice) -> tuple[Tensor, Callable]:
-        pixels = torch.stack([to_tensor(path, config.image_size, frames) for path in images[rows]])
+        pixels = torch.stack([pixels_of(path, config) for path in images[rows]])
         return model.encode_image(pixels.to(device)), partial(model.embed_image, frames=frames)
 
     def encode_words(rows: slice) -> tuple[Tensor, Callable]:

@@ -23,7 +23,7 @@ differs: the matching logit is the difference of the head's two, of which ALBEF 
 the whole text and is counted where the phrase is the whole text. Of the last block only [CLS] has a map: the logit
 reads nothing else there.
 
-A video has a map for each frame: patches are hidden in one frame, windows in one at a time, and no frame as a whole.
+A video has a map for each frame: a window is hidden in one frame at a time, random patches in all of them together.
 No box is ever trained on. A model that judges statements is asked for a phrase within one: --frame "there is a {}".
 """
 
@@ -38,9 +38,10 @@ from PIL import Image
 from torch import Tensor
 
 import runtime
-from data import choose_frames, count_frames, is_video, load_frames, load_image, size_of, to_tensor
+from data import is_video, load_image, size_of, some_frames, to_tensor
 from mamo import View, VisionLanguageModel, frames_of, mask_patches, record_attention
 from metrics import patch_centres
+from siblings.masking import in_pixels
 from tasks import Classifier
 from tokenizer import Tokenizer, pad
 
@@ -153,15 +154,9 @@ def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[T
         if filled is None:
             encoded.append(model.encode_masked(image.expand(len(some), *image.shape), some))
         else:
-            encoded.append(model.encode_image(torch.where(in_pixels(some, image, config.patch_size), filled, image)))
+            pixels = in_pixels(some, image[None], config.patch_size)
+            encoded.append(model.encode_image(torch.where(pixels, filled, image)))
     return torch.cat(encoded), masks
-
-
-def in_pixels(patches: Tensor, image: Tensor, patch_size: int) -> Tensor:
-    """patches (b, n), True = hidden -> (b, 1, height, width), of a video (b, f, 1, height, width)"""
-    sides = {"f": frames_of(image[None]), "y": image.shape[-2] // patch_size, "p": patch_size, "q": patch_size}
-    pixels = repeat(patches, "b (f y x) -> b f 1 (y p) (x q)", **sides)
-    return pixels if image.ndim == 4 else pixels[:, 0]
 
 
 def filling(image: Tensor, fill: str, patch_size: int) -> Tensor:
@@ -417,19 +412,14 @@ def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, 
                 f"there is no map for {phrase!r}: nothing in the picture speaks for the answer, or it is Grad-CAM of "
                 "the last block, which has a map for whole texts only"
             )
-        pictures, side = [load_image(image)] if not is_video(image) else frames_seen(image, config), 320
+        pictures = some_frames(image, config.frames) if is_video(image) else [load_image(image)]
         hottest = values.max()
         for picture, part in zip(pictures, values.view(len(pictures), *config.grid), strict=True):
-            scale = min(side / min(picture.size), 4 * side / max(picture.size))
+            scale = min(320 / min(picture.size), 1280 / max(picture.size))
             size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
             picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
             heats.append(Heat(part, picture, hottest.item()))
     return heats
-
-
-def frames_seen(video: str, config) -> list[Image.Image]:
-    """The frames of a video that the model looks at."""
-    return load_frames(video, choose_frames(count_frames(video), config.frames))
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -28,8 +28,7 @@ def main() -> None:
     (options.out / "frames").mkdir(parents=True, exist_ok=True)
     for number, line in enumerate(options.data.read_text(encoding="utf-8").splitlines()):
         row = json.loads(line)
-        files = [row["video"]] if isinstance(row["video"], str) else row["video"]
-        name = video_of([options.data.parent / file for file in files])
+        name = video_of(row["video"], options.data.parent)
         order = list(range(count_frames(name)))
         while len(order) > 1 and order == sorted(order):
             draw.shuffle(order)

@@ -171,8 +171,7 @@ def completed(row: dict, path: Path, task: str) -> dict:
         row.pop("image", None)  # a further key; pictures_of goes by it
         row["images"] = [str(path.parent / image) for image in row["images"]]
     elif task in WITH_VIDEOS and "video" in row:
-        files = row.pop("video")
-        row["image"] = video_of([path.parent / file for file in ([files] if isinstance(files, str) else files)])
+        row["image"] = video_of(row.pop("video"), path.parent)
     else:
         row["image"] = str(path.parent / row["image"])
     twin = row.pop("twin", None)

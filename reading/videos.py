@@ -6,7 +6,7 @@ are wanted, and no others are kept: a video of 10,000 frames costs no more memor
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from reading.pictures import check_image, load_image, opened, to_rgb
 MARK = "video:"
 
 
-def video_of(files: str | Path | Sequence[str | Path]) -> str:
-    """The name of a video: the path of an animated picture, or those of its frames, in their order."""
+def video_of(files: str | Path | Sequence[str | Path], folder: str | Path = "") -> str:
+    """The name of a video: the path of an animated picture, or those of its frames, in their order. folder: where the
+    paths begin"""
     files = [files] if isinstance(files, str | Path) else files
-    return MARK + json.dumps([str(file) for file in files])
+    return MARK + json.dumps([str(Path(folder, file)) for file in files])
 
 
 def is_video(name) -> bool:
@@ -56,24 +57,34 @@ def choose_frames(count: int, frames: int, rng: np.random.Generator | None = Non
     return ((np.arange(frames) + inside) * count / frames).astype(int).tolist()
 
 
-def load_frames(name: str, numbers: Sequence[int]) -> list[Image.Image]:
-    """Some frames of a video, by their numbers in ascending order, as load_image gives pictures.
+def decoded(name: str, numbers: Iterable[int]) -> Iterator[Image.Image]:
+    """Frames of a video, one after another, by different numbers in ascending order, as load_image gives pictures.
 
     Raises:  ValueError naming the file and the frame that cannot be decoded
     """
-    files = files_of(name)
+    files, number = files_of(name), 0
     if len(files) > 1:
-        found = {number: load_image(files[number]) for number in set(numbers)}
-        return [found[number] for number in numbers]
-    found, number = {}, 0
+        yield from (load_image(files[number]) for number in numbers)
+        return
     try:
         with opened(files[0]) as file:
-            for number in sorted(set(numbers)):
+            for number in numbers:
                 file.seek(number)
-                found[number] = to_rgb(file)
+                yield to_rgb(file)
     except Exception as error:  # Pillow raises many kinds for broken files
         raise ValueError(f"frame {number} of {files[0]} cannot be decoded ({error}): replace the file") from error
+
+
+def load_frames(name: str, numbers: Sequence[int]) -> list[Image.Image]:
+    """Frames of a video, by their numbers, each decoded once. Raises ValueError, see decoded"""
+    different = sorted(set(numbers))
+    found = dict(zip(different, decoded(name, different), strict=True))
     return [found[number] for number in numbers]
+
+
+def some_frames(name: str, frames: int) -> list[Image.Image]:
+    """So many frames of a video that stand for it, always the same. Raises ValueError, see decoded"""
+    return load_frames(name, choose_frames(count_frames(name), frames))
 
 
 def check_video(name: str, check: str) -> str | None:
@@ -83,8 +94,8 @@ def check_video(name: str, check: str) -> str | None:
             return f"{file}: {fault}"
     try:
         if check == "full":
-            for number in range(count_frames(name)):
-                load_frames(name, [number])
+            for _ in decoded(name, range(count_frames(name))):  # none is kept
+                pass
     except ValueError as fault:
         return str(fault)
     return None
@@ -94,7 +105,7 @@ def shown(source, frames: int = 4, apart: bool = True) -> Image.Image:
     """A picture to look at: of a video a strip of some frames from left to right. apart: with a gap between them"""
     if not is_video(source):
         return load_image(source)
-    pictures = load_frames(source, choose_frames(count_frames(source), frames))
+    pictures = some_frames(source, frames)
     height, gap = pictures[0].height, max(pictures[0].height // 32, 1) * apart
     pictures = [one.resize((max(one.width * height // one.height, 1), height)) for one in pictures]
     strip = Image.new("RGB", (sum(one.width + gap for one in pictures) - gap, height), "white")

@@ -59,9 +59,15 @@ def mask_units(
 def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
     """images (b, 3, height, width), or videos (b, f, 3, height, width), with the pixels of masked patches, patch_mask
     (b, n), set to 0, mid grey."""
+    return images.masked_fill(in_pixels(patch_mask, images, patch_size), 0.0)
+
+
+def in_pixels(patch_mask: Tensor, images: Tensor, patch_size: int) -> Tensor:
+    """Which pixels of images belong to masked patches, patch_mask (b, n) -> (b, 1, height, width), of videos (b, f, 1,
+    height, width)"""
     sides = {"f": frames_of(images), "y": images.shape[-2] // patch_size, "p": patch_size, "q": patch_size}
     pixels = repeat(patch_mask, "b (f y x) -> b f 1 (y p) (x q)", **sides)
-    return images.masked_fill(pixels if images.ndim == 5 else pixels[:, 0], 0.0)
+    return pixels if images.ndim == 5 else pixels[:, 0]
 
 
 def mask_whole_words(

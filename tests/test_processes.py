@@ -12,6 +12,7 @@ from conftest import make_same, only, tiny_batch, tiny_config, tiny_model
 from helpers import new_run, options, read_log, resumed_run, same, write_squares
 from processes import evaluate, go_on, gradients_of, start, together, train_some, watched
 
+import train
 from data import read_rows
 from eval import load_model, retrieval
 from mamo import MAMO
@@ -101,24 +102,29 @@ def draw_within_halves(run, monkeypatch) -> None:
     monkeypatch.setattr(MAMO, "not_drawn", lambda self, similarity, alike: not_drawn(self, similarity, alike | across))
 
 
-@pytest.mark.parametrize("more", ["", "--accumulate 2 --grad-checkpointing", "--accumulate 2 --queue-size 0 --lr 1e-3"])
-def test_twenty_steps_of_two_processes_equal_those_of_one(data, tmp_path, monkeypatch, more):
-    """Every loss of every step, gradient norms, temperature; teacher, queue and student end equal on both processes."""
-    given = [*STEPS.split(), *more.split()]
-    together(2, tmp_path, train_some, options(data, tmp_path / "two", *given), tmp_path)
-    run = new_run(data, tmp_path / "one", *given, "--parts", "2")
+def one_beside_two(data: Path, folder: Path, monkeypatch, *given: str) -> train.Run:
+    """Train one process and two, whose rows, losses and gradient norms must be equal step by step -> the run of one."""
+    together(2, folder, train_some, options(data, folder / "two", *given), folder)
+    run = new_run(data, folder / "one", *given, "--parts", "2")
     draw_within_halves(run, monkeypatch)
     seen = watched(run)
     run.train()
-
-    assert joined(seen_by(tmp_path, 2)) == seen["rows"]
-    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
-    assert len(one) == len(two) == 20
+    assert joined(seen_by(folder, 2)) == seen["rows"]
+    one, two = read_log(folder / "one"), read_log(folder / "two")
+    assert len(one) == len(two) == run.config.steps
     for ours, theirs in zip(one, two, strict=True):
         assert ours.keys() == theirs.keys() >= {"itc", "itm", "mrm", "mim", "mlm", "grad_norm"}
         for name in ours.keys() - {"target_cosine"}:  # a mean over each process's own targets
             close = {"rel": 1e-3} if name in ("grad_norm", "step") else {"abs": 1e-4}
             assert float(theirs[name]) == pytest.approx(float(ours[name]), **close), (name, ours["step"])
+    return run
+
+
+@pytest.mark.parametrize("more", ["", "--accumulate 2 --grad-checkpointing", "--accumulate 2 --queue-size 0 --lr 1e-3"])
+def test_twenty_steps_of_two_processes_equal_those_of_one(data, tmp_path, monkeypatch, more):
+    """Every loss of every step, gradient norms, temperature; teacher, queue and student end equal on both processes."""
+    run = one_beside_two(data, tmp_path, monkeypatch, *STEPS.split(), *more.split())
+    assert run.step == 20
     models = [torch.load(tmp_path / f"model-{rank}.pt") for rank in range(2)]
     assert same(models[0], models[1]) and models[0].get("queue.filled", torch.ones(1)).all()
     for name, value in run.model.state_dict().items():

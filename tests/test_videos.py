@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_batch, tiny_config, tiny_objective, total
-from helpers import caption, new_run, options, read_log, square, write_rows, write_squares
+from helpers import caption, new_run, read_log, square, write_rows, write_squares
 from PIL import Image
-from processes import together, train_some, watched
-from test_processes import draw_within_halves, joined, seen_by
+from test_processes import one_beside_two
 from torch import nn
 
 from data import Pairs, TwinBatches, captions_of, open_rows, read_rows, to_tensor
 from eval import check_kinds, load, retrieval
-from explain import hiding_masks
+from explain import How, hiding_masks
 from finetune import parse as parse_task
 from finetune import start as start_task
 from mamo import (
@@ -457,6 +456,14 @@ def test_a_long_video_costs_no_more_memory_than_a_short_one(tmp_path, monkeypatc
     assert count > 9_000 and len(load_frames(name, choose_frames(count, 4))) == len(converted) == 4
 
 
+def test_a_full_check_goes_through_a_video_once(tmp_path, monkeypatch):
+    """A frame of an animated picture is decoded from those before it: to begin anew for each takes their square."""
+    name, opened, real = video_of(write_video(tmp_path / "a.gif", [square(n) for n in range(12)])), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *given, **more: opened.append(1) or real(*given, **more))
+    assert reading_videos.check_video(name, "full") is None
+    assert len(opened) == 3, "its header, how many frames it has, and all of them"
+
+
 def test_the_index_keeps_which_rows_are_videos(tmp_path, monkeypatch):
     """As with twins: a second start reads it, also where nothing is checked."""
     path = write_videos(tmp_path / "pairs.jsonl", 4)
@@ -541,18 +548,8 @@ def test_two_processes_equal_one_with_batches_of_both_kinds(tmp_path, monkeypatc
     """The same rows, losses and gradient norms, step by step."""
     pictures, videos = both_kinds(tmp_path)
     given = ["--data", pictures, videos, *["--steps", "8", "--batch-size", "8", "--ema", "0.9", "--lr", "5e-3"]]
-    together(2, tmp_path, train_some, options(Path(pictures), tmp_path / "two", *given), tmp_path)
-    run = new_run(Path(pictures), tmp_path / "one", *given, "--parts", "2")
-    draw_within_halves(run, monkeypatch)
-    seen = watched(run)
-    run.train()
-    assert joined(seen_by(tmp_path, 2)) == seen["rows"]
-    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
-    assert len(one) == len(two) == 8
-    for ours, theirs in zip(one, two, strict=True):
-        for loss in ("itc", "itm", "mrm", "mim", "mlm", "grad_norm"):
-            close = {"rel": 1e-3} if loss == "grad_norm" else {"abs": 1e-4}
-            assert float(theirs[loss]) == pytest.approx(float(ours[loss]), **close), (loss, ours["step"])
+    run = one_beside_two(Path(pictures), tmp_path, monkeypatch, *given)
+    assert run.step == 8
 
 
 def test_val_of_both_kinds_is_refused_before_the_first_step(tmp_path):
@@ -611,7 +608,14 @@ def test_the_page_shows_a_strip_of_frames_with_a_map_over_it(trained, monkeypatc
     assert said == [round(value) for value in wanted]
 
 
-def test_questions_about_videos_are_answered_from_a_checkpoint_of_pictures_too(trained, tmp_path):
+def test_a_video_has_a_heat_for_each_frame(trained):
+    """From Python, as several pictures have."""
+    pipeline = load(trained / "run" / "checkpoint.pt")
+    heats = pipeline.heat(video_of(trained / "videos" / "00.webp"), "a red square", how=How(passes=32))
+    assert len(heats) == 4 and all(heat.values.shape == (2, 3) for heat in heats)
+
+
+def test_questions_about_videos_are_answered_from_a_checkpoint_of_pictures_too(trained, tmp_path, command):
     """The head of vqa; a checkpoint of pictures learns the times of frames anew."""
     rows = [
         {"video": str(trained / "videos" / f"{number:02d}.webp"), "question": "where?", "answers": {answer: 1.0}}
@@ -633,6 +637,9 @@ def test_questions_about_videos_are_answered_from_a_checkpoint_of_pictures_too(t
         run = start_task(*parse_task(["vqa", *map(str, given), "--batch-size", "4", "--val-share", "0.25"]))
         run.train()
         assert run.model.config.frames == 4 and run.step == 2
+        sheet = run.out / "sheet.png"
+        evaluated = command("vqa", "--checkpoint", run.out / "checkpoint.pt", "--data", data, "--figure", sheet)
+        assert "accuracy" in evaluated[1] and sheet.is_file()
         assert ("student.image.times" in run.fresh) == (start.name == "pictures")
 
 

@@ -4,7 +4,7 @@
     python -m tools.benchmark step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
     python -m tools.benchmark loader --data data/scenes/pairs_train.jsonl        real batches against a repeated one
     python -m tools.benchmark decode --data my/pairs.jsonl                       JPEGs, scaled as they are decoded
-    python -m tools.benchmark frames --presets nano --length 14 --vocab-size 125 videos of 1, 2, 4 and 8 frames
+    python -m tools.benchmark frames --presets nano --length 14 --vocab-size 125   videos of 1, 2, 4 and 8 frames
     python -m tools.benchmark agreement --data data/scenes/pairs_train.jsonl     bf16, fp16, compiled, against fp32
 
 The variants take turns, round by round, so that a machine that slows down slows all of them; quoted is the median of
@@ -393,7 +393,7 @@ def parse() -> argparse.Namespace:
     if min(options.batch_size) < 2:
         raise ValueError(f"batch_size is {min(options.batch_size)}: contrast and matching need at least 2 pairs")
     for name in ("presets", "batch_size"):
-        if options.command in ("loader", "agreement") and len(getattr(options, name)) > 1:
+        if options.command in ("loader", "agreement", "frames") and len(getattr(options, name)) > 1:
             raise ValueError(f"{options.command} takes one of {name}, and {len(getattr(options, name))} were given")
     return options
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import is_video, load_image, pictures_of, shown
+from data import is_video, pictures_of, shown
 from explain import Heat, save_png
 from metrics import fits, points_into, right_answers, right_label, score_answers, text_of
 
@@ -122,7 +122,7 @@ def hit(row: dict, prediction: dict) -> bool:
 def with_boxes(path: str, row: dict, prediction: dict) -> Image.Image:
     """A thumbnail, of grounding with its boxes and the point."""
     small = thumbnail(path)
-    scale, pen = small.width / load_image(path).width, ImageDraw.Draw(small)
+    scale, pen = small.width / shown(path).width, ImageDraw.Draw(small)
     chosen = prediction.get("proposal") or prediction.get("box")
     for boxes, colour, out in ((row.get("boxes", []), RIGHT, 3), ([chosen] if chosen else [], WRONG, 0)):
         for x, y, w, h in boxes:

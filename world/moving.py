@@ -21,7 +21,6 @@ foils, holds of text alone: a caption is as likely as its foil.
 """
 
 import argparse
-import json
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from world import written
+from world.scenes import write_rows
 from world.shapes import COLOURS, PAPER, SHAPES, paint
 
 FRAMES, MIDDLE, EXTENT = 9, 4, 32
@@ -276,8 +276,7 @@ def write(folder: Path, split: str, size: int, seed: int, bar: tqdm) -> None:
         bar.update()
     for task, lines in rows.items():
         if lines:
-            text = "".join(json.dumps(row) + "\n" for row in lines)
-            (folder / f"{task}_{split}.jsonl").write_text(text, encoding="utf-8")
+            write_rows(folder / f"{task}_{split}.jsonl", lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
