@@ -118,6 +118,29 @@ def test_a_plan_of_fine_tuning_starts_each_seed_from_its_own_checkpoint(plan_fil
         Plan(**plan | {"script": "eval.py"})
 
 
+def test_differences_to_an_arm_are_taken_seed_by_seed_with_an_interval(plan_file, runs, tmp_path, capsys):
+    """Against the interval of a paired t-test, worked by hand: 4.303 standard errors either side for three seeds."""
+    plan = json.loads(plan_file.read_text()) | {"against": "all", "seeds": [0, 1, 2], "rates": {"all": 2, "no MRM": 1}}
+    plan_file.write_text(json.dumps(plan))
+    comparison = Comparison(read_plan(plan_file), tmp_path / "out", 1)
+    assert comparison.rates == plan["rates"], "given, and not measured"
+    path = plan["columns"]["R@1"][0]
+    for arm, values in (("all", (50.0, 70.0, 60.0)), ("no MRM", (53.0, 72.0, 67.0))):  # apart by 3, 2 and 7
+        for seed, value in enumerate(values):
+            comparison.rows[Job(arm, 4, seed)] = {"seed": seed, path: value}
+    summary = comparison.summary()
+    assert "difference" not in summary["equal steps: all"]["R@1"]
+    half = 4.303 * 7**0.5 / 3**0.5
+    found = summary["equal steps: no MRM"]["R@1"]["difference"]
+    assert found == pytest.approx({"mean": 4, "low": 4 - half, "high": 4 + half})
+    assert "difference -2.6 to +10.6" in " ".join(table(summary, ["R@1"]).split())
+    del comparison.rows[Job("all", 4, 1)], comparison.rows[Job("no MRM", 4, 2)]
+    assert "difference" not in comparison.summary()["equal steps: no MRM"]["R@1"], "one seed that both have"
+    for wrong in ({"against": "none"}, {"rates": {"all": 1}}, {"rates": {"all": 1, "no MRM": 0}}):
+        with pytest.raises(ValueError, match="against is|rates are"):
+            Plan(**plan | wrong)
+
+
 def test_the_summary_is_mean_and_standard_deviation_over_seeds(plan_file, runs, tmp_path):
     comparison = Comparison(read_plan(plan_file), tmp_path / "out", 1)
     comparison.run()

@@ -12,7 +12,9 @@ A plan is a JSON file:
      "evaluate": "world --data data/scenes",                    command and options of eval.py
      "seeds": [0, 1, 2], "steps": 1000,
      "reference": "all", "equal": ["steps", "wall-clock"],      wall-clock: as long as the reference takes for its steps
-     "columns": {"R@1": ["pairs_test/matching/image_to_text/R@1", ...], "ITM loss": ["log/itm"]}}
+     "columns": {"R@1": ["pairs_test/matching/image_to_text/R@1", ...], "ITM loss": ["log/itm"]},
+     "against": "all",                                          also differences to this arm, with intervals
+     "rates": {"all": 1.0, "without MRM": 0.8}}                 seconds per step where they are known, and not measured
 
 A column shows the first of its paths that a run's row has: of results.json, or log/ for the last row of log.csv.
 "script": "finetune.py" compares runs of fine-tuning: "train" then begins with the task, and best.pt is evaluated.
@@ -22,6 +24,9 @@ plan, are relative to the folder in which the command is given.
 For equal wall-clock the number of steps follows from a rate that is measured before the start, all arms taking turns
 step by step, so that a machine that slows down slows all of them. A run that was stopped goes on where it was, a
 finished one is not repeated: start the same command again.
+
+A difference is taken seed by seed, between runs of one seed: its mean, and the interval in which Student's t
+distribution puts it with 95 % confidence (`difference`). Seeds are the sample, so few of them give wide intervals.
 """
 
 import argparse
@@ -63,12 +68,18 @@ class Plan:
     equal: list[str] = field(default_factory=lambda: ["steps"])
     columns: dict[str, list[str]] = field(default_factory=dict)
     script: str = "train.py"
+    against: str = ""
+    rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.script not in SCRIPTS:
             raise ValueError(f"the script is {self.script!r}: use {' or '.join(SCRIPTS)}")
         if self.reference not in self.arms:
             raise ValueError(f"the reference {self.reference!r} is not among the arms: use one of {list(self.arms)}")
+        if self.against and self.against not in self.arms:
+            raise ValueError(f"against is {self.against!r}, which is not an arm: use one of {list(self.arms)}")
+        if self.rates and (set(self.rates) != set(self.arms) or not min(self.rates.values()) > 0):
+            raise ValueError(f"rates are {self.rates}: give each arm's seconds per step, or leave rates out")
         if not self.equal or not set(self.equal) <= {"steps", "wall-clock"}:
             raise ValueError(f'equal is {self.equal}: give "steps", "wall-clock" or both')
         if not self.seeds or self.steps < 1:
@@ -84,6 +95,8 @@ class Plan:
                 if word.partition("=")[0] in ("--out", "--steps", "--seed", "--resume"):
                     raise ValueError(f"the plan gives {word} to {arm!r}: leave it out, it follows from the plan")
 
+
+FREE = ("what", "columns", "seeds", "against", "rates")  # of a plan, may change while its runs are kept
 
 # script: its run, its command line, the checkpoint to evaluate
 SCRIPTS = {
@@ -196,14 +209,14 @@ class Comparison:
 
         A folder belongs to one plan from then on: what would change its runs may not change.
         """
-        decides = {name: value for name, value in vars(self.plan).items() if name not in ("what", "columns", "seeds")}
+        decides = {name: value for name, value in vars(self.plan).items() if name not in FREE}
         path, kept = self.out / "seconds_per_step.json", self.out / "plan.json"
         if not path.is_file():
             if table_only:
                 raise ValueError(f"{self.out} holds no runs of a plan: give their --out, or leave --table-only out")
             before = torch.get_num_threads()
             torch.set_num_threads(self.threads)
-            rates = seconds_per_step(self.plan)
+            rates = self.plan.rates or seconds_per_step(self.plan)
             torch.set_num_threads(before)
             runtime.write_json(kept, decides)
             runtime.write_json(path, rates)
@@ -300,7 +313,32 @@ class Comparison:
                         spread = statistics.stdev(values) if len(values) > 1 else 0.0
                         part[title] = {"mean": statistics.mean(values), "std": spread, "values": values}
                 arms[f"equal {kind}: {arm}"] = part
+            if plan.against:
+                control = arms[f"equal {kind}: {plan.against}"]
+                for arm in plan.arms:
+                    add_differences(arms[f"equal {kind}: {arm}"], control, list(plan.columns))
         return arms
+
+
+def add_differences(part: dict, control: dict, columns: list[str]) -> None:
+    """Put "difference" into each column of an arm: to the control, over the seeds that both have, two or more."""
+    for title in columns:
+        if part is not control and title in part and title in control:
+            ours, theirs = (dict(zip(one["seeds"], one[title]["values"], strict=True)) for one in (part, control))
+            differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            if len(differences) > 1:
+                part[title]["difference"] = difference(differences)
+
+
+# Student's t distribution, 97.5 % quantile by degrees of freedom, from one on
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def difference(values: list[float]) -> dict[str, float]:
+    """Differences of two or more seeds -> {"mean", "low", "high"}, the 95 % interval of the mean over seeds."""
+    mean, freedom = statistics.mean(values), len(values) - 1
+    half = T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def table(summary: dict, columns: list[str]) -> str:
@@ -311,6 +349,10 @@ def table(summary: dict, columns: list[str]) -> str:
         cells = [f"{part[t]['mean']:.1f} ± {part[t]['std']:.1f}" if t in part else "" for t in columns]
         fixed = f"{part['steps']:>6} {len(part['seeds']):>5} {part['seconds_per_step_to_reference']:>5.2f}"
         lines.append(f"{arm:{wide}}  {fixed}" + "".join(f"{cell:>16}" for cell in cells))
+        apart = [part[t]["difference"] if "difference" in part.get(t, {}) else None for t in columns]
+        if any(apart):
+            cells = [f"{one['low']:+.1f} to {one['high']:+.1f}" if one else "" for one in apart]
+            lines.append(f"{'  difference':{wide}}  {'':17}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines) + "\n\ntime: seconds per step relative to the reference, all arms taking turns"
 
 
