@@ -242,7 +242,7 @@ def test_a_bad_plan_is_one_sentence(plan_file, change, says):
 
 def test_the_plans_of_the_repository_can_be_read():
     """Their arms are options that train.py or finetune.py knows."""
-    plans = sorted((compare.ROOT / "experiments").glob("*.json"))
+    plans = sorted((compare.ROOT / "experiments").rglob("*.json"))
     assert plans
     for path in plans:
         plan = read_plan(path)
