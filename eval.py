@@ -35,7 +35,7 @@ from tqdm import tqdm
 import runtime
 from data import captions_of, files_of, is_video, pictures_of, read_rows, resolved, video_of
 from explain import Heat, How, ground, heats_of, pixels_of
-from mamo import VisionLanguageModel, frames_of, rank_and_size
+from mamo import Encoders, VisionLanguageModel, frames_of, rank_and_size
 from metrics import (
     chance_recalls,
     judge_answers,
@@ -487,6 +487,13 @@ def tell_unread(texts: list[str], tokenizer: Tokenizer, longest: int) -> None:
             runtime.warn(said)
 
 
+def tell_unknown(tokenizer: Tokenizer, text: str) -> None:
+    """Say which words of a text that was typed the model does not have."""
+    if unknown := tokenizer.unknown_words(text):
+        are = "is" if len(unknown) == 1 else "are"
+        print(f"{', '.join(unknown)} {are} not among the words of this model: it knows no meaning of them")
+
+
 def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: str, k: int, device) -> Tensor:
     """Matching logits (q, g) of the k best of each query by contrast, nan elsewhere.
 
@@ -760,12 +767,28 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
             f"{options.checkpoint} is a checkpoint of {task}, which neither contrasts nor matches: give one of "
             "train.py, or of finetune.py retrieval or grounding"
         )
+    if options.teacher:
+        use_teacher(model, options.checkpoint)
     if options.frames is not None:
         model.student.image.places(options.frames)  # which raises for more than it knows
         model.config = replace(model.config, frames=options.frames)
     if "{}" not in options.frame:
         raise ValueError(f'--frame is {options.frame!r}: expected a text with {{}} for the phrase, "there is a {{}}"')
     return model, tokenizer
+
+
+def use_teacher(model: VisionLanguageModel, path: Path) -> None:
+    """Put the teacher, the moving average, in the student's place; heads and temperature stay the student's.
+
+    Raises:  ValueError for a checkpoint without a teacher
+    """
+    teacher = getattr(model, "teacher", None)
+    if teacher is None:
+        raise ValueError(f"{path} has no teacher: only pre-training with mamo or vlmae keeps a moving average")
+    if isinstance(teacher, Encoders):
+        model.student = teacher
+    else:  # of vlmae, the image encoder alone
+        model.student.image = teacher
 
 
 def parse() -> argparse.Namespace:
@@ -800,6 +823,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("heat.png"), help="picture that `explain` writes")
     parser.add_argument("--results", type=Path, help="JSON file for the results; without: results.json beside")
+    parser.add_argument("--teacher", action="store_true", help="evaluate the teacher, the moving average of training")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser.parse_args()
 
@@ -833,7 +857,7 @@ def main() -> None:
             evaluate_world(model, tokenizer, options, device)
             return
         name = " ".join(options.data) + ", own captions" * options.own_captions
-        name += f", frames {options.frames}" if options.frames else ""
+        name += f", frames {options.frames}" * bool(options.frames) + ", teacher" * options.teacher
         if options.command == "retrieval":
             result = retrieve(model, tokenizer, options, device)
             print(retrieval_table(name, result))
@@ -869,21 +893,36 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
     return result
 
 
+FEW = 1000  # rows to train on; with fewer a search for a text that is no caption comes with a warning
+
+
 def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device, best: int = 10) -> None:
     """The pictures of `pairs` rows that fit --text best, with their captions; --figure draws them."""
     if not options.text:
         raise ValueError('search needs a text: --text "a red circle"')
     captions: dict[str, str] = {}  # of each picture the first
-    for row in read_rows(options.data, "pairs"):
+    rows = read_rows(options.data, "pairs")
+    for row in rows:
         captions.setdefault(row["image"], captions_of(row)[0])
+    tell_unknown(tokenizer, options.text)
+    said = {tuple(tokenizer.encode(text)) for row in rows for text in captions_of(row)}
+    trained_on = runtime.load_checkpoint(options.checkpoint).get("data", {}).get("rows to train on", [math.inf])[0]
+    if trained_on < FEW and tuple(tokenizer.encode(options.text)) not in said:
+        print(
+            f"no caption in --data is this text, and the model was trained on {trained_on} rows: so few are memorised, "
+            "and how other texts are ranked means little"
+        )
     found = search(model, tokenizer, list(captions), options.text, device, options.k, options.matching_weight)[:best]
     print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")
     for one in found:
         matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
         path = ", ".join(map(os.path.normpath, files_of(one["image"])))
         print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
+    weight = model.matching_weight if options.matching_weight is None else options.matching_weight
     if any(one["matching"] is not None for one in found):
-        print("ordered by both heads together; --k 0 and --matching-weight inf ask one of them")
+        print(
+            f"ordered by contrast and matching together, weight {weight:g}; --matching-weight 0 or inf asks one of them"
+        )
     if options.figure and rank_and_size()[0] == 0:
         sheet.draw_found(options.text, [one["image"] for one in found], options.figure)
         print(f"the pictures are in {options.figure}")
@@ -897,6 +936,7 @@ def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
     said = f"   {pipeline.answers(options.image, options.text)[0][0]}" if isinstance(model, Classifier) else ""
     if how.map == "hiding" and phrase != options.text and isinstance(model, Classifier):
         raise ValueError("--phrase: hiding shows what speaks for the answer as a whole; --map gradcam reads a phrase")
+    tell_unknown(pipeline.tokenizer, options.text)
     heats = pipeline.heat(options.image, options.text, phrase, how)
     sheet.draw_heats(heats, options.out, f"{phrase}{where}{said}   ({how})")
     print_score(pipeline, options)
@@ -910,13 +950,15 @@ def print_score(pipeline: Pipeline, options: argparse.Namespace) -> None:
             print(f"{answer}: {probability:.4f}")
         return
     names = {"itc": "contrast, cosine in [-1, 1]", "itm": "matching, probability"}
+    if options.command == "score":  # explain has said so
+        tell_unknown(pipeline.tokenizer, options.text)
     for name, value in pipeline.score(options.image[0], options.text).items():
         print(f"{names[name]}: {value:.4f}")
 
 
 def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
     """What the built-in world asks of a model that matches, each split apart, in one table and one results.json."""
-    folder, out = Path(options.data[0]), options.results.parent
+    folder, out, which = Path(options.data[0]), options.results.parent, ", teacher" * options.teacher
     matches = model.config.w_itm > 0
     for split in ("test", "novel"):
         rows = read_rows([folder / f"pairs_{split}.jsonl"], "pairs")
@@ -924,19 +966,19 @@ def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, dev
         lists = []
         result = retrieval(model, tokenizer, rows, device, options.k, by, lists=lists, weights=weights_of(options))
         print(retrieval_table(f"retrieval, {split}", result))
-        keep_result(options.results, f"pairs_{split}", result)
+        keep_result(options.results, f"pairs_{split}{which}", result)
         if split == "test" and rank_and_size()[0] == 0:
             with runtime.side_file(out / "ranked.png"):
                 sheet.draw_ranked(rows, lists, out / "ranked.png")
         result = foils(model, tokenizer, read_rows([folder / f"foils_{split}.jsonl"], "foils"), device, by)
         print(foil_table(f"foils, {split}", result))
-        said = keep_result(options.results, f"foils_{split}", result)
+        said = keep_result(options.results, f"foils_{split}{which}", result)
         if matches:
             rows = read_rows([folder / f"grounding_{split}.jsonl"], "grounding")
             how = how_of(options)
             result = judge_grounding(rows, ground(model, tokenizer, rows, device, how)) | {"map": str(how)}
             print(result_table(f"grounding, {split}", result))
-            keep_result(options.results, f"grounding_{split}", result)
+            keep_result(options.results, f"grounding_{split}{which}", result)
     print(f"{said}; some pictures with their best captions: {out / 'ranked.png'}")
 
 

@@ -28,13 +28,15 @@ No box is ever trained on. A model that judges statements is asked for a phrase 
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import runtime
@@ -359,20 +361,29 @@ def hot_box(heat: Tensor, share: float = 0.5) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------- to look
 
 
+LARGEST_MARK = 0.85  # side of the square of the hottest patch, as a share of the patch
+
+
 @dataclass
 class Heat:
     """A heat map, and the picture that it belongs to."""
 
     values: Tensor  # (rows, columns) of patches, 0 or more
     picture: Image.Image
-    hottest: float  # value that is drawn in full red: the largest of the picture, of a video that of all its frames
+    hottest: float  # value of the largest square: the largest of the picture, of a video that of all its frames
 
     def image(self) -> Image.Image:
-        """The picture with the map laid over it: cold stays pale, hot becomes red."""
-        strength = self.values / max(self.hottest, 1e-12)
-        mask = Image.fromarray((200 * strength).byte().numpy()).resize(self.picture.size, Image.Resampling.BICUBIC)
-        pale = Image.blend(self.picture, Image.new("RGB", self.picture.size, "white"), 0.5)
-        return Image.composite(Image.new("RGB", self.picture.size, (215, 25, 28)), pale, mask)
+        """The picture with a square in the middle of each patch; its area says how hot the patch is. So a map is read
+        on any picture, hides none of it, and shows no detail that it does not have."""
+        marks, (rows, columns) = Image.new("RGBA", self.picture.size), self.values.shape
+        pen, width, height = ImageDraw.Draw(marks), self.picture.width / columns, self.picture.height / rows
+        for (row, column), value in np.ndenumerate(self.values.numpy()):
+            half = LARGEST_MARK / 2 * math.sqrt(max(value, 0) / max(self.hottest, 1e-12))
+            x, y, across, down = (column + 0.5) * width, (row + 0.5) * height, half * width, half * height
+            if min(across, down) >= 1:  # pixels
+                pen.rectangle((x - across - 1, y - down - 1, x + across + 1, y + down + 1), outline="black")
+                pen.rectangle((x - across, y - down, x + across, y + down), fill=(255, 96, 0, 110), outline="white")
+        return Image.alpha_composite(self.picture.convert("RGBA"), marks).convert("RGB")
 
     def show(self) -> None:
         """Open it in the system's viewer."""

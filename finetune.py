@@ -319,7 +319,7 @@ def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
     parser.add_argument("task", choices=TASKS)
     runtime.add_options(parser, FineConfig, skip=("task", "objective"))
     runtime.add_options(parser, Config, skip=("vocab_size", *FROM_TOKENIZER))
-    given = vars(parser.parse_args(arguments))
+    given = parser.parse_run(arguments)
     given.setdefault("out", f"runs/{given['task']}")
     return runtime.resolve(given, FineConfig, Config)
 

@@ -65,6 +65,32 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown option {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
         return known
 
+    def parse_run(self, arguments: list[str] | None = None) -> dict:
+        """The options of a run that are given, and where they are not, those in the config.json that --config names."""
+        self.add_argument(
+            "--config", help="config.json of a run to repeat; options that are given beside it override it"
+        )
+        given = vars(self.parse_args(arguments))
+        if not (path := given.pop("config")):
+            return given
+        before = read_config(path)
+        if before.get("task") != given.get("task"):
+            raise ValueError(f"{path} is of a run of {before.get('task', 'train.py')}: repeat it with that")
+        if "preset" in given:
+            raise ValueError(f"{path} names every size of the model: leave --preset out, or give sizes such as --width")
+        mine = {"out", "resume"} | ({"epochs"} if "steps" in given else set())  # steps would follow from the old epochs
+        known = {action.dest for action in self._actions} - mine
+        return {name: value for name, value in before.items() if name in known} | given
+
+
+def read_config(path: str) -> dict:
+    """The options in a run's config.json. Raises ValueError for a file that is none"""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content["model"] | content["train"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not the config.json of a run: give one from a run folder") from error
+
 
 def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:
     """One option per field of a dataclass: its name, type and default, and its comment's words as help.

@@ -156,6 +156,13 @@ class Tokenizer:
         new.sort(key=lambda word: (-counts[word], word))
         return Tokenizer(self.vocab + new[:most])
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that this vocabulary does not hold: they are read as [UNK], or, where it was built from
+        captions and has fewer than 8,000 entries, letter by letter, in which no model has learned to see a meaning."""
+        pieces = {word: self.tokenize(word) for word in split_words(text)}
+        small = len(self) < 8000
+        return [word for word, own in pieces.items() if self.vocab[self.unk_id] in own or (small and len(own) > 1)]
+
     def tokenize(self, text: str) -> list[str]:
         """Word pieces of a text, without special tokens other than [UNK] for a word that no pieces spell."""
         pieces = []

@@ -6,6 +6,7 @@
     python train.py --objective control                         ITC + ITM + MLM, no teacher
     python train.py --objective glscl --out runs/glscl          a sibling objective; --help then lists its options
     python train.py --out runs/mine --resume                    go on after Ctrl-C or a crash
+    python train.py --config runs/mine/config.json --seed 1 --out runs/again        a run once more, with another seed
     torchrun --nproc-per-node 8 train.py --preset base ...      the same run on eight GPUs
 
 A run folder holds config.json, log.csv and checkpoint.pt.
@@ -131,21 +132,23 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
     parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runtime.add_options(parser, TrainConfig)
     runtime.add_options(parser, config_class, skip=("vocab_size", *FROM_TOKENIZER))
-    return runtime.resolve(vars(parser.parse_args(arguments)), TrainConfig, config_class)
+    return runtime.resolve(parser.parse_run(arguments), TrainConfig, config_class)
 
 
 def objective_of(arguments: list[str] | None) -> str:
-    """The objective that a command line names, or that of the run which it takes up: it decides what options there
-    are."""
+    """The objective that a command line names, or that of the run which it takes up or repeats: it decides what options
+    there are."""
     first = runtime.Parser(add_help=False)
-    first.add_argument("--objective", default=TrainConfig.objective)
+    first.add_argument("--objective")
+    first.add_argument("--config")
     first.add_argument("--out", default=TrainConfig.out)
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
     checkpoint = Path(given.out) / "checkpoint.pt"
     if given.resume and checkpoint.is_file():
         return runtime.load_checkpoint(checkpoint)["objective"]
-    return given.objective
+    before = runtime.read_config(given.config) if given.config else {}
+    return given.objective or before.get("objective", TrainConfig.objective)
 
 
 # -------------------------------------------------------------------------------------------- before the first step
@@ -341,6 +344,8 @@ class Run:
         self.precision, self.why = runtime.pick_precision(config.precision, self.device)
         # Small gradients underflow in fp16: the loss is scaled up for the backward pass, the gradients down after it.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        if not self.val_rows:
+            self.model.matching_weight = 0.0  # nothing held out says that matching ranks well
         self.step, self.meter = 0, {}  # meter: sums since the last row of the log
         self.stopped = False  # by Ctrl-C
         self.settled = False  # by --patience of finetune.py
@@ -503,11 +508,12 @@ class Run:
 
     def evaluate(self, bar: tqdm) -> dict:
         """Zero-shot retrieval by contrast on val; the test set is not touched while training. After the last step val
-        decides how much matching weighs when both rank."""
+        decides how much matching weighs when both rank: nothing, where val is what the model has memorised."""
         if self.model.config.w_itc <= 0:
             return {}
         k = 16 if self.step == self.config.steps else 0
-        found = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k, weights=WEIGHTS)
+        weights = WEIGHTS if sorted(self.config.val) != sorted(self.config.data) else (0.0,)
+        found = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k, weights=weights)
         self.model.matching_weight = found.get("weight", self.model.matching_weight)
         i2t, t2i = (found["contrast"][side]["R@1"] for side in ("image_to_text", "text_to_image"))
         bar.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image, by contrast")

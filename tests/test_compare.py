@@ -137,7 +137,7 @@ def test_differences_to_an_arm_are_taken_seed_by_seed_with_an_interval(plan_file
     del comparison.rows[Job("all", 4, 1)], comparison.rows[Job("no MRM", 4, 2)]
     assert "difference" not in comparison.summary()["equal steps: no MRM"]["R@1"], "one seed that both have"
     for wrong in ({"against": "none"}, {"rates": {"all": 1}}, {"rates": {"all": 1, "no MRM": 0}}):
-        with pytest.raises(ValueError, match="against is|rates are"):
+        with pytest.raises(ValueError, match=r"against is|rates are"):
             Plan(**plan | wrong)
 
 

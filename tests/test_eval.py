@@ -69,7 +69,9 @@ def shaken(run, amount: float = 0.3):
 def checkpoint(gallery, tmp_path_factory) -> Path:
     """A model that says something different about every pair."""
     out = tmp_path_factory.mktemp("runs") / "shaken"
-    shaken(new_run(gallery, out, "--max-tokens", "20"))
+    run = new_run(gallery, out, "--max-tokens", "20")
+    run.model.matching_weight = 1.0  # without val it would be 0
+    shaken(run)
     return out / "checkpoint.pt"
 
 
@@ -125,6 +127,19 @@ def test_a_search_orders_the_best_by_contrast_anew(model_and_words, gallery, k, 
             assert one["matching"] == pytest.approx(scores[one["image"]][1], abs=2e-3)
         else:
             assert one["matching"] is None
+
+
+def test_a_search_says_what_its_answer_is_worth(command, checkpoint, gallery):
+    """Words that the model does not have are named, and a text that so few pictures never had is told from one."""
+    asked = ("search", "--checkpoint", checkpoint, "--data", gallery, "--text")
+    caption = captions_of(read_rows([gallery], "pairs")[0])[0]
+    _, said, _ = command(*asked, caption)
+    assert "not among the words" not in said and "memorised" not in said
+    _, said, _ = command(*asked, "a kitten on a square, and a zebra")
+    assert "kitten, on, and, zebra are not among the words of this model: it knows no meaning of them" in said
+    assert "no caption in --data is this text, and the model was trained on 24 rows" in said
+    _, said, _ = command("score", *asked[1:3], "--image", gallery.parent / "pictures" / "05.png", "--text", "a kitten")
+    assert "kitten is not among the words of this model" in said
 
 
 def test_the_command_search_prints_and_draws_what_it_finds(command, checkpoint, gallery, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import moved, tiny_batch, tiny_config, tiny_model
+from einops import rearrange
 from helpers import SIZES, caption, kept_signals, new_run, square, write_rows
 from PIL import Image
 
@@ -35,7 +36,7 @@ from explain import (
     warmth,
 )
 from mamo import record_attention
-from metrics import judge_grounding, patch_centres
+from metrics import judge_grounding
 from tasks import HeadConfig, build_task
 from tokenizer import Tokenizer
 from tools.sheet import draw_heats
@@ -563,7 +564,7 @@ def test_layers_are_counted_and_checked():
 
 
 def test_explain_lays_the_map_over_the_picture(grounding, checkpoint, command, tmp_path):
-    """The right half is the picture reddened by the map: reddest where the map is highest."""
+    """The right half is the picture with a square in each patch, whose area is the patch's heat."""
     model, tokenizer, _ = load_model(checkpoint, CPU)
     image, out = grounding.parent / "0.png", tmp_path / "new" / "heat.png"
     words = ("--text", "there is a red square at the top left", "--phrase", "a red square")
@@ -577,13 +578,11 @@ def test_explain_lays_the_map_over_the_picture(grounding, checkpoint, command, t
         phrase = explain.Phrase(str(image), words[1], words[3])
         heat = maps_of(model, tokenizer, [phrase], CPU, how)[0]
         width, height = 480, 320
-        centres = patch_centres((2, 3), width, height)
-        green = [sheet.getpixel((24 + width + int(x), 46 + int(y)))[1] for x, y in centres]
-        plain = [sheet.getpixel((12 + int(x), 46 + int(y))) for x, y in centres]
-        assert plain[5] == (255, 255, 255), "the left half is the picture itself"
-        white = [i for i in range(6) if plain[i] == (255, 255, 255)]
-        hot, cold = max(white, key=lambda i: heat[i]), min(white, key=lambda i: heat[i])
-        assert heat[hot] == heat[cold] or green[hot] < green[cold]
+        plain, laid = (np.asarray(sheet.crop((left, 46, left + width, 46 + height))) for left in (12, 24 + width))
+        assert (plain[-1, -1] == 255).all(), "the left half is the picture itself"
+        marked = rearrange((plain != laid).any(axis=2), "(y p) (x q) -> (y x) (p q)", y=2, x=3).mean(axis=1)
+        share = heat.numpy() / heat.numpy().max()
+        np.testing.assert_allclose(marked, 0.85**2 * share, atol=0.03)  # and the outline
 
 
 def test_two_pictures_are_drawn_side_by_side_each_with_its_map(grounding, tmp_path):
@@ -604,7 +603,7 @@ def test_two_pictures_are_drawn_side_by_side_each_with_its_map(grounding, tmp_pa
         assert both.crop((left, 46, left + 480, 366)).tobytes() == picture.tobytes()
         laid = both.crop((left + 492, 46, left + 972, 366))
         assert laid.tobytes() == heat.image().tobytes() and heat.values.shape == model.config.grid
-        assert max(red - green for _, (red, green, _) in laid.getcolors(1 << 18)) > 100, "the hottest place is red"
+        assert max(red - green for _, (red, green, _) in laid.getcolors(1 << 18)) > 70, "the hottest place is marked"
 
 
 def test_grounding_says_how_it_looked(grounding, checkpoint, command):

@@ -297,7 +297,7 @@ def test_curves_and_results_are_those_beside_the_checkpoint(trained, squares, wr
     model, *_ = load_model(checkpoint, CPU)
     page = write(checkpoint, squares).report
     curves = {one["name"]: one for one in page["curves"]}
-    assert curves.keys() >= {"itc", "itm", "mrm", "mim", "mlm"} and not curves.keys() & {"step", "lr", "target_cosine"}
+    assert curves.keys() >= {"itc", "itm", "mrm", "mim", "mlm"} and not curves.keys() & {"step", "lr"}
     assert {name: one["chance"] for name, one in curves.items() if one["chance"]} == model.chance(4)
     assert [step for step, _ in curves["mim"]["points"]] == list(range(1, 13))
 

@@ -28,6 +28,8 @@ from helpers import (
 )
 from processes import start
 
+import eval as evaluation
+import finetune
 import runtime
 import train
 from data import TwinBatches, read_rows
@@ -864,3 +866,52 @@ def test_pictures_that_break_off_are_named_in_the_middle_of_training(tmp_path, m
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     assert re.match(r"error: .*05\.png cannot be decoded", errors.rstrip().splitlines()[-1])
+
+
+def test_a_run_is_repeated_from_its_config(data, tmp_path):
+    """The same losses; what is given beside it is another's; what is not this run's is refused."""
+    more = ("--objective", "glscl", "--width", "12", "--heads", "2", "--epochs", "1", "--lr", "1e-3")
+    first = new_run(data, tmp_path / "one", *more)
+    first.train()
+    told = ["--config", str(tmp_path / "one" / "config.json"), "--out"]
+    again = train.start(*train.parse([*told, str(tmp_path / "two")]))
+    again.train()
+    assert same(first.model.state_dict(), again.model.state_dict())
+    assert read_log(tmp_path / "one") == read_log(tmp_path / "two")
+    config, shape = train.parse([*told, "three", "--seed", "7", "--steps", "5", "--w-itc", "2"])
+    assert (config.seed, config.steps, config.epochs, config.objective) == (7, 5, 0, "glscl") and shape["w_itc"] == 2
+    with pytest.raises(ValueError, match="leave --preset out"):
+        train.parse([*told, "three", "--preset", "tiny"])
+    with pytest.raises(ValueError, match=r"run of train\.py: repeat it with that"):
+        finetune.parse(["vqa", *told, "three"])
+    with pytest.raises(ValueError, match=r"is not the config\.json of a run"):
+        train.parse(["--config", str(data), "--out", "three"])
+
+
+def test_the_teacher_is_evaluated_in_place_of_the_student(data, tmp_path, monkeypatch):
+    """Its weights decide, under a name of its own; where there is none, a sentence."""
+    for objective in ("mamo", "vlmae", "control"):
+        ema = () if objective == "control" else ("--ema", "0.9")
+        run = new_run(data, tmp_path / objective, "--objective", objective, "--steps", "2", *ema)
+        run.train()
+        monkeypatch.setattr(sys, "argv", ["eval.py", "foils", "--teacher", "--checkpoint", f"{run.out}/checkpoint.pt"])
+        if objective == "control":
+            with pytest.raises(ValueError, match="has no teacher: only pre-training with mamo or vlmae"):
+                evaluation.load_for(evaluation.parse(), torch.device("cpu"))
+            continue
+        model, _ = evaluation.load_for(evaluation.parse(), torch.device("cpu"))
+        part, student = (
+            (one.student if objective == "mamo" else one.student.image).state_dict() for one in (model, run.model)
+        )
+        assert same(part, run.model.teacher.state_dict()) and not same(part, student)
+    arguments = ["retrieval", "--teacher", "--data", data, "--checkpoint", tmp_path / "mamo" / "checkpoint.pt"]
+    assert command(monkeypatch, evaluation.main, *arguments) == 0
+    assert f"retrieval {data}, teacher" in json.loads((tmp_path / "mamo" / "results.json").read_text())
+
+
+def test_matching_has_no_weight_that_nothing_held_out_gave_it(data, tmp_path):
+    """Without val, or with the training rows as val, a gallery is ranked by contrast alone."""
+    for more in ((), ("--val", str(data))):
+        run = new_run(data, tmp_path / f"run{len(more)}", "--steps", "1", *more)
+        run.train()
+        assert run.model.matching_weight == 0 == checkpoint(run.out)["matching_weight"]

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_batch
-from helpers import write_squares
+from helpers import new_run, resumed_run, write_squares
 from torch import nn
 
+import finetune
 import train
+from eval import load_model
 from mamo import MAMO, Config, MAMOConfig, VisionLanguageModel, init_weights
-from tools import weights
+from tools import slim, weights
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_weights.json").read_text(encoding="utf-8"))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghi")]
@@ -279,3 +281,29 @@ def test_words_are_read_from_a_tokenizer_json(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"not the tokenizer\.json of a BERT"):
         weights.read_vocabulary(path)
+
+
+def test_a_slim_checkpoint_scores_as_the_run_does_and_cannot_be_resumed(tmp_path, monkeypatch):
+    """Half the bytes a weight and no optimiser; all that loads checkpoints loads it."""
+    run = new_run(write_squares(tmp_path / "pairs.jsonl", 8), tmp_path / "run", "--steps", "2")
+    run.train()
+    whole, small = run.out / "checkpoint.pt", tmp_path / "new" / "demo.pt"
+    monkeypatch.setattr("sys.argv", ["slim", str(whole), "--out", str(small)])
+    slim.main()
+    assert small.stat().st_size < whole.stat().st_size / 2
+    (ours, *_), (theirs, *_) = (load_model(path, torch.device("cpu")) for path in (small, whole))
+    batch = tiny_batch(ours.config)
+    pairs = batch["images"], batch["input_ids"], batch["attention_mask"]
+    for name, scores in ours.score(*pairs).items():
+        torch.testing.assert_close(scores, theirs.score(*pairs)[name], atol=5e-3, rtol=0)
+    assert all(value.dtype == torch.float32 for value in ours.state_dict().values() if value.is_floating_point())
+    given = ["retrieval", "--init", small, "--data", tmp_path / "pairs.jsonl", "--out", tmp_path / "tuned"]
+    task = finetune.start(*finetune.parse([*map(str, given), "--batch-size", "4", "--steps", "1"]))
+    assert not any(name.startswith("student") for name in task.fresh)
+    (tmp_path / "again").mkdir()
+    small.rename(tmp_path / "again" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="holds no run to go on from"):
+        resumed_run(tmp_path / "again")
+    monkeypatch.setattr("sys.argv", ["slim", str(whole), "--out", str(whole)])
+    with pytest.raises(ValueError, match="the run's own checkpoint"):
+        slim.main()

@@ -113,22 +113,26 @@ def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], how: Ho
 
     A model that has no head for words has a map of whole texts alone.
     """
-    longest, maps = model.config.max_tokens, {}
+    maps = {}
     model.eval()
     for path, text in sorted(set(pairs)):
         if path not in maps:  # a picture's views are made once, for all its texts
-            views, masks = hidden_views(model, pixels_of(path, model.config).to(device), how)
-            maps[path] = {}
-        ids = tokenizer.encode(text, longest)
-        words = words_of(tokenizer, text, longest) if model.config.w_mlm > 0 else []
-        wanted = [
-            [place in places or len(places) == len(ids) - 2 for place in range(len(ids))]
-            for _, places in words
-            if places
-        ]
-        looks = [watched(model, [views], ids, counted) for counted in [*wanted, [True] * len(ids)]]
-        maps[path][text] = torch.stack([hiding_map(look, masks) for look in looks]).cpu()
+            views, maps[path] = hidden_views(model, pixels_of(path, model.config).to(device), how), {}
+        maps[path][text] = maps_of_words(model, tokenizer, *views, text)
     return [maps[path][text] for path, text in pairs]
+
+
+def maps_of_words(model, tokenizer: Tokenizer, views: Tensor, masks: tuple[Tensor, Tensor], text: str) -> Tensor:
+    """By hiding, of a text and a picture's views and masks, see hidden_views -> (words that are read + 1, n), as
+    word_maps."""
+    longest = model.config.max_tokens
+    ids = tokenizer.encode(text, longest)
+    words = words_of(tokenizer, text, longest) if model.config.w_mlm > 0 else []
+    wanted = [
+        [place in places or len(places) == len(ids) - 2 for place in range(len(ids))] for _, places in words if places
+    ]
+    looks = [watched(model, [views], ids, counted) for counted in [*wanted, [True] * len(ids)]]
+    return torch.stack([hiding_map(look, masks) for look in looks]).cpu()
 
 
 def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tuple[Tensor, Tensor]:
@@ -303,7 +307,7 @@ def curves(log: Path, chance: dict[str, float]) -> list[dict]:
         return []
     with open(log, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    beside = ("step", "lr", "grad_norm", "temperature", "target_cosine", "pairs_per_s", "peak_memory_mb")
+    beside = ("step", "lr", "grad_norm", "temperature", "pairs_per_s", "peak_memory_mb")
     found = []
     for name in rows[0] if rows else ():
         points = [[int(row["step"]), float(row[name])] for row in rows if row[name]]
@@ -354,6 +358,8 @@ def tables(result: dict, data: str, kept: Path) -> list[dict]:
     """This gallery's recalls, then what results.json holds of retrieval, foils and grounding."""
     found = [recall_table(f"this page, {data}", result)]
     for name, one in (json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}).items():
+        if "images" in one and one["contrast"] == result["contrast"]:
+            continue  # the same gallery, which stands above
         if "images" in one:
             found.append(recall_table(name, one))
         elif "contrast" in one:
@@ -436,9 +442,18 @@ def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict
 
 
 def page_of(report: dict) -> str:
-    """The template with the report in it. No < is left in the JSON, so that no caption can end the script."""
-    text = json.dumps(report, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("REPORT_AS_JSON", text)
+    """The template with the report in it."""
+    return filled(TEMPLATE, report)
+
+
+def filled(template: Path, content: dict) -> str:
+    """A template with the style and the script that all pages share, and its content as JSON, in which no < can end
+    the script."""
+    page = template.read_text(encoding="utf-8")
+    for mark, name in (("PAGES_STYLE", "pages.css"), ("PAGES_SCRIPT", "pages.js")):
+        page = page.replace(mark, template.with_name(name).read_text(encoding="utf-8"))
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return page.replace("REPORT_AS_JSON", text)
 
 
 def parse() -> argparse.Namespace:
@@ -452,7 +467,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
     parser.add_argument("--out", type=Path, help="HTML file to write; without: report.html beside the checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.set_defaults(command="retrieval", predictions=None, frame="{}", frames=None)
+    parser.set_defaults(command="retrieval", predictions=None, frame="{}", frames=None, teacher=False)
     return parser.parse_args()
 
 

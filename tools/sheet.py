@@ -59,6 +59,7 @@ def some_of(items: list, count: int) -> list:
 def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
     """Each picture beside itself with its map over it; of a video, all frames with their maps."""
     panels = [panel for heat in heats for panel in (heat.picture, heat.image())]
+    line += "   The area of a square: how hot its patch is beside the hottest"
     draw_sheet([Cell(panels, [])], path, width=sum(panel.width + GAP for panel in panels), title=line)
 
 

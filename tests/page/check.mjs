@@ -79,10 +79,18 @@ async function open(kind, options) {
 const wide = (page) => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
 const words = (card) => card.locator(".text button");
 
+/** Before anything is touched a reader sees a whole picture, and a map over it. */
+async function firstScreen(page, kind) {
+  const first = page.locator(".card .frame").first(), box = await first.boundingBox(), { height } = page.viewportSize();
+  check(`${kind}: a picture stands on the first screen`, box.y + box.height <= height, `it ends at ${Math.round(box.y + box.height)} of ${height} pixels`);
+  check(`${kind}: it has a map before anything is touched`, await first.locator("canvas").evaluate((canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some((value) => value > 0)));
+}
+
 /** At the desk: mouse, keyboard, filter, then axe-core with a map on the page. */
 async function atTheDesk(scheme) {
   const { page, shot, close } = await open(scheme, { ...DESK, colorScheme: scheme });
-  check(`${scheme}: the parts stand in their order`, (await page.locator("main section").evaluateAll((all) => all.map((one) => one.id).join())) === "gallery,recovered,curves,results");
+  check(`${scheme}: the parts stand in their order`, (await page.locator("main section").evaluateAll((all) => all.map((one) => one.id).join())) === "gallery,recovered,curves,results,about");
+  await firstScreen(page, scheme);
   for (const [kind, name] of [[".card.words", "image to text"], [".card.query", "text to image"]]) {
     const card = page.locator(kind).first();
     await moves(`${scheme}, mouse, ${name}`, card, () => words(card).nth(1).hover());
@@ -98,7 +106,10 @@ async function atTheDesk(scheme) {
   await moves(`${scheme}, Tab to the next caption`, card, () => page.keyboard.press("Tab"));
   if (screenshots) await card.screenshot({ path: `${screenshots}/${scheme}-card.png` });
   await page.keyboard.press("Escape");
-  check(`${scheme}, Escape clears the map`, (await seenIn(card)).pixels === untouched.pixels);
+  check(`${scheme}, Escape goes back to the map of the whole caption`, (await seenIn(card)).pixels === untouched.pixels);
+  await page.keyboard.press("ArrowRight");
+  await page.locator("nav a").first().focus();
+  check(`${scheme}, Tab out of a card leaves nothing behind`, (await seenIn(card)).pixels === untouched.pixels);
 
   const shown = () => page.locator("#gallery .card:visible").evaluateAll((all) => all.map((one) => one.dataset.right));
   const all = await shown();
@@ -121,6 +132,7 @@ async function atTheDesk(scheme) {
 async function onAPhone(scheme) {
   const { page, shot, close } = await open(`phone, ${scheme}`, { ...PHONE, colorScheme: scheme, reducedMotion: "reduce" });
   check(`phone, ${scheme}: no sideways scroll`, (await wide(page)) <= 0, `${await wide(page)} pixels too wide`);
+  await firstScreen(page, `phone, ${scheme}`);
   for (const [kind, name] of [[".card.words", "image to text"], [".card.query", "text to image"]]) {
     const card = page.locator(kind).first();
     await moves(`phone, ${scheme}, tap, ${name}`, card, () => words(card).nth(1).tap());

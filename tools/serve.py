@@ -1,0 +1,293 @@
+"""A page to try a checkpoint: a picture and a text, both scores, a map for each word, the nearest of a gallery.
+
+    python -m tools.serve --checkpoint weights/demo.pt --data data/scenes/pairs_test.jsonl
+
+Then open the address that is printed. It is for one person at one machine: it listens on the loopback only, answers
+nothing that another site asks through the browser, and looks at one picture at a time. What is dropped on the page is
+decoded in memory and never written; file names are not read.
+
+How to read it: `Looker.look` is what the page asks for, `Handler` is how it asks.
+"""
+
+import argparse
+import base64
+import binascii
+import io
+import json
+import sys
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import runtime
+from data import captions_of, is_video, read_rows
+from eval import Encoded, check_ranks, encode_rows, load_for, match_pairs, rerank
+from explain import How, hidden_views, pixels_of
+from reading.pictures import FORMATS, load_image, to_rgb
+from tokenizer import Tokenizer
+from tools.report import embed, filled, maps_of_words, packed, words_of
+
+TEMPLATE = Path(__file__).with_name("serve.html")
+LONGEST = 1000  # letters of a text
+MOST_BYTES = 30 * 2**20  # of a request
+MOST_PIXELS = 50_000_000  # of a picture, which takes 150 MB once it is decoded
+GALLERY = 5000  # pictures at most
+NEAREST = 5  # pictures and captions that are shown
+OFFERED = 8  # pictures of the gallery to begin with
+RERANKED = 32  # candidates that matching orders too
+
+
+class Looker:
+    """A checkpoint and a gallery, encoded once; looks at one picture at a time."""
+
+    def __init__(self, model, tokenizer: Tokenizer, rows: list[dict], device: torch.device, how: How):
+        self.model, self.tokenizer, self.device, self.how = model.eval(), tokenizer, device, how
+        self.lock, self.encoded = threading.Lock(), None
+        if rows:
+            _, _, self.encoded = encode_rows(model, tokenizer, rows, device, captions_of)
+        self.captions = {row["image"]: captions_of(row)[0] for row in reversed(rows)}
+
+    def about(self, checkpoint: Path) -> dict:
+        """What the page says before anything is asked."""
+        offered = self.encoded.images[:OFFERED] if self.encoded else []
+        sizes = {"pictures": len(self.encoded.images), "captions": len(self.encoded.texts)} if self.encoded else {}
+        return {
+            "checkpoint": str(checkpoint),
+            "grid": self.model.config.grid,
+            "mapped": self.model.config.w_itm > 0,
+            "how": str(self.how),
+            "longest": LONGEST,
+            "gallery": sizes,
+            "offered": [self.shown(number) for number in range(len(offered))],
+        }
+
+    def shown(self, number: int) -> dict:
+        """A picture of the gallery for the page."""
+        name = self.encoded.images[number]
+        return embed(load_image(name)) | {"number": number, "caption": self.captions[name]}
+
+    def picture(self, asked: dict) -> Image.Image:
+        """The picture that is asked about. Raises ValueError, in one sentence, for one that is none"""
+        if "number" in asked:
+            if type(asked["number"]) is not int or not self.encoded or not 0 <= asked["number"] < len(self.captions):
+                raise ValueError(f"there is no picture {asked['number']!r:.50} in the gallery")
+            return load_image(self.encoded.images[asked["number"]])
+        try:
+            raw = base64.b64decode(asked["picture"], validate=True)
+        except (LookupError, TypeError, ValueError, binascii.Error) as error:
+            raise ValueError("a picture is missing: drop one, or choose one of the gallery") from error
+        try:
+            with Image.open(io.BytesIO(raw), formats=FORMATS) as file:
+                size = file.size
+                if size[0] * size[1] <= MOST_PIXELS:
+                    return to_rgb(file)
+        except Exception as error:  # Pillow raises many kinds for broken files
+            raise ValueError("this file cannot be read as a picture: give a JPEG, a PNG or a WebP") from error
+        raise ValueError(
+            f"a picture of {size[0]} x {size[1]} pixels is larger than the {MOST_PIXELS // 10**6} million that this "
+            "page takes: make it smaller"
+        )
+
+    @torch.inference_mode()
+    def look(self, asked: dict) -> dict:
+        """What the page shows of a picture and a text.
+
+        Args:    asked   {"text", and "picture": the bytes of a file in base64, or "number": of the gallery}
+        Returns: {"picture", "words": [[word, whether it has a map]], "maps", "contrast", "matching", "unknown": words,
+                 "captions": [{"text", "contrast", "matching"}], "pictures": [{...}]}; see report.py for maps
+        Raises:  ValueError, in one sentence, for what cannot be looked at
+        """
+        text = asked.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("a text is missing: say what the picture might show")
+        if len(text) > LONGEST:
+            raise ValueError(f"the text has {len(text):,} letters: give at most {LONGEST:,}")
+        text.encode("utf-8")  # half a surrogate pair raises a ValueError
+        picture, model, config = self.picture(asked), self.model, self.model.config
+        words = words_of(self.tokenizer, text, config.max_tokens)
+        with self.lock:
+            pixels = pixels_of(picture, config).to(self.device)
+            ids, mask = (part.to(self.device) for part in self.tokenizer([text], config.max_tokens))
+            image, read = model.encode_image(pixels[None]), model.encode_text(ids, mask)
+            embeds = model.embed_image(image).cpu(), model.embed_text(read).cpu()
+            own = Encoded([""], [text], image.cpu(), read.cpu(), mask.cpu(), *embeds)
+            maps, each = None, config.w_itm > 0 and config.w_mlm > 0  # else only the whole text has a map
+            if config.w_itm > 0:
+                views = hidden_views(model, pixels, self.how)
+                maps = packed(maps_of_words(model, self.tokenizer, *views, text), config.grid)
+            scores = self.scored(own, own, "image_to_text")[0]
+            near = {"captions": [], "pictures": []}
+            if self.encoded:
+                found = self.scored(own, self.encoded, "image_to_text")[:NEAREST]
+                near["captions"] = [{"text": self.encoded.texts[one["place"]]} | one for one in found]
+                found = self.scored(own, self.encoded, "text_to_image")[:NEAREST]
+                near["pictures"] = [self.shown(one["place"]) | one for one in found]
+        return {
+            "picture": embed(picture),
+            "words": [[word, each and bool(places)] for word, places in words],
+            "maps": maps,
+            "unknown": self.tokenizer.unknown_words(text),
+            "read": int(mask.sum()) == len(self.tokenizer.encode(text)),
+            **scores,
+            **near,
+        }
+
+    def scored(self, own: Encoded, gallery: Encoded, direction: str) -> list[dict]:
+        """The gallery for one's own picture or text, best first, as retrieval ranks: [{"place", "contrast",
+        "matching"}]"""
+        to_text, model = direction == "image_to_text", self.model
+        cosines = own.image_embed @ gallery.text_embed.T if to_text else own.text_embed @ gallery.image_embed.T
+        logits = torch.full_like(cosines, torch.nan, dtype=torch.double)
+        if model.config.w_itm > 0:
+            best = cosines[0].topk(min(RERANKED, cosines.shape[1])).indices
+            some = (own.image, gallery.text[best], gallery.attention_mask[best])
+            if not to_text:
+                some = (gallery.image[best], own.text, own.attention_mask)
+            none, each = torch.zeros_like(best), torch.arange(len(best))
+            pairs = (none, each) if to_text else (each, none)
+            logits[0, best] = match_pairs(model, Encoded([], [], *some, None, None), *pairs, self.device).double()
+        ranked = rerank(cosines, logits, model.temperature.item(), model.matching_weight)[0]
+        return [
+            {
+                "place": place,
+                "contrast": number(cosines[0, place].item()),
+                "matching": number(logits[0, place].sigmoid().item()),
+            }
+            for place in ranked.argsort(descending=True, stable=True).tolist()
+        ]
+
+
+def number(value: float) -> float | None:
+    """A number that JSON knows, or None."""
+    return round(value, 4) if value == value and abs(value) != float("inf") else None
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page, POST /look asks. Everything else is refused."""
+
+    timeout = 30  # seconds that a request may be silent
+    server_version = "mamo"
+
+    def __init__(self, looker: Looker, page: bytes, *given):
+        self.looker, self.page = looker, page
+        super().__init__(*given)
+
+    def answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
+        """Send one whole answer."""
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", f"{kind}; charset=utf-8"),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Content-Security-Policy", "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+             "img-src data: blob:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'"),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def refuse(self, status: int, sentence: str) -> None:
+        """Say in one sentence why not; what is left of the request is not read."""
+        self.close_connection = True
+        self.answer(status, json.dumps({"error": sentence}).encode())
+
+    def is_ours(self) -> bool:
+        """Whether the page itself asks, and not another site through the same browser, whatever name it gave itself."""
+        port = self.server.server_address[1]
+        ours = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+        origin = self.headers.get("Origin")
+        return self.headers.get("Host") in ours and (origin is None or origin.removeprefix("http://") in ours)
+
+    def do_GET(self) -> None:
+        """The page."""
+        if not self.is_ours():
+            self.refuse(403, "this page answers its own address only")
+        elif self.path != "/":
+            self.refuse(404, "there is one page here, /")
+        else:
+            self.answer(200, self.page, "text/html")
+
+    def do_POST(self) -> None:
+        """What the page asks."""
+        length = self.headers.get("Content-Length", "")
+        if not self.is_ours():
+            self.refuse(403, "this page answers its own address only")
+        elif self.path != "/look":
+            self.refuse(404, "only /look is asked")
+        elif not length.isascii() or not length.isdecimal():
+            self.refuse(411, "the length of the request is missing")
+        elif int(length[:20]) > MOST_BYTES:
+            self.refuse(413, f"this is larger than {MOST_BYTES // 2**20} MB: give a smaller picture")
+        else:
+            try:
+                asked = json.loads(self.rfile.read(int(length)))
+                if not isinstance(asked, dict):
+                    raise ValueError("a request holds a text and a picture")
+                found = self.looker.look(asked)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+                self.refuse(400, "the request is not JSON")
+            except ValueError as error:
+                self.refuse(400, str(error))
+            else:
+                self.answer(200, json.dumps(found).encode())
+
+    def log_message(self, form: str, *given) -> None:
+        """Nothing for what went well."""
+
+    def log_error(self, form: str, *given) -> None:
+        """What went wrong, without the letters that would steer a terminal."""
+        print((form % given).encode("unicode_escape").decode(), file=sys.stderr)
+
+
+def make_server(looker: Looker, checkpoint: Path, port: int) -> ThreadingHTTPServer:
+    """A server that is not running yet; port 0 = any free one. Raises ValueError for a port that is taken"""
+    page = filled(TEMPLATE, looker.about(checkpoint)).encode()
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, looker, page))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"port {port} cannot be used ({error}): give another --port") from error
+
+
+def parse() -> argparse.Namespace:
+    """The command line; the fields that only eval.py's commands have are set for load_for."""
+    parser = runtime.Parser(
+        prog="python -m tools.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt of train.py, or weights/demo.pt")
+    parser.add_argument("--data", nargs="+", default=[], help="JSONL files of pairs, the gallery to search")
+    parser.add_argument("--port", type=int, default=8000, help="port of the loopback (%(default)s)")
+    parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.set_defaults(command="search", predictions=None, frame="{}", frames=None, teacher=False)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load, encode the gallery, listen until Ctrl-C."""
+    options = parse()
+    device = runtime.pick_device(options.device)
+    model, tokenizer = load_for(options, device)
+    check_ranks(model, 0)
+    rows = read_rows(options.data, "pairs") if options.data else []
+    if any(is_video(row["image"]) for row in rows):
+        raise ValueError(f"{' '.join(options.data)} holds videos: this page looks at pictures")
+    if len({row["image"] for row in rows}) > GALLERY:
+        raise ValueError(f"the gallery has more than {GALLERY:,} pictures: give fewer rows")
+    server = make_server(
+        Looker(model, tokenizer, rows, device, How(passes=options.passes)), options.checkpoint, options.port
+    )
+    with server:
+        print(f"open http://127.0.0.1:{server.server_address[1]} in a browser; Ctrl-C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("ended")
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
