@@ -5,7 +5,7 @@
 # and three more for who changes something here:
 #   make lint        checks the form of the code, and that the pages say what is
 #   make notebooks   executes the notebooks from clean, solutions too
-#   make page-test   opens a report in a headless browser (needs Chromium and npm)
+#   make page-test   uses the pages of tools/ in a headless browser (needs Chromium, npm and curl)
 # On Windows run the lines below by hand with .venv\Scripts\python in place of $(PYTHON).
 
 PYTHON := .venv/bin/python
@@ -40,7 +40,10 @@ page-test: .venv/ready
 	$(PYTHON) train.py --data data/page/pairs_train.jsonl --out runs/page --steps 60 --log-every 10
 	$(PYTHON) eval.py world --checkpoint runs/page/checkpoint.pt --data data/page
 	$(PYTHON) -m tools.report --checkpoint runs/page/checkpoint.pt --data data/page/pairs_test.jsonl
-	node tests/page/check.mjs runs/page/report.html runs/page
+	$(PYTHON) -m tools.trace --steps 0 20 --variants "as it is" "MRM alone" --data data/page/pairs_train.jsonl --out runs/page/trace.html
+	$(PYTHON) -m tools.serve --checkpoint runs/page/checkpoint.pt --data data/page/pairs_test.jsonl --port 8765 & server=$$!; \
+	until curl -so /dev/null http://127.0.0.1:8765/ || ! kill -0 $$server; do sleep 1; done; \
+	node tests/page/check.mjs runs/page/report.html runs/page/trace.html http://127.0.0.1:8765/ runs/page; status=$$?; kill $$server; exit $$status
 
 .venv/ready: requirements.txt constraints.txt
 	python3 -m venv .venv

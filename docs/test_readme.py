@@ -69,7 +69,7 @@ def test_every_command_names_a_script_a_subcommand_options_and_plans_that_exist(
         return  # what a reader is to write
     assert file_of(script).is_file(), f"{page}: {script} does not exist"
     after = words[words.index(script) + 1 :]
-    given = {word for word in after if word.startswith("--")} - {"--help"}
+    given = {word.partition("=")[0] for word in after if word.startswith("--")} - {"--help"}
     objective = after[after.index("--objective") + 1] if "--objective" in after else "mamo"
     unknown = given - options_of(script, objective)
     assert not unknown, f"{page}: {script} does not know {unknown} of: {command}"

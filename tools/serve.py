@@ -29,7 +29,7 @@ from eval import Encoded, check_ranks, encode_rows, load_for, match_pairs, reran
 from explain import How, hidden_views, pixels_of
 from reading.pictures import FORMATS, load_image, to_rgb
 from tokenizer import Tokenizer
-from tools.report import embed, filled, maps_of_words, packed, words_of
+from tools.report import embed, filled, maps_of_words, number, packed, words_of
 
 TEMPLATE = Path(__file__).with_name("serve.html")
 LONGEST = 1000  # letters of a text
@@ -159,11 +159,6 @@ class Looker:
             }
             for place in ranked.argsort(descending=True, stable=True).tolist()
         ]
-
-
-def number(value: float) -> float | None:
-    """A number that JSON knows, or None."""
-    return round(value, 4) if value == value and abs(value) != float("inf") else None
 
 
 class Handler(BaseHTTPRequestHandler):

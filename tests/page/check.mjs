@@ -1,6 +1,7 @@
-// Uses a report as a reader would, in headless Chromium: mouse, keyboard and finger, light and dark, desk and phone.
+// Uses the three pages of tools/ as a reader would, in headless Chromium: mouse, keyboard and finger, light and dark,
+// desk and phone.
 //
-//     node tests/page/check.mjs REPORT.html [FOLDER FOR SCREENSHOTS]
+//     node tests/page/check.mjs REPORT.html TRACE.html ADDRESS_OF_SERVE [FOLDER FOR SCREENSHOTS]
 //
 // A line for each check; the exit status is 1 if one fails. CHROMIUM names the browser where it is not /usr/bin/chromium.
 
@@ -11,12 +12,12 @@ import { pathToFileURL } from "node:url";
 import { chromium } from "playwright-core";
 
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const [file, screenshots] = process.argv.slice(2);
-if (!file) {
-  console.error("error: give the report to open: node tests/page/check.mjs REPORT.html [FOLDER FOR SCREENSHOTS]");
+const [file, traced, served, screenshots] = process.argv.slice(2);
+if (!served) {
+  console.error("error: give the pages to open: node tests/page/check.mjs REPORT.html TRACE.html ADDRESS_OF_SERVE [FOLDER FOR SCREENSHOTS]");
   process.exit(2);
 }
-const address = pathToFileURL(resolve(file)).href;
+const [report, trace] = [file, traced].map((name) => pathToFileURL(resolve(name)).href);
 const PHONE = { viewport: { width: 390, height: 844 }, hasTouch: true, isMobile: true, deviceScaleFactor: 2 };
 const DESK = { viewport: { width: 1280, height: 900 } };
 
@@ -57,19 +58,21 @@ const browser = await chromium.launch({
 });
 
 /** A page of its own; what it complains of or asks the network for is a failure when it is closed. */
-async function open(kind, options) {
+async function open(kind, options, address = report, ready = "#results table") {
   const context = await browser.newContext(options), page = await context.newPage(), complaints = [], requests = [];
   page.on("console", (message) => ["error", "warning"].includes(message.type()) && complaints.push(message.text()));
   page.on("pageerror", (error) => complaints.push(error.message));
-  page.on("request", (request) => request.url() !== address && !request.url().startsWith("data:") && requests.push(request.url()));
+  const own = (url) => url === address || url.startsWith("data:") || (address === served && url === new URL("/look", served).href);
+  page.on("request", (request) => own(request.url()) || requests.push(request.url()));
   page.setDefaultTimeout(10_000);
   await page.goto(address);
-  await page.waitForSelector("#results table");
+  await page.waitForSelector(ready);
   return {
     page,
     shot: async (name, whole = true) => screenshots && (await page.screenshot({ path: `${screenshots}/${name}.png`, fullPage: whole })),
-    close: async () => {
-      check(`${kind}: no complaint of the page`, !complaints.length, complaints.join("; "));
+    close: async (expected = []) => {
+      const heard = complaints.filter((one) => !expected.some((begin) => one.startsWith(begin)));
+      check(`${kind}: no complaint of the page`, !heard.length, heard.join("; "));
       check(`${kind}: no request but the file itself`, !requests.length, requests.join("; "));
       await context.close();
     },
@@ -151,7 +154,68 @@ async function onAPhone(scheme) {
   await close();
 }
 
+/** The page to try a checkpoint: a picture of the gallery, one's own, words, what is wrong. */
+async function tried(kind, options, touch) {
+  const { page, shot, close } = await open(kind, options, served, "#offered button");
+  const press = (node) => (touch ? node.tap() : node.click()), answer = page.locator("#answer .result");
+  await press(page.locator("#go"));
+  check(`${kind}: without a picture it says so`, (await page.locator("#said").textContent()).startsWith("Drop a picture"));
+  await press(page.locator("#offered button").first());
+  await answer.waitFor();
+  check(`${kind}: scores, captions and pictures`, /matching [\d.]+, contrast/.test(await answer.textContent()) && (await page.locator("ol li").count()) === 5 && (await page.locator(".near li").count()) === 5);
+  const map = () => answer.evaluate((node) => ({ pixels: node.querySelector("canvas").toDataURL(), said: node.querySelector(".where").textContent }));
+  const before = await map();
+  await (touch ? words(answer).nth(1).tap() : words(answer).nth(1).hover());
+  const word = await map();
+  check(`${kind}: a word moves the map`, before.pixels !== word.pixels && before.said !== word.said, word.said);
+  if (!touch) {
+    await words(answer).nth(1).focus();
+    await page.keyboard.press("ArrowRight");
+    check(`${kind}, arrow key: the next word`, (await map()).said !== word.said);
+  }
+  await page.locator("#file").setInputFiles("data/page/images/test/000003.png");
+  await page.locator("#text").fill("a kitten above a blue ring");
+  await page.locator("#text").press("Enter");
+  await page.locator("#answer .badge.wrong").waitFor();
+  check(`${kind}: a word that the model lacks is named`, (await page.locator("#answer .badge.wrong").textContent()).startsWith("kitten is not among the words"));
+  check(`${kind}: the picture of one's own is chosen`, (await page.locator("#chosen").textContent()) === "000003.png");
+  check(`${kind}: no sideways scroll`, (await wide(page)) <= 0, `${await wide(page)} pixels too wide`);
+  await findings(page, kind);
+  await shot(kind.replace(/[^a-z]+/g, "-"));
+  await page.locator("#file").setInputFiles({ name: '<img src=x onerror="alert(1)">.png', mimeType: "image/png", buffer: Buffer.from("no picture") });
+  await page.waitForFunction(() => document.getElementById("said").className === "wrong");
+  check(`${kind}: what is no picture is refused, and its name is text`, (await page.locator("#said").textContent()).includes("cannot be read as a picture") && (await page.locator("#chosen img").count()) === 0);
+  await close(["Failed to load resource"]);
+}
+
+/** The page of one step: source, values, what is compared at a patch, the steps of the run. */
+async function stepped(kind, options, touch) {
+  const { page, shot, close } = await open(kind, options, trace, "#f-MAMO-forward .vals b");
+  const press = (node) => (touch ? node.tap() : node.click());
+  const told = () => page.locator("#f-MAMO-loss-mrm [aria-live]").textContent(), first = await told();
+  await press(page.locator("#f-MAMO-loss-mrm .patches button").nth(7));
+  check(`${kind}: another patch, other numbers`, (await told()) !== first && (await told()).includes("mean square"));
+  check(`${kind}: the target's source is a link to its function`, (await page.locator("#f-MAMO-loss-mrm .panel a").getAttribute("href")) === "#f-MAMO-teach" && (await page.locator("#f-MAMO-teach").count()) === 1);
+  const total = () => page.locator("main strong").first().textContent(), last = await total();
+  await page.locator("#step").focus();
+  await page.keyboard.press("ArrowLeft");
+  check(`${kind}, arrow key: an earlier step`, (await total()) !== last);
+  const early = await total();
+  await press(page.getByLabel("MRM alone"));
+  check(`${kind}: another run`, (await total()) !== early);
+  check(`${kind}: no sideways scroll`, (await wide(page)) <= 0, `${await wide(page)} pixels too wide`);
+  await findings(page, kind);
+  await shot(kind.replace(/[^a-z]+/g, "-"), false);
+  await close();
+}
+
 try {
+  await tried("try, light", { ...DESK, colorScheme: "light" }, false);
+  await tried("try, dark", { ...DESK, colorScheme: "dark" }, false);
+  await tried("try, phone", { ...PHONE, colorScheme: "light" }, true);
+  await stepped("trace, light", { ...DESK, colorScheme: "light" }, false);
+  await stepped("trace, dark", { ...DESK, colorScheme: "dark" }, false);
+  await stepped("trace, phone", { ...PHONE, colorScheme: "light" }, true);
   await atTheDesk("light");
   await atTheDesk("dark");
   await onAPhone("light");

@@ -1,0 +1,126 @@
+"""Runs in TensorBoard: every number of log.csv, and a strip of what a model recovers at hidden patches.
+
+    python -m tools.board runs/demo runs/other              what there is by now
+    python -m tools.board runs/demo --follow                and what comes, until Ctrl-C
+    tensorboard --logdir runs
+
+It reads a run folder and writes into its folder `board`; training knows nothing of it and needs no further package.
+TensorBoard itself is optional: `pip install tensorboard`. The strip shows pictures of val: whole, as the student sees
+them, and put together again as on the page of tools/report.py; it is made of every checkpoint that is saved meanwhile.
+"""
+
+import argparse
+import base64
+import csv
+import io
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import runtime
+from data import captions_of, is_video, read_rows, to_pixels
+from eval import load_model
+from mamo import patchify
+from tools.report import picture_of, recover, why_nothing_recovered
+
+SHOWN, AMONG = 8, 100  # pictures of the strip, and pictures whose patches may stand for hidden ones
+WAIT = 10  # seconds between two looks at a run
+
+
+def writer_class() -> type:
+    """TensorBoard's writer. Raises ValueError where it is not installed"""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"TensorBoard is not installed ({error}): pip install tensorboard") from error
+    return SummaryWriter
+
+
+class Board:
+    """What of a run has been written so far."""
+
+    def __init__(self, run: Path, writer):
+        self.run, self.writer, self.step, self.seen = run, writer, -1, 0.0
+
+    def look(self) -> None:
+        """Write what is new."""
+        self.scalars()
+        checkpoint = self.run / "checkpoint.pt"
+        if checkpoint.is_file() and checkpoint.stat().st_mtime != self.seen:
+            self.seen = checkpoint.stat().st_mtime
+            self.strip(checkpoint)
+        self.writer.flush()
+
+    def scalars(self) -> None:
+        """The rows of log.csv behind the last one that was written."""
+        path = self.run / "log.csv"
+        if not path.is_file():
+            return
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if not (row.get("step") or "").isdecimal() or None in row.values():
+                    continue  # half a line, which is being written
+                step = int(row.pop("step"))
+                if step > self.step:
+                    for name, value in row.items():
+                        if value and math.isfinite(float(value)):
+                            self.writer.add_scalar(name, float(value), step)
+                    self.step = step
+
+    def strip(self, checkpoint: Path) -> None:
+        """Pictures of val, what is hidden of them, and what the student recovers, one below another."""
+        model, tokenizer, state = load_model(checkpoint, torch.device("cpu"))
+        paths = state["train"]["val"] or [Path(state["train"]["data"][0]).with_name("pairs_val.jsonl")]
+        if why_nothing_recovered(model) or not all(Path(path).is_file() for path in paths):
+            return
+        captions = {row["image"]: captions_of(row)[0] for row in read_rows(paths, "pairs")}
+        images = list(captions)[:AMONG]
+        if len(images) < 2 or is_video(images[0]):
+            return
+        found = recover(model, tokenizer, images, [captions[image] for image in images], SHOWN, torch.device("cpu"))
+        columns, config = [], model.config
+        for path, item in zip(images, found["items"], strict=False):
+            pixels = to_pixels(path, config.image_size)
+            hidden = patchify(pixels[None], config.patch_size)[0].clone()
+            hidden[item["hidden"]] = 0
+            mosaic = Image.open(io.BytesIO(base64.b64decode(item["mosaic"]["src"].partition(",")[2]))).convert("RGB")
+            whole = pixels.permute(1, 2, 0).numpy()
+            parts = [whole, np.asarray(picture_of(hidden, config)), np.asarray(mosaic.resize(whole.shape[1::-1]))]
+            columns.append(np.concatenate(parts))
+        image = torch.from_numpy(np.concatenate(columns, axis=1)).permute(2, 0, 1)
+        self.writer.add_image("recovered at hidden patches", image, state["step"])
+
+
+def main() -> None:
+    """Command line."""
+    parser = runtime.Parser(
+        prog="python -m tools.board", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--follow", action="store_true", help="go on looking, until Ctrl-C")
+    options = parser.parse_args()
+    for run in options.runs:
+        if not (run / "log.csv").is_file():
+            raise ValueError(f"{run} holds no log.csv: give the folder of a run")
+    make = writer_class()
+    boards = [Board(run, make(str(run / "board"))) for run in options.runs]
+    for board in boards:
+        board.look()
+    print(f"written; show it with: tensorboard --logdir {options.runs[0].parent}", flush=True)
+    try:
+        while options.follow:
+            time.sleep(WAIT)
+            for board in boards:
+                board.look()
+    except KeyboardInterrupt:
+        print("ended")
+    for board in boards:
+        board.writer.close()
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)

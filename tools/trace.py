@@ -1,0 +1,489 @@
+"""One step, line by line, on one page: left the source that ran, right what each line made of a batch.
+
+    python -m tools.trace --checkpoint weights/demo.pt --out trace.html
+    python -m tools.trace --steps 0 150 500 --variants all --out trace.html         a short run of its own, and others
+    python -m tools.trace --steps 0 300 --train="--objective glscl" --out glscl.html        with options of train.py
+
+The page shows the forward pass of the model's objective and every function of mamo.py and siblings/ that it calls, in
+the order of their first call: which values each line assigned, and beside some lines pictures of them: hidden patches
+and words, the cosines of the batch with the negatives that were drawn, which numbers a loss compares at a patch, what
+was recovered, the losses beside those of a model that knows nothing, and the norms of the gradients. A slider moves
+through the steps of the run, a switch through the variants. The page cannot go stale: it holds the source that ran.
+
+How to read it: `Recorder` watches a call through Python's own hook for debuggers, and no line of the model is changed
+for it; `snapshot` makes a step with it; `pictured` is what stands beside some lines.
+"""
+
+import argparse
+import ast
+import copy
+import inspect
+import shlex
+import sys
+import tempfile
+import textwrap
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import mamo
+import runtime
+import siblings
+import train
+from data import captions_of, is_video, make_batch, read_rows
+from eval import load_model
+from mamo import MAMO, Config, MaskedWords, at, normalised, patchify
+from tokenizer import Tokenizer
+from tools.report import embed, filled, nearest, number, picture_of, text_of
+from world import scenes
+
+TEMPLATE = Path(__file__).with_name("trace.html")
+ROOT = Path(mamo.__file__).parent
+FOLLOWED = (mamo.__file__, *map(str, Path(siblings.__file__).parent.glob("*.py")))
+# Of these the page would learn nothing.
+LEFT_OUT = (
+    "require",
+    "gather",
+    "rank_and_size",
+    "frames_of",
+    "VisionLanguageModel.check_batch",
+    "at",
+    "with_class_tokens",
+)
+LEFT_OUT += ("VisionLanguageModel.temperature", "VisionLanguageModel.total", "MAMO.contrasts_parts", "global_mean")
+OBJECTIVE_NAMES = {cls.__name__ for cls, _ in siblings.OBJECTIVES.values()}
+SAMPLES = 4  # pairs of the batch that are shown
+CELLS = 32, 64  # most rows and columns of a tensor that are drawn
+VARIANTS = {
+    "as it is": "",
+    "MRM alone": "--w-itc 0 --w-itm 0 --w-mlm 0 --w-mim 0",
+    "without MIM and MLM": "--w-mim 0 --w-mlm 0",
+    "momentum 0": "--ema 0",
+    "momentum 1": "--ema 1",
+    "no stop-gradient": "",
+}
+
+# ----------------------------------------------------------------------------------------------------------- recording
+
+
+class Recorder:
+    """Around a call: what every line of the followed functions assigned, each function in its first call."""
+
+    def __init__(self):
+        self.functions: dict[types.CodeType, dict] = {}  # in the order of their first calls
+        self.locals: dict[str, dict] = {}  # by qualified name, what a function held when it returned
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.called)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def called(self, frame: types.FrameType, event: str, _) -> Callable | None:
+        """A function begins; what is given back watches its lines."""
+        code = frame.f_code
+        if event != "call" or code.co_filename not in FOLLOWED or not follows(code):
+            return None
+        if code in self.functions:
+            self.functions[code]["calls"] += 1
+            return None
+        lines = {}
+        self.functions[code] = {"calls": 1, "lines": lines}
+        seen, statement = names_of(frame), statements_of(code)
+        lines[code.co_firstlineno] = [
+            [name, described(value)] for name, value in frame.f_locals.items() if name != "self"
+        ]
+        last = None
+
+        def line(frame, event, value):
+            nonlocal seen, last
+            now = names_of(frame)
+            if last is not None and event in ("line", "return"):
+                new = [[name, described(one)] for name, (key, one) in now.items() if seen.get(name, (None,))[0] != key]
+                place = statement.get(last, last)
+                lines[place] = merged(lines.get(place, []), new)
+            seen, last = now, frame.f_lineno
+            if event == "return":
+                self.locals[code.co_qualname] = dict(frame.f_locals)
+                if value is not None:
+                    place = statement.get(frame.f_lineno, frame.f_lineno)
+                    lines[place] = merged(lines.get(place, []), [["returns", described(value)]])
+            return line
+
+        return line
+
+
+def follows(code: types.CodeType) -> bool:
+    """Whether the page shows a function: not comprehensions, not what only checks or looks up."""
+    owner = code.co_qualname.rpartition(".")[0]
+    configures = owner.endswith("Config") or owner in ("MaskedWords", "View", "Fused")
+    return not code.co_name.startswith(("<", "__")) and code.co_qualname not in LEFT_OUT and not configures
+
+
+def names_of(frame: types.FrameType) -> dict[str, tuple]:
+    """What a function holds, dicts by their keys: name -> (what changes when it is assigned anew, value)"""
+    found = {}
+    for name, value in frame.f_locals.items():
+        if name == "self":
+            continue
+        if isinstance(value, dict):
+            found |= {f'{name}["{key}"]': (id(part), part) for key, part in value.items()}
+        else:
+            found[name] = id(value), value
+    return found
+
+
+def merged(old: list, new: list) -> list:
+    """Values of a line that runs more than once: the last stay."""
+    return [*(one for one in old if one[0] not in {name for name, _ in new}), *new]
+
+
+def statements_of(code: types.CodeType) -> dict[int, int]:
+    """Line -> the last line of the statement that it belongs to, where its values are shown."""
+    lines, first = inspect.getsourcelines(code)
+    tree, shift, last = ast.parse(textwrap.dedent("".join(lines))), first - 1, {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            last |= dict.fromkeys(range(node.lineno + shift, node.end_lineno + 1 + shift), node.end_lineno + shift)
+    return last
+
+
+def described(value, inside: bool = False) -> dict:
+    """A value for the page: a number, a tensor with its shape, statistics and first row, or a few words. What stands
+    inside another is not drawn: it was, where it was made."""
+    if isinstance(value, Tensor):
+        found = tensor(value.detach())
+        return {name: part for name, part in found.items() if not (inside and name in ("map", "size", "most"))}
+    if isinstance(value, bool | int | str | type(None)):
+        return {"text": repr(value)[:80]}
+    if isinstance(value, float):
+        return {"value": number(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # View, Fused, MaskedWords
+        return {"parts": [[name, described(part, True)] for name, part in zip(value._fields, value, strict=True)]}
+    if isinstance(value, tuple | list) and value and all(isinstance(one, Tensor) for one in value):
+        return {"parts": [[str(place), described(one, True)] for place, one in enumerate(value[:8])]}
+    if isinstance(value, dict):
+        return {"parts": [[str(name), described(part, True)] for name, part in value.items()]}
+    return {"text": type(value).__name__}
+
+
+def tensor(value: Tensor) -> dict:
+    """Shape and statistics of a tensor, and its first row as bytes around zero: 127 is 0, 0 and 254 the largest."""
+    found = {"shape": list(value.shape), "kind": str(value.dtype).removeprefix("torch.")}
+    if value.numel() == 1:
+        return found | {"value": number(value.float().item())}
+    numbers = value.float()
+    finite = numbers[numbers.isfinite()]
+    if value.dtype == torch.bool:
+        found["share"] = number(numbers.mean().item())
+    elif finite.numel() and value.dtype.is_floating_point:
+        found |= {"mean": number(finite.mean().item()), "std": number(finite.std(correction=0).item())}
+    first = numbers if numbers.ndim < 3 else numbers[0]
+    first = first[None] if first.ndim == 1 else first.flatten(1) if first.ndim > 2 else first
+    first = first[: CELLS[0], : CELLS[1]]
+    if value.dtype.is_floating_point or value.dtype == torch.bool:
+        largest = first[first.isfinite()].abs().amax().item() if first.isfinite().any() else 0.0
+        levels = (127 + 127 * first.nan_to_num(0, 0, 0) / max(largest, 1e-12)).round().clamp(0, 254).byte()
+        found |= {
+            "size": list(first.shape),
+            "map": text_of(levels.contiguous().numpy().tobytes()),
+            "most": number(largest),
+        }
+    else:
+        found["numbers"] = first[:1].long().flatten()[:16].tolist()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- beside some lines
+
+
+def pictured(model, recorder: Recorder, batch: dict, tokenizer: Tokenizer, losses: dict, chance: dict) -> dict:
+    """What stands beside the end of some functions, by their qualified names: a list of {"kind", ...}."""
+    found, held = {}, recorder.locals
+    forward = f"{type(model).__name__}.forward"
+    mine = held[forward]
+    hidden = mine.get("patch_index", mine.get("dropped"))
+    if hidden is not None:
+        found.setdefault(forward, []).append({"kind": "hidden", "patches": hidden[:SAMPLES].tolist()})
+    words = mine.get("words")
+    if isinstance(words, MaskedWords):
+        found.setdefault(forward, []).append({"kind": "words", "rows": words_of_masked(batch, words, tokenizer)})
+    levels = [[name, number(loss.item()), number(chance.get(name, float("nan")))] for name, loss in losses.items()]
+    found.setdefault(forward, []).append({"kind": "losses", "rows": levels})
+
+    drawn = held.get("VisionLanguageModel.matching_views")
+    if drawn:
+        similarity = drawn["similarity"][: CELLS[0] * 2, : CELLS[0] * 2]
+        found["VisionLanguageModel.matching_views"] = [
+            {"kind": "cosines", "of": tensor(similarity[None]), "texts": drawn["texts"].tolist()[: len(similarity)],
+             "images": drawn["images"].tolist()[: len(similarity)]}
+        ]  # fmt: skip
+    if isinstance(words, MaskedWords) and "VisionLanguageModel.loss_mlm" in held:
+        likely = held["VisionLanguageModel.loss_mlm"]["logits"].softmax(dim=2)
+        found["VisionLanguageModel.loss_mlm"] = [{"kind": "guesses", "rows": guesses(likely, words, tokenizer)}]
+    for name, compared in comparisons(model, held).items():
+        found.setdefault(name, []).append({"kind": "compared", "patches": hidden[:SAMPLES].tolist(), **compared})
+    if mosaics := recovered(model, held, batch, hidden):
+        name = next(name for name in held if name.rpartition(".")[2] in ("loss_mim", "loss_rmim"))
+        found.setdefault(name, []).append({"kind": "recovered", "pictures": mosaics})
+    return found
+
+
+def words_of_masked(batch: dict, words: MaskedWords, tokenizer: Tokenizer) -> list:
+    """Of each shown text its tokens as [what is read, what stood there, whether it is to be recovered]."""
+    rows = []
+    for row in range(SAMPLES):
+        chosen = set(words.index[row][words.valid[row]].tolist())
+        real = batch["attention_mask"][row].sum().item()
+        pairs = zip(words.input_ids[row].tolist()[:real], batch["input_ids"][row].tolist()[:real], strict=True)
+        rows.append([[tokenizer.vocab[a], tokenizer.vocab[b], place in chosen] for place, (a, b) in enumerate(pairs)])
+    return rows
+
+
+def guesses(likely: Tensor, words: MaskedWords, tokenizer: Tokenizer) -> list:
+    """likely (b, m, v) -> for each shown text, each masked word with the three likeliest [word, probability]"""
+    rows = []
+    for row in range(SAMPLES):
+        for slot in words.valid[row].nonzero().flatten().tolist():
+            best = likely[row, slot].topk(3)
+            said = [
+                [tokenizer.vocab[i], number(p)]
+                for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+            label = words.labels[row, slot].item()
+            rows.append([row, tokenizer.vocab[label], number(likely[row, slot, label].item()), said])
+    return rows
+
+
+@torch.no_grad()
+def comparisons(model, held: dict) -> dict[str, dict]:
+    """By loss: what it compares at the hidden patches of the shown pictures, one's own and the target, (s, m, d)."""
+    found = {}
+
+    def put(name: str, ours: Tensor, target: Tensor, what: str, source: str) -> None:
+        pair = ours[:SAMPLES].float(), target[:SAMPLES].float()
+        most = max(one.abs().amax().item() for one in pair)
+        levels = [(127 + 127 * one / most).round().clamp(0, 254).byte().numpy().tobytes() for one in pair]
+        found[name] = {
+            "ours": text_of(levels[0]),
+            "target": text_of(levels[1]),
+            "first": [[[[number(v) for v in some[:6]] for some in row] for row in one.tolist()] for one in pair],
+            "d": ours.shape[2],
+            "distance": [[number(v) for v in row] for row in (pair[0] - pair[1]).square().mean(dim=2).tolist()],
+            "what": what,
+            "source": source,
+        }
+
+    features = model.config.mim_target == "features" if isinstance(model, MAMO) else False
+    for name, mine in held.items():
+        if name == "MAMO.loss_mrm":
+            what = "g of the student's fused vector of (I', T), and the teacher's fused vector of (I, T), normalised"
+            put(name, model.mrm_image_head(mine["at_patches"]), mine["patch_target"], what, "MAMO.teach")
+        elif name == "MAMO.loss_mim":
+            there = "the teacher's image feature of that patch in I, normalised" if features else "its pixels"
+            what = f"h of the student's fused vector of (I', T), and {there}"
+            put(
+                name, model.mim_head(mine["at_patches"]), mine["target"], what, "MAMO.teach" if features else "patchify"
+            )
+        elif "predicted" in mine and ".loss_" in name:
+            target = mine.get("target", mine.get("pixels"))
+            target = target if name == "MaskVLM.loss_mim" else normalised(target)
+            source = "ImageEncoder.forward" if name == "VLMAE.loss_ifr" else "patchify"
+            put(name, mine["predicted"], target, "what is predicted, and what is there", source)
+    return found
+
+
+@torch.no_grad()
+def recovered(model, held: dict, batch: dict, hidden: Tensor | None) -> list[dict]:
+    """The shown pictures, put together again: pixels as they are predicted; of features the nearest patch of another
+    picture of the batch, see tools/report.py."""
+    config, images = model.config, batch["images"]
+    names = {name.rpartition(".")[2]: name for name in held}
+    loss = names.get("loss_mim", names.get("loss_rmim"))
+    if hidden is None or loss is None or images.ndim == 5:
+        return []
+    patches = patchify(images, config.patch_size)
+    filled_in = patches[:SAMPLES].clone()
+    if loss == "MAMO.loss_mim" and config.mim_target == "features":
+        target = normalised(held["MAMO.teach"]["seen"]["image"][:, 1:])
+        said = model.mim_head(held[loss]["at_patches"]).float()
+        for row in range(SAMPLES):
+            donor = nearest(said[row], target, row)
+            filled_in[row, hidden[row]] = patches.flatten(0, 1)[donor]
+    else:
+        said = model.mim_head(held[loss]["at_patches"]) if loss == "MAMO.loss_mim" else held[loss]["predicted"]
+        if loss == "VLMAE.loss_rmim":
+            own = at(patches, hidden)
+            said = said * (own.var(dim=2, correction=0, keepdim=True) + 1e-5).sqrt() + own.mean(dim=2, keepdim=True)
+        filled_in.scatter_(1, hidden[:SAMPLES, :, None].expand(-1, -1, patches.shape[2]), said[:SAMPLES].float())
+    pixels = ((filled_in + 1) * 127.5).round().clamp(0, 255).byte()
+    return [embed(picture_of(one, config)) for one in pixels]
+
+
+# ----------------------------------------------------------------------------------------------------------- snapshots
+
+
+def snapshot(model, batch: dict, tokenizer: Tokenizer) -> tuple[dict, dict]:
+    """One step of a copy of the model, watched -> what the page shows of it, and the functions {code: source}."""
+    model.watch = {}  # of the last step, with what it was computed from
+    model = copy.deepcopy(model).train()
+    chance = model.chance(len(batch["images"]))
+    with Recorder() as recorder:
+        losses = model(batch)
+    total = model.total(losses)
+    total.backward()
+    beside = pictured(model, recorder, batch, tokenizer, losses, chance)
+    with recorder:
+        model.after_step()
+    values = {code.co_qualname: one["lines"] for code, one in recorder.functions.items()}
+    calls = {code.co_qualname: one["calls"] for code, one in recorder.functions.items()}
+    watch = {name: number(value.item()) for name, value in model.watch.items()}
+    shown = {"values": values, "calls": calls, "beside": beside, "total": number(total.item()), "watch": watch}
+    return shown | {"gradients": gradients(model)}, {code.co_qualname: code for code in recorder.functions}
+
+
+def gradients(model) -> list:
+    """[part, norm of its gradient, number of parameters], of the encoders block by block"""
+    groups: dict[str, list] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("teacher."):
+            parts = name.split(".")
+            depth = 4 if "blocks" in parts[:3] else 3 if parts[0] == "student" else 1
+            groups.setdefault(".".join(parts[:depth]), []).append(parameter)
+    rows = []
+    for name, group in groups.items():
+        squares = sum(parameter.grad.square().sum().item() for parameter in group if parameter.grad is not None)
+        rows.append([name, number(squares**0.5), sum(parameter.numel() for parameter in group)])
+    return rows
+
+
+def source_of(code: types.CodeType) -> dict:
+    """A function as it stands in its file."""
+    lines, first = inspect.getsourcelines(code)
+    return {"file": Path(code.co_filename).relative_to(ROOT).as_posix(), "first": first,
+            "lines": [line.rstrip("\n") for line in lines]}  # fmt: skip
+
+
+def order_of(functions: dict[str, dict], forward: str) -> list[str]:
+    """The functions as the page shows them: the forward pass, then losses, then the rest as they were called first."""
+    losses = [name for name in functions if name.rpartition(".")[2].startswith(("loss_", "contrast", "teach"))]
+    return [forward, *losses, *(name for name in functions if name != forward and name not in losses)]
+
+
+def variant(name: str, options: argparse.Namespace, out: str) -> "train.Run":
+    """A run that has not begun. Raises ValueError for options that train.py refuses"""
+    given = shlex.split(f"{options.train} {VARIANTS[name]}")
+    steps = max(max(options.steps), 1)
+    run = train.start(*train.parse(["--data", *options.data, *given, "--steps", str(steps), "--out", out]))
+    if name == "no stop-gradient":
+        run.model.teacher = run.model.student  # whose gradient teach, without its torch.no_grad, lets through
+        run.model.teach = types.MethodType(MAMO.teach.__wrapped__, run.model)
+    return run
+
+
+def watched_runs(options: argparse.Namespace, texts: tuple[list, list]) -> tuple[list[dict], dict, Tokenizer, Config]:
+    """Short runs, one for each variant -> snapshots with "step" and "variant", the functions, tokenizer, config"""
+    shots, functions = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for place, name in enumerate(options.variants):
+            run = variant(name, options, f"{folder}/{place}")
+            batch, batches = make_batch(*texts, run.model.config, run.tokenizer), run.batches()
+            for step in sorted(set(options.steps)):
+                while run.step < step:
+                    run.one_step(batches)
+                shot, seen = snapshot(run.model, batch, run.tokenizer)
+                functions = seen | functions
+                shots.append({"variant": name, "step": step} | shot)
+                print(f"{name}, step {step}: total {shot['total']}")
+    return shots, functions, run.tokenizer, run.model.config
+
+
+def page_of(shots: list[dict], functions: dict, batch: dict, texts: list[str], config: Config, about: str) -> str:
+    """The page."""
+    pixels = ((batch["images"][:SAMPLES] + 1) * 127.5).round().clamp(0, 255).byte()
+    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
+    sources = {name: source_of(code) for name, code in functions.items()}
+    forward = next(name for name in functions if name.endswith(".forward") and name.split(".")[0] in OBJECTIVE_NAMES)
+    return filled(
+        TEMPLATE,
+        {
+            "about": about,
+            "order": order_of(sources, forward),
+            "sources": sources,
+            "shots": shots,
+            "grid": config.grid,
+            "pictures": [embed(picture) | {"alt": text} for picture, text in zip(pictures, texts, strict=False)],
+        },
+    )
+
+
+def own_world() -> list[str]:
+    """A few pictures of the built-in world, made anew in a folder that stays until the program ends."""
+    folder = tempfile.mkdtemp()
+    arguments = ["--out", folder, "--train", "640", "--val", "20", "--test", "20"]
+    scenes.main(arguments)
+    return [f"{folder}/pairs_train.jsonl"]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = runtime.Parser(
+        prog="python -m tools.trace", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a run's checkpoint.pt, or weights/demo.pt; without: short runs"
+    )
+    parser.add_argument("--data", nargs="+", help="JSONL files of pairs; without: a few pictures of the built-in world")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 150, 500], help="of short runs, where to look")
+    of = f"of short runs of MAMO: all, or some of {', '.join(VARIANTS)}"
+    parser.add_argument("--variants", nargs="+", default=["as it is"], metavar="NAME", help=of)
+    parser.add_argument("--train", default="", help="further options of train.py for short runs, as one text")
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs of the batch that is traced (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("trace.html"), help="page to write")
+    options = parser.parse_args()
+    options.variants = list(VARIANTS) if options.variants == ["all"] else options.variants
+    for name in options.variants:
+        if name not in VARIANTS:
+            raise ValueError(f"unknown variant {name!r}: use all, or some of {', '.join(VARIANTS)}")
+    if min(options.steps) < 0 or options.batch_size < SAMPLES:
+        raise ValueError(
+            f"steps {options.steps}, batch_size {options.batch_size}: give 0 or more, and {SAMPLES} or more"
+        )
+    return options
+
+
+def main() -> None:
+    """Trace a checkpoint, or short runs, and write the page."""
+    options = parse()
+    options.data = options.data or own_world()
+    rows = read_rows(options.data, "pairs")[: options.batch_size]
+    if len(rows) < SAMPLES or is_video(rows[0]["image"]):
+        raise ValueError(f"{' '.join(options.data)}: give at least {SAMPLES} rows with pictures")
+    texts = [row["image"] for row in rows], [captions_of(row)[0] for row in rows]
+    if options.checkpoint:
+        model, tokenizer, state = load_model(options.checkpoint, torch.device("cpu"))
+        if "head" in state:
+            raise ValueError(f"{options.checkpoint} is of fine-tuning: give a checkpoint of train.py")
+        batch = make_batch(*texts, model.config, tokenizer)
+        shot, functions = snapshot(model, batch, tokenizer)
+        shots, config = [{"variant": "as it is", "step": state.get("step", 0)} | shot], model.config
+        about = f"{state['objective']}, {options.checkpoint}, step {state.get('step', 0):,}"
+    else:
+        shots, functions, tokenizer, config = watched_runs(options, texts)
+        batch = make_batch(*texts, config, tokenizer)
+        about = (
+            f"short runs, {options.train or 'the preset nano'}, on {len(rows)} of the pairs that are traced and more"
+        )
+    page = page_of(shots, functions, batch, texts[1], config, about)
+    runtime.write_beside(options.out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    print(f"{options.out}, {options.out.stat().st_size / 1e6:.2f} MB: open it in a browser")
+
+
+if __name__ == "__main__":
+    runtime.guarded(main)
