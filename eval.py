@@ -490,8 +490,8 @@ def tell_unread(texts: list[str], tokenizer: Tokenizer, longest: int) -> None:
 def tell_unknown(tokenizer: Tokenizer, text: str) -> None:
     """Say which words of a text that was typed the model does not have."""
     if unknown := tokenizer.unknown_words(text):
-        are = "is" if len(unknown) == 1 else "are"
-        print(f"{', '.join(unknown)} {are} not among the words of this model: it knows no meaning of them")
+        are, them = ("is", "it") if len(unknown) == 1 else ("are", "them")
+        print(f"{', '.join(unknown)} {are} not among the words of this model: it knows no meaning of {them}")
 
 
 def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: str, k: int, device) -> Tensor:

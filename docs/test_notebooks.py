@@ -59,7 +59,7 @@ def test_a_notebook_is_stored_as_it_ran_with_exercises_unsolved(path):
         "".join(out["text"]) for out in outputs if out["output_type"] == "stream" and out["name"] == "stdout"
     )
     assert said.count("not solved yet") == 3 and ": right" not in said
-    assert "runs/demo/checkpoint.pt" in said, "stored from the demo's checkpoint"
+    assert "weights/demo.pt" in said, "stored from the checkpoint that comes with the repository"
     assert not re.search(r"/(root|home|work|tmp|Users)/", json.dumps(outputs)), "an output names a path of one machine"
 
 

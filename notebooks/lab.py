@@ -21,18 +21,20 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import runtime  # noqa: E402
 from data import Collate, Pairs, TwinBatches, read_rows  # noqa: E402
 from eval import load_model  # noqa: E402
+from explain import Heat  # noqa: E402
 from mamo import VisionLanguageModel  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import parts_for  # noqa: E402
 
 BLUE, ORANGE = "#4a5a78", "#d9822b"
 WORLD = Path("data/scenes")  # paths are relative to the repository, as on the command line
-BRIEF_STEPS = 400  # about a minute on two cores: enough to see where things go, not how good they get
+CHECKPOINTS = Path("runs/demo/checkpoint.pt"), Path("weights/demo.pt")
 
 
 @dataclass
@@ -44,7 +46,6 @@ class Demo:
     tokenizer: Tokenizer
     state: dict  # the whole content of the checkpoint
     world: Path
-    brief: bool  # trained by the notebooks for a minute, because `make demo` was not run
 
 
 def run(*command: str) -> str:
@@ -60,22 +61,17 @@ def run(*command: str) -> str:
 
 
 def start() -> Demo:
-    """Go to the repository -> the demo's checkpoint; where there is none, one that is trained briefly now and kept."""
+    """Go to the repository -> the demo's checkpoint, one's own if `make demo` has made it, else the one that comes with
+    the repository."""
     os.chdir(ROOT)
     style()
     if not (WORLD / "world.json").is_file():
         print("drawing the built-in world, once: half a minute")
         run("-m", "world.scenes", "--out", WORLD)
-    checkpoint = Path("runs/demo/checkpoint.pt")
-    brief = not checkpoint.is_file()
-    if brief:
-        checkpoint = Path("runs/brief/checkpoint.pt")
-        if not checkpoint.is_file():
-            print(f"no runs/demo: training for {BRIEF_STEPS} steps, once; `make demo` makes a better one")
-            run("train.py", "--out", checkpoint.parent, "--steps", str(BRIEF_STEPS), "--eval-every", str(BRIEF_STEPS))
+    checkpoint = next(path for path in CHECKPOINTS if path.is_file())
     model, tokenizer, state = load_model(checkpoint, torch.device("cpu"))
     print(f"{checkpoint}: {state['objective']}, step {state['step']}")
-    return Demo(checkpoint, model, tokenizer, state, WORLD, brief)
+    return Demo(checkpoint, model, tokenizer, state, WORLD)
 
 
 def batch_of(demo: Demo, size: int = 64, number: int = 0) -> dict[str, Tensor]:
@@ -108,8 +104,15 @@ def show_veiled(axes: Axes, image: Tensor, light: Tensor, title: str = "") -> No
 
 
 def show_heat(axes: Axes, image: Tensor, heat: Tensor, title: str = "") -> None:
-    """A map (n,), 0 or more, over a picture: the brighter a patch, the more; the brightest is the map's largest."""
-    show_veiled(axes, image, 0.1 + 0.9 * heat / heat.max().clamp(min=1e-12), title)
+    """A map (n,), 0 or more, over a picture: a square in each patch, the larger the hotter, as explain.py draws it."""
+    height, width = image.shape[1:]
+    rows = round((len(heat) * height / width) ** 0.5)
+    large = Image.fromarray(((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).resize(
+        (10 * width, 10 * height), Image.Resampling.NEAREST
+    )
+    axes.imshow(Heat(heat.detach().float().reshape(rows, -1), large, heat.max().item()).image())
+    axes.set_title(title)
+    axes.axis("off")
 
 
 def words_of(demo: Demo, ids: Tensor) -> list[str]:

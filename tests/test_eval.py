@@ -137,7 +137,7 @@ def test_a_search_says_what_its_answer_is_worth(command, checkpoint, gallery):
     assert "not among the words" not in said and "memorised" not in said
     _, said, _ = command(*asked, "a kitten on a square, and a zebra")
     assert "kitten, on, and, zebra are not among the words of this model: it knows no meaning of them" in said
-    assert "no caption in --data is this text, and the model was trained on 24 rows" in said
+    assert re.search(r"no caption in --data is this text, and the model was trained on \d+ rows", said)
     _, said, _ = command("score", *asked[1:3], "--image", gallery.parent / "pictures" / "05.png", "--text", "a kitten")
     assert "kitten is not among the words of this model" in said
 

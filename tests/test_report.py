@@ -290,6 +290,18 @@ def test_the_nearest_patch_is_another_pictures():
 # --------------------------------------------------------------------------------------------- curves, results, weight
 
 
+def test_the_random_baseline_of_val_is_that_of_its_retrieval(squares, tmp_path):
+    """Under the names that the log has; nothing where val is gone, or a task has another."""
+    run = new_run(squares, tmp_path / "run", "--val", str(squares))
+    found = report.val_chance(run.tokenizer, run.model.config.max_tokens, vars(run.config))
+    result = retrieval(run.model, run.tokenizer, run.val_rows, CPU)["chance"]
+    assert found == {
+        f"val_{short}_r1": result[side]["R@1"] for short, side in (("i2t", "image_to_text"), ("t2i", "text_to_image"))
+    }
+    for other in ({"task": "vqa"}, {"val": [str(tmp_path / "gone.jsonl")]}):
+        assert report.val_chance(run.tokenizer, 20, vars(run.config) | other) == {}
+
+
 def test_curves_and_results_are_those_beside_the_checkpoint(trained, squares, write):
     """Each loss of log.csv with its level of chance; results of each shape; and a page without either file."""
     checkpoint = trained("--seed", "3")
@@ -298,7 +310,9 @@ def test_curves_and_results_are_those_beside_the_checkpoint(trained, squares, wr
     page = write(checkpoint, squares).report
     curves = {one["name"]: one for one in page["curves"]}
     assert curves.keys() >= {"itc", "itm", "mrm", "mim", "mlm"} and not curves.keys() & {"step", "lr"}
-    assert {name: one["chance"] for name, one in curves.items() if one["chance"]} == model.chance(4)
+    beside = json.loads((folder / "config.json").read_text())["train"]
+    levels = report.val_chance(load_model(checkpoint, CPU)[1], model.config.max_tokens, beside)
+    assert {name: one["chance"] for name, one in curves.items() if one["chance"]} == model.chance(4) | levels
     assert [step for step, _ in curves["mim"]["points"]] == list(range(1, 13))
 
     broken = (folder / "log.csv").read_text().splitlines()

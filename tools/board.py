@@ -25,7 +25,7 @@ import runtime
 from data import captions_of, is_video, read_rows, to_pixels
 from eval import load_model
 from mamo import patchify
-from tools.report import picture_of, recover, why_nothing_recovered
+from tools.report import picture_of, recover, val_paths, why_nothing_recovered
 
 SHOWN, AMONG = 8, 100  # pictures of the strip, and pictures whose patches may stand for hidden ones
 WAIT = 10  # seconds between two looks at a run
@@ -74,8 +74,8 @@ class Board:
     def strip(self, checkpoint: Path) -> None:
         """Pictures of val, what is hidden of them, and what the student recovers, one below another."""
         model, tokenizer, state = load_model(checkpoint, torch.device("cpu"))
-        paths = state["train"]["val"] or [Path(state["train"]["data"][0]).with_name("pairs_val.jsonl")]
-        if why_nothing_recovered(model) or not all(Path(path).is_file() for path in paths):
+        paths = val_paths(state["train"])
+        if why_nothing_recovered(model) or not paths:
             return
         captions = {row["image"]: captions_of(row)[0] for row in read_rows(paths, "pairs")}
         images = list(captions)[:AMONG]

@@ -32,11 +32,11 @@ from PIL import Image
 from torch import Tensor
 
 import runtime
-from data import captions_of, centred, is_video, read_rows, shown, to_pixels
-from eval import encode_rows, load_for, match_pairs, retrieval
+from data import captions_of, centred, is_video, read_rows, sample_of, shown, to_pixels
+from eval import encode_rows, load_for, match_pairs, one_name, retrieval, right_places
 from explain import How, hidden_views, hiding_map, pixels_of, watched
 from mamo import at, normalised, patchify
-from metrics import right_answers
+from metrics import chance_recalls, right_answers
 from tasks import by_picture
 from tokenizer import CHUNK, Tokenizer
 
@@ -317,6 +317,26 @@ def curves(log: Path, chance: dict[str, float]) -> list[dict]:
     return found
 
 
+def val_paths(train: dict) -> list[Path]:
+    """The files that a run of pre-training evaluated on; none where they are gone."""
+    paths = [Path(path) for path in train["val"]] or [Path(train["data"][0]).with_name("pairs_val.jsonl")]
+    return [] if "task" in train or not all(path.is_file() for path in paths) else paths
+
+
+def val_chance(tokenizer: Tokenizer, longest: int, train: dict) -> dict[str, float]:
+    """The random baseline of retrieval on val, under the names that the log has."""
+    if not (paths := val_paths(train)):
+        return {}
+    rows, _ = one_name(sample_of(read_rows(paths, "pairs"), 1000, "val"), tokenizer, longest)  # as train.py samples it
+    images = {name: place for place, name in enumerate(dict.fromkeys(row["image"] for row in rows))}
+    texts = {text: place for place, text in enumerate(dict.fromkeys(text for row in rows for text in captions_of(row)))}
+    right, _ = right_places(rows, images, texts, "")
+    sides = (("val_i2t_r1", "image_to_text", texts), ("val_t2i_r1", "text_to_image", images))
+    return {
+        name: chance_recalls([len(one) for one in right[side]], len(gallery))["R@1"] for name, side, gallery in sides
+    }
+
+
 def recall_table(title: str, result: dict) -> dict:
     """Recalls of eval.retrieval as a table, with their intervals."""
     rows = []
@@ -398,6 +418,7 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
         text: words_of(tokenizer, text, config.max_tokens) for text in sorted({answer["text"] for answer in answers})
     }
     folder, data = options.checkpoint.parent, " ".join(options.data)
+    levels = model.chance(state["train"]["batch_size"]) | val_chance(tokenizer, config.max_tokens, state["train"])
     return {
         "about": about(model, state, result, data, options.checkpoint),
         "map": {"grid": grid, "how": str(how) if config.w_itm > 0 else None, "words": mapped},
@@ -406,7 +427,7 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
         "words": {text: [[word, mapped and bool(places)] for word, places in found] for text, found in words.items()},
         "galleries": chosen,
         "recovered": recovered(model, tokenizer, captions, first[:MOSAICS], album, device),
-        "curves": curves(folder / "log.csv", model.chance(state["train"]["batch_size"])),
+        "curves": curves(folder / "log.csv", levels),
         "tables": tables(result, data, folder / "results.json"),
     }
 
