@@ -3,12 +3,13 @@
 import ast
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: int(path.name.partition("_")[0]))
 
 
 def cells_of(path: Path) -> list[dict]:
@@ -28,8 +29,10 @@ MODULES = {name for path in ROOT.glob("*.py") for name in defined_in(path.read_t
 }
 
 
-def test_there_are_seven_notebooks_in_their_order():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_", "7_"]
+def test_the_notebooks_are_numbered_and_each_leads_to_the_next():
+    assert [path.name.partition("_")[0] for path in NOTEBOOKS] == [str(number) for number in range(13)]
+    for path, following in pairwise(NOTEBOOKS):
+        assert f"]({following.name})" in cells_of(path)[-1]["source"], f"{path.name} does not lead to {following.name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

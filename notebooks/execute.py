@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks; without: all")
     parser.add_argument("--store", action="store_true", help="keep the outputs in the notebooks")
     options = parser.parse_args()
-    paths = options.notebooks or sorted(FOLDER.glob("*.ipynb"))
+    paths = options.notebooks or sorted(FOLDER.glob("*.ipynb"), key=lambda path: int(path.name.partition("_")[0]))
     begun = time.perf_counter()
     lab.start()  # a checkpoint, if one must be trained, before the clock of the first notebook starts
     print(f"checkpoint and world: {time.perf_counter() - begun:.0f} s", flush=True)
