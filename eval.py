@@ -924,7 +924,7 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
             f"ordered by contrast and matching together, weight {weight:g}; --matching-weight 0 or inf asks one of them"
         )
     if options.figure and rank_and_size()[0] == 0:
-        sheet.draw_found(options.text, [one["image"] for one in found], options.figure)
+        sheet.draw_found(options.text, found, options.figure)
         print(f"the pictures are in {options.figure}")
 
 

@@ -189,12 +189,17 @@ def test_ranked_captions_are_those_of_matching_where_there_is_matching(pictures,
 
 
 def test_found_pictures_stand_in_their_order_in_their_own_proportions(pictures, pen, tmp_path):
-    """Seven pictures of 48 x 32, so drawn as 128 x 85, five in a row, below the text that found them."""
-    draw_found("a red square", pictures[:7], tmp_path / "a.png")
-    assert [words for *_, words, _ in pen] == ["a red square", *map(str, range(1, 8))]
+    """Seven pictures of 48 x 32, so drawn as 128 x 85, four in a row, below the text that found them, with their
+    scores; behind the best there is none of matching."""
+    found = [
+        {"image": one, "contrast": 0.5, "matching": 0.25 if place < 3 else None} for place, one in enumerate(pictures)
+    ]
+    draw_found("a red square", found[:7], tmp_path / "a.png")
+    scores = [(str(n), "contrast 0.50", *["matching 0.25"] * (n < 4)) for n in range(1, 8)]
+    assert [words for *_, words, _ in pen] == ["a red square", *(line for lines in scores for line in lines)]
     sheet = pixels(tmp_path / "a.png")
     for place, image in enumerate(pictures[:7]):
-        left, top = GAP + place % 5 * 180, 2 * GAP + LINE + place // 5 * (HIGH + GAP)
+        left, top = GAP + place % 4 * 260, 2 * GAP + LINE + place // 4 * (HIGH + GAP)
         drawn = sheet[top : top + HIGH, left : left + WIDE]
         wanted = Image.open(image).convert("RGB").resize((WIDE, HIGH), Image.Resampling.NEAREST)
         assert (drawn == np.asarray(wanted)).all()

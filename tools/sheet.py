@@ -59,12 +59,13 @@ def some_of(items: list, count: int) -> list:
 def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
     """Each picture beside itself with its map over it; of a video, all frames with their maps."""
     panels = [panel for heat in heats for panel in (heat.picture, heat.image())]
-    line += "   The area of a square: how hot its patch is beside the hottest"
+    line += "   larger = hotter"
     draw_sheet([Cell(panels, [])], path, width=sum(panel.width + GAP for panel in panels), title=line)
 
 
 def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int = 8, best: int = 5) -> None:
-    """Some pictures of a gallery beside the captions ranked first, re-ranked where there is matching."""
+    """Some pictures of a gallery beside the captions ranked first, re-ranked where there is matching; where no right
+    one is among them, the right one below."""
     right, names = right_answers(rows, lists)
     picture, text = names["image_to_text"]
     way = lists[-1]["way"]  # matching comes behind contrast
@@ -73,14 +74,19 @@ def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int =
     for image in some_of(list(ranked), pictures):
         marks = [(text(caption) in right["image_to_text"][picture(image)], caption) for caption in ranked[image][:best]]
         lines = [(f"{'+' if good else '-'} {caption}", RIGHT if good else WRONG) for good, caption in marks]
+        if not any(good for good, _ in marks):
+            lines.append((f"missed: {min(right['image_to_text'][picture(image)])}", "black"))
         cells.append(Cell([thumbnail(image)], lines))
     draw_sheet(cells, path)
 
 
-def draw_found(text: str, images: list[str], path: Path) -> None:
-    """The pictures that were found for a text, best first, row by row."""
-    cells = [Cell([thumbnail(image)], [(str(place), "black")]) for place, image in enumerate(images, 1)]
-    draw_sheet(cells, path, columns=5, width=180, title=text)
+def draw_found(text: str, found: list[dict], path: Path) -> None:
+    """The pictures that were found for a text, best first, row by row, with their scores. found: see eval.search"""
+    cells = []
+    for place, one in enumerate(found, 1):
+        scores = [f"{way} {one[way]:.2f}" for way in ("contrast", "matching") if one[way] is not None]
+        cells.append(Cell([thumbnail(one["image"])], [(line, "black") for line in (str(place), *scores)]))
+    draw_sheet(cells, path, columns=4, width=260, title=text)
 
 
 def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Path, each: int = 6) -> None:
