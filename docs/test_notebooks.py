@@ -48,6 +48,7 @@ def test_a_notebook_has_a_question_figures_and_three_exercises_with_folded_solut
         solution = cells[number + 1]
         assert solution["cell_type"] == "markdown" and solution["source"].startswith("<details><summary>"), number
         ast.parse(re.search(r"```python\n(.*?)```", solution["source"], re.S).group(1))
+        assert cells[number]["metadata"]["jupyter"]["source_hidden"], "a check tells the answer, so it is folded"
     pictures = [out for cell in cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
     assert len(pictures) >= 3
 
