@@ -36,7 +36,21 @@ SCENES = (
 PATCHES = 16  # of a picture of the preset nano, in four rows
 WIDTH = 1120
 INK, QUIET, LINE, PAPER = "#1c1c1c", "#5c5f66", "#9aa0a8", "#ffffff"
-STUDENT, TEACHER, MASKED = "#eef4fa", "#f3f1ec", "#4a5a78"
+STUDENT, TEACHER, MASKED, TOKEN = "#eef4fa", "#f3f1ec", "#4a5a78", "#f7f7f4"
+ON_COLOUR = "#fffffe"  # of words on a colour, in a dark page too
+DARK = {  # what stands for a colour in a dark page
+    INK: "#e8e5de",
+    QUIET: "#b3b5ba",
+    LINE: "#4a4f57",
+    PAPER: "#171a1f",
+    STUDENT: "#1d2733",
+    TEACHER: "#27251f",
+    TOKEN: "#2b2f35",
+    "#b8cde2": "#38506a",
+    "#cfc8b8": "#5a5343",
+    "#c4c4be": "#565b63",
+    "#f1f2f4": "#2b2f35",
+}
 FILLS = {"token": MASKED, "blank": "#7f7f7f", "drop": PAPER}
 # Of each loss: a colour that the colour-blind can tell, what the prediction should be, what compares them.
 LOSSES = {
@@ -203,13 +217,18 @@ def traced(objective: str) -> Trace:
 
 
 class Drawing:
-    """Lines of an SVG, with its own background, so that it reads in a light and in a dark page."""
+    """Lines of an SVG, with its own background, light or dark as the page that shows it."""
 
     def __init__(self, height: int, title: str):
+        dark = " ".join(
+            f'[fill="{light}"] {{ fill: {other} }} [stroke="{light}"] {{ stroke: {other} }}'
+            for light, other in DARK.items()
+        )
         self.lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
             f'role="img" font-family="Helvetica, Arial, \'DejaVu Sans\', sans-serif" font-size="14" fill="{INK}">',
             f"<title>{escape(title)}</title>",
+            f"<style>@media (prefers-color-scheme: dark) {{ svg {{ fill: {DARK[INK]} }} {dark} }}</style>",
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
             f'orient="auto-start-reverse"><path d="M0 0 8 4 0 8z" fill="{QUIET}"/></marker></defs>',
         ]
@@ -246,7 +265,7 @@ class Drawing:
     def loss(self, name: str, x: float, y: float) -> None:
         """A loss: its name on its colour."""
         self.box(x, y, 58, 28, LOSSES[name][0])
-        self.text(x + 29, y + 19, name.upper(), anchor="middle", fill=PAPER, bold=True)
+        self.text(x + 29, y + 19, name.upper(), anchor="middle", fill=ON_COLOUR, bold=True)
 
     def arrows(self, *paths: str, **more) -> None:
         """Straight lines from point to point, such as "0,0 9,0", with a tip at the end."""
@@ -278,8 +297,8 @@ class Drawing:
             if number == 4:
                 left, y = x, y + 22
             width, masked = 8.2 * len(word) + 8, number in side.masked
-            self.box(left, y, width, 20, MASKED if masked else "#f7f7f4", "#c4c4be")
-            self.text(left + width / 2, y + 14, "?" if masked else word, 12, "middle", PAPER if masked else INK)
+            self.box(left, y, width, 20, MASKED if masked else TOKEN, "#c4c4be")
+            self.text(left + width / 2, y + 14, "?" if masked else word, 12, "middle", ON_COLOUR if masked else INK)
             left += width + 4
 
     def save(self, path: Path) -> None:
@@ -398,10 +417,14 @@ def draw_student(sheet: Drawing) -> None:
     sheet.arrows("198,114 254,114", "216,272 254,272", "356,154 356,180", "356,238 356,212")
     sheet.arrows("458,114 488,114 488,172 518,172", "458,278 488,278 488,220 518,220")
     sheet.loss("itc", 327, 182)
-    sheet.text(394, 201, "in-batch", 12)
-    heads = {"itm": (70, "linear", "[CLS]", "do they belong together?")}
-    heads |= {"mlm": (132, "BERT's head", "words", "the masked words")}
-    heads |= {"mrm": (206, "two MLPs", "patches; words", "squared"), "mim": (280, "MLP", "patches", "absolute")}
+    sheet.text(394, 192, "own partner", 12)
+    sheet.text(394, 208, "in the batch", 12)
+    heads = {"itm": (70, "linear", "[CLS]", "a pair, or not")}
+    heads |= {"mlm": (132, "BERT's head", "words", "masked words")}
+    heads |= {
+        "mrm": (206, "two MLPs", "patches; words", "fused vectors"),
+        "mim": (280, "MLP", "patches", "image features"),
+    }
     for name, (y, head, places, compared) in heads.items():
         middle = y + 14
         sheet.arrows(f"702,196 720,196 720,{middle} 740,{middle}", f"882,{middle} 928,{middle}")
@@ -422,8 +445,12 @@ def draw_teacher(sheet: Drawing) -> None:
     sheet.arrows("458,434 959,434 959,310", "712,494 1092,494 1092,256 959,256 959,236")
     sheet.arrows("610,338 610,382", stroke_dasharray="6 4")
     sheet.text(624, 365, "a moving average, after every step", 13, fill=QUIET)
-    sheet.text(760, 427, "features of the masked patches", 12, fill=QUIET)
-    sheet.text(760, 512, "fused vectors, masked patches and words", 12, fill=QUIET)
+    sheet.text(778, 427, "at the masked patches", 12, fill=QUIET)
+    sheet.text(778, 512, "at the masked patches and words", 12, fill=QUIET)
+    for x, y in ((754, 434), (754, 494)):
+        sheet.box(x - 14, y - 11, 28, 22, PAPER, QUIET, stroke_width=1.5)
+        sheet.text(x, y + 5, "sg", 13, "middle", bold=True)
+    sheet.text(744, 548, "sg: stop-gradient, a target takes no gradient", 12, fill=QUIET)
 
 
 def draw_video() -> Drawing:
