@@ -13,7 +13,7 @@
     torchrun --nproc-per-node 8 eval.py retrieval ...              pictures, texts and queries shared by eight processes
 
 Retrieval sets every picture against every caption, both ways, R@1/5/10. "contrast" ranks by the cosine of the
-two embeddings; "matching" lets the matching head order the k best of them anew. A hit is any right answer among the
+two embeddings; "matching" re-ranks the k best of them with the matching head. A hit is any right answer among the
 first; an equal score of a wrong answer counts as ahead. What an answer is worth, chance and intervals: metrics.py.
 Explaining and grounding: explain.py. Results go to results.json beside the checkpoint.
 """
@@ -398,7 +398,7 @@ def check_ranks(model: VisionLanguageModel, k: int) -> None:
     if model.config.w_itc <= 0:
         raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
     if k < 0:
-        raise ValueError(f"k is {k}: give the number of candidates that matching orders anew, 0 = contrast only")
+        raise ValueError(f"k is {k}: give the number of candidates to re-rank, 0 = contrast only")
 
 
 def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[dict, dict]:
@@ -508,7 +508,7 @@ def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: 
 
 
 def rerank(cosines: Tensor, logits: Tensor, temperature: float, weight: float) -> Tensor:
-    """Order the candidates that matching has seen anew -> scores (q, g); all others keep their order behind them.
+    """Re-rank the candidates that matching has seen -> scores (q, g); all others keep their order behind them.
 
     ITM's negatives are drawn by contrast: the likelier contrast finds a pair, the more often the matching head has seen
     it as a negative. So it learns what contrast has not told, and the evidence for a pair is the sum of both logits,
@@ -526,7 +526,7 @@ def rerank(cosines: Tensor, logits: Tensor, temperature: float, weight: float) -
 def search(
     model, tokenizer: Tokenizer, images: list[str], text: str, device, k: int = 128, weight: float | None = None
 ) -> list[dict]:
-    """The pictures (paths) that fit a text, best first: by contrast, the k best of them ordered anew, see rerank.
+    """The pictures (paths) that fit a text, best first: by contrast, the k best of them re-ranked, see rerank.
 
     Returns: per picture {"image", "contrast": cosine, "matching": probability, None behind the k best}
     """
@@ -747,7 +747,7 @@ COMMANDS = ("retrieval", "foils", "grounding", *ANSWERING, "search", "score", "e
 
 
 def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel | None, Tokenizer | None]:
-    """Model and tokenizer for a command; none where predictions of a file are scored anew.
+    """Model and tokenizer for a command; none where the predictions in a file are scored.
 
     Raises:  ValueError for a checkpoint of another task
     """
@@ -797,10 +797,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that world/scenes.py wrote")
-    parser.add_argument("--predictions", type=Path, help="JSONL to write; without --checkpoint: to score anew")
-    parser.add_argument("--figure", type=Path, help="sheet of right and wrong examples to draw, a PNG")
+    parser.add_argument("--predictions", type=Path, help="JSONL file to write; without --checkpoint: the file to score")
+    parser.add_argument("--figure", type=Path, help="PNG to draw right and wrong examples on")
     parser.add_argument(
-        "--k", type=int, default=128, help="candidates that matching orders anew, 0 = contrast only (%(default)s)"
+        "--k", type=int, default=128, help="candidates to re-rank by matching, 0 = contrast only (%(default)s)"
     )
     parser.add_argument(
         "--matching-weight",
@@ -811,10 +811,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--own-captions", action="store_true", help="only a picture's own captions are right, not another's equal one"
     )
-    parser.add_argument("--by", default="", help="key of the rows whose values are reported apart, such as heldout")
-    parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; of reasoning one or two")
-    parser.add_argument("--video", nargs="+", help="in its place an animated picture, or the frames of a video")
-    parser.add_argument("--frames", type=int, help="frames of a video to look at; without: as many as in training")
+    parser.add_argument("--by", default="", help="key of the rows, such as heldout, to break results down by")
+    parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; reasoning takes one or two")
+    parser.add_argument("--video", nargs="+", help="instead of --image: an animated picture, or the frames of a video")
+    parser.add_argument("--frames", type=int, help="frames of a video to look at; default: as many as in training")
     parser.add_argument("--text", help="text for `search`, `score` and `explain`")
     parser.add_argument("--phrase", help="part of the text that `explain` looks for; without: the whole text")
     runtime.add_options(parser, How)
@@ -822,7 +822,9 @@ def parse() -> argparse.Namespace:
         "--frame", default="{}", help="text that `grounding` reads a phrase in, such as 'there is a {}'"
     )
     parser.add_argument("--out", type=Path, default=Path("heat.png"), help="picture that `explain` writes")
-    parser.add_argument("--results", type=Path, help="JSON file for the results; without: results.json beside")
+    parser.add_argument(
+        "--results", type=Path, help="JSON file for the results; default: results.json beside the checkpoint"
+    )
     parser.add_argument("--teacher", action="store_true", help="evaluate the teacher, the moving average of training")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return parser.parse_args()

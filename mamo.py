@@ -52,12 +52,12 @@ class Config:
 
     image_size: tuple[int, int] = (32, 32)  # height and width of the picture in pixels
     patch_size: int = 8  # side of a square patch in pixels
-    frames: int = 1  # most frames of a video that are looked at; 1 = pictures only
-    max_tokens: int = 32  # longest text in tokens, [CLS] and [SEP] included
+    frames: int = 1  # largest number of frames to look at in a video; 1 = pictures only
+    max_tokens: int = 32  # longest text in tokens, including [CLS] and [SEP]
     width: int = 64  # width d of all three encoders
     heads: int = 4  # attention heads per block
     text_heads: int = 0  # attention heads per block of text and fusion encoder; 0 = as many as heads
-    clip_image: bool = False  # build the image encoder as CLIP's: one more norm before the blocks, another GELU
+    clip_image: bool = False  # build the image encoder as CLIP does: with a norm before the blocks and quick GELU
     image_depth: int = 3  # blocks of the image encoder
     text_depth: int = 2  # blocks of the text encoder
     fusion_depth: int = 2  # blocks of the fusion encoder
@@ -66,7 +66,7 @@ class Config:
     w_itc: float = 1.0  # weight of image-text contrast; a loss of weight 0 costs nothing
     w_itm: float = 1.0  # weight of image-text matching
     w_mlm: float = 1.0  # weight of masked language modelling
-    albef_negatives: bool = False  # draw ITM's negatives as ALBEF does: sharper, and from all candidates
+    albef_negatives: bool = False  # draw ITM's hard negatives as ALBEF does: sharper, and from all candidates
     vocab_size: int = 109  # set from the tokenizer; 109 spell every word of ASCII, see Tokenizer.build
     mask_id: int = 4  # id of [MASK], set from the tokenizer
     special_ids: tuple[int, ...] = (0, 1, 2, 3, 4)  # ids that are never masked, set from the tokenizer
@@ -881,7 +881,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:    image, text (b, e)            unit vectors of this process's pairs
                  left_out (b, candidates)      True = shares image or caption with the row and is not its own partner:
-                                               nobody's negative, left out of the denominator
+                                               not a negative, left out of the denominator
                  image_keys, text_keys (candidates, e)   this batch over all processes, then the queue if there is one
         Returns: scalar, mean over rows and the two directions; chance is ln(candidates)
         """
@@ -914,7 +914,7 @@ class VisionLanguageModel(nn.Module):
         return views, torch.cat([valid_text, valid_image])
 
     def not_drawn(self, similarity: Tensor, same: Tensor) -> Tensor:
-        """Which candidates are nobody's negatives: same (b, b), and what ITC finds more similar than the own partner.
+        """Which candidates may not be drawn as negatives: same (b, b), and what ITC finds more similar than the own partner.
 
         differs: ALBEF draws these too, and most often. But what contrast prefers to the partner is mostly true of the
         picture, on real data, and a head that is told otherwise stays at its chance. They stay where no other is left.

@@ -459,7 +459,7 @@ def check_finite(state: dict, when: str, so: str) -> None:
     if bad:
         raise ValueError(
             f"{len(bad)} tensors are not finite {when} ({bad[0]} first): the run diverged, and {so}; go on "
-            "from its last good checkpoint, if there is one, with --resume and a smaller --lr, or begin anew with that"
+            "from its last good checkpoint, if there is one, with --resume and a smaller --lr, or start again with that"
         )
 
 

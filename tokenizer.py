@@ -133,7 +133,7 @@ class Tokenizer:
         Args:    captions    an iterable of texts, read once
                  max_size    largest number of entries; words are left out first
                  min_count   a word seen less often is spelled in characters. 2, because a piece seen once would learn
-                             its caption by heart, and new words need ## pieces that training has seen
+                             to identify its caption, and new words need ## pieces that training has seen
         Raises:  ValueError if special tokens and characters alone exceed max_size
         """
         counts = count_words(captions)

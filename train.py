@@ -64,21 +64,21 @@ class TrainConfig:
     """All of a run that is not the model's shape; with the objective's Config it makes up the command line."""
 
     data: list[str] = field(default_factory=lambda: ["data/scenes/pairs_train.jsonl"])  # JSONL files or tar archives
-    val: list[str] = field(default_factory=list)  # JSONL files to evaluate on; without: pairs_val.jsonl beside data
+    val: list[str] = field(default_factory=list)  # JSONL files to evaluate on; default: pairs_val.jsonl beside data
     out: str = "runs/demo"  # run folder
     objective: str = "mamo"  # mamo, control = ITC + ITM + MLM, or a sibling: maskvlm, glscl, vlmae
     preset: str = "nano"  # sizes: nano, tiny, small or base
-    vocab: str = ""  # vocab.txt to use; without: built from the captions
+    vocab: str = ""  # vocab.txt to use; default: a vocabulary built from the captions
     init: list[str] = field(default_factory=list)  # published encoders to start from, made by tools/weights.py
-    freeze_text: bool = False  # keep the text encoder as it is, which is for one of --init
+    freeze_text: bool = False  # do not train the text encoder; useful for one that --init loaded
     steps: int = 1600  # optimiser steps
     epochs: float = 0.0  # passes over the data; when given, steps follow from it
     batch_size: int = 64  # pairs per forward pass, of all processes together
-    parts: int = 0  # equal parts a batch is filled in, twins whole, for processes to share; 0 = 8, fewer if it is small
-    accumulate: int = 1  # forward passes per optimiser step, as if the batch were so many times as large: see Run.parts
+    parts: int = 0  # equal parts of a batch, for processes to share; 0 = 8, or fewer for a small batch
+    accumulate: int = 1  # forward passes per optimiser step; equals a batch this many times as large, see Run.parts
     lr: float = 0.0  # peak learning rate; 0 = by the width of the model, see rate_for: 6e-3 for nano, 2e-3 for tiny
-    lr_end: float = 0.01  # learning rate of the last step as a share of the peak
-    warmup: float = 0.05  # share of the steps in which the learning rate rises
+    lr_end: float = 0.01  # learning rate at the last step, as a share of the peak
+    warmup: float = 0.05  # share of the steps used for warm-up
     optimizer: str = "muon"  # muon = Muon for the matrices in blocks and AdamW for the rest; or adamw for all
     weight_decay: float = 0.02  # not on norms, biases, positions and single tokens
     beta2: float = 0.98  # second-moment decay of AdamW
@@ -94,7 +94,7 @@ class TrainConfig:
     eval_every: int = 500  # steps between evaluations on val
     save_every: int = 500  # steps between checkpoints
     check: str = "header"  # header, full = decode every picture before the first step, or none
-    skip_bad: bool = False  # leave bad rows out instead of stopping at them
+    skip_bad: bool = False  # skip bad rows instead of stopping
     resume: bool = False  # go on from the checkpoint in the run folder, if there is one
 
     def __post_init__(self):
@@ -482,7 +482,7 @@ class Run:
         """The end of the sentence for a number that is not finite."""
         return (
             f"not finite at step {self.step + 1}; the step was not made and the last checkpoint is whole: "
-            "go on from it with --resume and a smaller --lr, or begin anew with that or a longer --warmup"
+            "go on from it with --resume and a smaller --lr, or start again with that or a longer --warmup"
         )
 
     def count(self, name: str, value: torch.Tensor | int) -> None:
@@ -593,7 +593,7 @@ class Run:
         if config.accumulate > 1 and model.contrasts_parts:
             levels["itc"] = math.log(config.batch_size * config.accumulate)
         chance = ", ".join(f"{name} {level:.2f}" for name, level in levels.items())
-        print(f"losses of a model that knows nothing: {chance}")
+        print(f"random baseline of the losses: {chance}")
 
 
 def main() -> None:

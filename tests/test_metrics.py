@@ -951,14 +951,16 @@ def test_explain_draws_for_a_checkpoint_of_each_task(world, tmp_path, command, m
             (float(chance) for _, chance in answers), reverse=True
         )
         assert len(answers) == min(5, len(ANSWERS[task])) and {name for name, _ in answers} <= set(ANSWERS[task])
-        assert line.endswith(f"   {answers[0][0]}   (Grad-CAM, the middle fusion block)")
+        assert line.endswith(f"   {answers[0][0]}   (Grad-CAM, the middle fusion block)   larger = hotter")
         assert (
             task == "vqa"
             or len(ANSWERS[task]) > 5
             or sum(float(chance) for _, chance in answers) == pytest.approx(1, abs=2e-4)
         )
     else:
-        assert "matching, probability" in said and line.endswith("right   (Grad-CAM, the middle fusion block)")
+        assert "matching, probability" in said and line.endswith(
+            "right   (Grad-CAM, the middle fusion block)   larger = hotter"
+        )
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and sheet.size == (12 + 2 * pictures * (480 + 12), 320 + 58)
         for number, image in enumerate(images):

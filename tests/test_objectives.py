@@ -164,7 +164,7 @@ def test_a_run_logs_its_losses_announces_chance_and_saves(trained, case):
     levels["mlm"] = math.log(len(state["vocab"]))
     levels |= {"mamo": {"mrm": 2.0, "mim": 0.798}, "both masked": {"mrm": 2.0, "mim": 0.798}}.get(case, {})
     levels |= {"pixels": {"mrm": 2.0}}.get(case, {}) | ({"mgsc": 4 * math.log(4)} if "mgsc" in losses else {})
-    listed = re.search("losses of a model that knows nothing: (.*)", run.said).group(1)
+    listed = re.search("random baseline of the losses: (.*)", run.said).group(1)
     found = {name: float(level) for name, level in (part.split() for part in listed.split(", "))}
     assert found == pytest.approx(levels, abs=0.006)
 
@@ -350,6 +350,7 @@ def test_a_checkpoint_is_evaluated_by_its_encoders_alone(trained, judged, comman
     ).eval()
     missing = plain.load_state_dict({k: v for k, v in state["model"].items() if "mask_token" not in k}, strict=False)
     assert not missing.missing_keys
+    plain.matching_weight = model.matching_weight
     batch = tiny_batch(plain.config, b=6)
     pairs = batch["images"], batch["input_ids"], batch["attention_mask"]
     ours, theirs = model.score(*pairs), plain.score(*pairs)

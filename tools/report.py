@@ -448,7 +448,7 @@ def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict
     """What the checkpoint is, in words."""
     config, (rows, columns) = model.config, model.config.grid
     (height, width), task = config.image_size, state.get("head", {}).get("task")
-    seen = ", which it was trained on: what it knows by heart" if data.split() == state["train"]["data"] else ""
+    seen = ", which it was trained on, so this is memory" if data.split() == state["train"]["data"] else ""
     millions = sum(part.numel() for name, part in model.named_parameters() if not name.startswith("teacher.")) / 1e6
     return {
         "objective": f"{task}, fine-tuned" if task else state["objective"],
