@@ -9,6 +9,7 @@
     python eval.py search    --checkpoint runs/mine/checkpoint.pt --data my/pairs_train.jsonl --text "a dog"
     python eval.py score     --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle"
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
+    python eval.py embed     --checkpoint runs/mine/checkpoint.pt --data my/pairs.jsonl --out features.npz   for numpy
     python eval.py world     --checkpoint runs/demo/checkpoint.pt --data data/scenes       all of the built-in world
     torchrun --nproc-per-node 8 eval.py retrieval ...              pictures, texts and queries shared by eight processes
 
@@ -22,18 +23,20 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import captions_of, files_of, is_video, pictures_of, read_rows, resolved, video_of
+from data import CHECKS, captions_of, files_of, is_video, pictures_of, read_rows, resolved, video_of
 from explain import Heat, How, ground, heats_of, pixels_of
 from mamo import Encoders, VisionLanguageModel, frames_of, rank_and_size
 from metrics import (
@@ -698,7 +701,7 @@ def keep_result(path: Path, name: str, result: dict) -> str:
 
 def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
     """vqa, reasoning, entailment or grounding: predict or read predictions, score them, draw examples."""
-    task, rows = options.command, read_rows(options.data, options.command)
+    task, rows = options.command, asked_rows(options, options.command)
     extra = {}
     if model is None:
         predictions = read_predictions(options.predictions, rows)
@@ -743,7 +746,21 @@ def how_of(options: argparse.Namespace) -> How:
 
 
 ANSWERING = tuple(name for name, task in TASKS.items() if issubclass(task, Classifier))
-COMMANDS = ("retrieval", "foils", "grounding", *ANSWERING, "search", "score", "explain", "world")
+HOWS = {field.name for field in fields(How)}
+ROWS = {"data", "check", "skip_bad"}
+SCORED = ROWS | {"predictions", "figure", "frames", "results"}
+USES = {  # of each command, the options that it knows beside checkpoint, teacher and device
+    "retrieval": SCORED | {"k", "matching_weight", "own_captions", "by"},
+    "foils": ROWS | {"frames", "by", "results"},
+    "grounding": SCORED | HOWS | {"frame"},
+    **dict.fromkeys(ANSWERING, SCORED),
+    "search": ROWS | {"text", "k", "matching_weight", "frames", "figure"},
+    "score": {"image", "video", "frames", "text"},
+    "explain": {"image", "video", "frames", "text", "phrase", "out"} | HOWS,
+    "embed": ROWS | {"frames", "out"},
+    "world": HOWS | {"data", "k", "matching_weight", "results"},
+}
+COMMANDS = tuple(USES)
 
 
 def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel | None, Tokenizer | None]:
@@ -762,7 +779,7 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
             f"{options.checkpoint} is a checkpoint of {task} and has no head for {options.command}: give one that "
             f"finetune.py {options.command} made"
         )
-    if options.command in ("retrieval", "foils", "search", "world") and task in ANSWERING:
+    if options.command in ("retrieval", "foils", "search", "embed", "world") and task in ANSWERING:
         raise ValueError(
             f"{options.checkpoint} is a checkpoint of {task}, which neither contrasts nor matches: give one of "
             "train.py, or of finetune.py retrieval or grounding"
@@ -821,13 +838,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--frame", default="{}", help="text that `grounding` reads a phrase in, such as 'there is a {}'"
     )
-    parser.add_argument("--out", type=Path, default=Path("heat.png"), help="picture that `explain` writes")
+    parser.add_argument(
+        "--out", type=Path, help="what `explain` writes (heat.png), or `embed`, a file for numpy (features.npz)"
+    )
+    parser.add_argument("--check", default="header", choices=CHECKS, help="full = decode every picture first")
+    parser.add_argument("--skip-bad", action="store_true", help="skip bad rows instead of stopping")
     parser.add_argument(
         "--results", type=Path, help="JSON file for the results; default: results.json beside the checkpoint"
     )
     parser.add_argument("--teacher", action="store_true", help="evaluate the teacher, the moving average of training")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = USES[options.command] | {"checkpoint", "teacher", "device"}
+    for word in sys.argv[1:]:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in vars(options) and name not in known:
+            used = ", ".join(sorted("--" + one.replace("_", "-") for one in known))
+            raise ValueError(f"{options.command} does not use {word.partition('=')[0]}: leave it out; it uses {used}")
+    return options
 
 
 def main() -> None:
@@ -852,6 +880,9 @@ def main() -> None:
             return
         if not options.data:
             raise ValueError(f"{options.command} needs --data: give JSONL files, or for `world` the world's folder")
+        if options.command == "embed":
+            export(model, tokenizer, options, device)
+            return
         if options.command == "search":
             print_found(model, tokenizer, options, device)
             return
@@ -864,7 +895,7 @@ def main() -> None:
             result = retrieve(model, tokenizer, options, device)
             print(retrieval_table(name, result))
         elif options.command == "foils":
-            result = foils(model, tokenizer, read_rows(options.data, "foils"), device, options.by)
+            result = foils(model, tokenizer, asked_rows(options, "foils"), device, options.by)
             print(foil_table(name, result))
         else:
             result = judge(model, tokenizer, options, device)
@@ -876,7 +907,7 @@ def main() -> None:
 
 def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
     """Retrieval by a checkpoint, or by the ranked lists of a file."""
-    rows = read_rows(options.data, "pairs")
+    rows = asked_rows(options, "pairs")
     if model is None:
         result = judge_retrieval(rows, options.predictions)
         lists = [one for _, one in read_lines(options.predictions)]
@@ -895,6 +926,31 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
     return result
 
 
+def asked_rows(options: argparse.Namespace, schema: str) -> list[dict]:
+    """The rows of --data."""
+    return read_rows(options.data, schema, options.check, options.skip_bad)
+
+
+def export(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
+    """What contrast compares of each distinct picture and caption of `pairs` rows, for use elsewhere: a file for numpy
+    with "images" and "texts", names and captions, and "image_embed" and "text_embed", unit vectors (rows, e)."""
+    check_ranks(model, 0)
+    _, _, encoded = encode_rows(model, tokenizer, asked_rows(options, "pairs"), device, captions_of)
+    if rank_and_size()[0] > 0:
+        return
+    out = options.out or Path("features.npz")
+    arrays = {"images": np.array(encoded.images), "texts": np.array(encoded.texts)}
+    arrays |= {"image_embed": encoded.image_embed.numpy(), "text_embed": encoded.text_embed.numpy()}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+    runtime.write_beside(out, write)
+    count, width = len(encoded.images), encoded.image_embed.shape[1]
+    print(f"{out}: {count} pictures and {len(encoded.texts)} texts, {width} numbers each")
+
+
 FEW = 1000  # rows to train on; with fewer a search for a text that is no caption comes with a warning
 
 
@@ -903,7 +959,7 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
     if not options.text:
         raise ValueError('search needs a text: --text "a red circle"')
     captions: dict[str, str] = {}  # of each picture the first
-    rows = read_rows(options.data, "pairs")
+    rows = asked_rows(options, "pairs")
     for row in rows:
         captions.setdefault(row["image"], captions_of(row)[0])
     tell_unknown(tokenizer, options.text)
@@ -932,7 +988,7 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
 
 def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
     """Lay the heat map of a phrase over a picture, or over each of two."""
-    model, phrase = pipeline.model, options.phrase or options.text
+    model, phrase, out = pipeline.model, options.phrase or options.text, options.out or Path("heat.png")
     how = how_of(options)
     where = "" if phrase == options.text else f" in: {options.text}"
     said = f"   {pipeline.answers(options.image, options.text)[0][0]}" if isinstance(model, Classifier) else ""
@@ -940,9 +996,9 @@ def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
         raise ValueError("--phrase: hiding shows what speaks for the answer as a whole; --map gradcam reads a phrase")
     tell_unknown(pipeline.tokenizer, options.text)
     heats = pipeline.heat(options.image, options.text, phrase, how)
-    sheet.draw_heats(heats, options.out, f"{phrase}{where}{said}   ({how})")
+    sheet.draw_heats(heats, out, f"{phrase}{where}{said}   ({how})")
     print_score(pipeline, options)
-    print(f"the map, by {how}, is in {options.out}")
+    print(f"the map, by {how}, is in {out}")
 
 
 def print_score(pipeline: Pipeline, options: argparse.Namespace) -> None:

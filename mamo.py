@@ -914,7 +914,7 @@ class VisionLanguageModel(nn.Module):
         return views, torch.cat([valid_text, valid_image])
 
     def not_drawn(self, similarity: Tensor, same: Tensor) -> Tensor:
-        """Which candidates may not be drawn as negatives: same (b, b), and what ITC finds more similar than the own partner.
+        """Which candidates are not drawn as negatives: same (b, b), and what ITC finds more similar than the partner.
 
         differs: ALBEF draws these too, and most often. But what contrast prefers to the partner is mostly true of the
         picture, on real data, and a head that is told otherwise stays at its chance. They stay where no other is left.

@@ -28,12 +28,15 @@ def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
             if side:
                 file.draft(None, (2 * side, 2 * side))
             return to_rgb(file)
-    except FileNotFoundError as error:
-        raise ValueError(f"{source} is not a file: give the path of a picture") from error
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise ValueError(
-            f"{source} cannot be decoded ({error}): replace it, or find all such with train.py --check full"
-        ) from error
+        raise unreadable(source, error) from error
+
+
+def unreadable(path: str | Path, error: Exception) -> ValueError:
+    """The sentence for a picture that is missing or cannot be decoded."""
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"{path} is not a file: give the path of a picture")
+    return ValueError(f"{path} cannot be decoded ({error}): replace it, or find all such with --check full")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -42,7 +45,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
-        scale = 255 / 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1
+        most = values.max(initial=0)
+        scale = 255 / 65535 if image.mode.startswith("I;16") or most > 255 else 1
+        scale = 255 if image.mode == "F" and most <= 1 else scale  # floats from 0 to 1
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -62,9 +67,12 @@ def orientation(image: Image.Image) -> int:
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height that load_image would give, from the header alone."""
-    with opened(path) as file:
-        return file.size[::-1] if orientation(file) >= 5 else file.size  # 5 to 8 exchange width and height
+    """Width and height that load_image would give, from the header alone. Raises ValueError, as load_image"""
+    try:
+        with opened(path) as file:
+            return file.size[::-1] if orientation(file) >= 5 else file.size  # 5 to 8 exchange width and height
+    except Exception as error:
+        raise unreadable(path, error) from error
 
 
 @lru_cache(maxsize=100_000)  # rows of one picture need not stand together

@@ -29,6 +29,7 @@ import os
 import random
 import reprlib
 import time
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -420,8 +421,10 @@ def check_row(row: dict, task: str) -> None:
 
 
 def is_text(value) -> bool:
-    """Whether a value is a text that is not blank."""
-    return isinstance(value, str) and bool(value.strip())
+    """Whether a value is a text of which something can be seen, and no half of a surrogate pair stands in it."""
+    kinds = {unicodedata.category(letter)[0] for letter in value} if isinstance(value, str) else set()
+    broken = isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
+    return not broken and bool(kinds - {"C", "Z"})  # C: control characters and those without width; Z: blanks
 
 
 def is_score(value) -> bool:

@@ -36,6 +36,7 @@ from data import (
     training_batches,
 )
 from mamo import Config, MAMOConfig, same_pairs
+from reading.rows import is_text
 from tasks import HeadConfig, TaskRows
 from tokenizer import Tokenizer
 
@@ -941,3 +942,17 @@ def test_boxes_are_only_checked_where_the_task_asks_for_them(tmp_path):
     square(1).save(tmp_path / "a.png")
     rows = read_rows([write_rows(tmp_path / "a.jsonl", [{"image": "a.png", "caption": "a", "boxes": "none"}])], "pairs")
     assert rows[0]["boxes"] == "none"
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b\u2060", "\u00ad", "\x00", "half \ud800", "\udc00"])
+def test_a_text_of_which_nothing_is_seen_is_none(text):
+    """Zero width, control characters, and half of a surrogate pair, which no file can hold."""
+    assert not is_text(text) and is_text("a" + text.encode("utf-8", "ignore").decode())
+
+
+def test_floats_from_0_to_1_are_a_picture():
+    """Not black."""
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    seen = np.asarray(load_image(Image.fromarray(values)))[..., 0]
+    np.testing.assert_allclose(seen, 255 * values, atol=1)
+    np.testing.assert_allclose(np.asarray(load_image(Image.fromarray(200 * values)))[..., 0], 200 * values, atol=1)

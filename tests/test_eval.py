@@ -777,3 +777,51 @@ def test_what_a_command_lacks_is_told(checkpoint, gallery, foil_file, tmp_path, 
     ):
         code, _, errors = command(*arguments[:1], "--checkpoint", checkpoint, *arguments[1:])
         assert code == 2 and errors.startswith("error: ") and says in errors and errors.count("\n") == 1, errors
+
+
+# --------------------------------------------------------------------------------------- what is put in, and taken out
+
+
+@pytest.mark.parametrize("name", evaluation.COMMANDS)
+def test_a_command_has_its_own_options_only(command, name):
+    """One that it would ignore is refused before anything is loaded."""
+    values = {"k": 3, "text": "a", "out": "x", "own_captions": None, "skip_bad": None, "by": "heldout", "passes": 9}
+    for option in sorted(set(values) - evaluation.USES[name]):
+        given = [f"--{option.replace('_', '-')}", *([] if values[option] is None else [values[option]])]
+        code, _, errors = command(name, *given, "--checkpoint", "nowhere.pt")
+        assert code == 2 and f"{name} does not use {given[0]}: leave it out; it uses --" in errors
+
+
+def test_features_are_exported_for_numpy(command, checkpoint, gallery, tmp_path):
+    """Those that contrast compares, with the names of their pictures and their texts."""
+    out = tmp_path / "new" / "f.npz"
+    code, said, errors = command("embed", "--checkpoint", checkpoint, "--data", gallery, "--out", out)
+    assert code == 0 and str(out) in said, errors
+    found, pipeline = np.load(out), evaluation.load(checkpoint, "cpu")
+    rows = read_rows([gallery], "pairs")
+    assert list(found["images"]) == list(dict.fromkeys(row["image"] for row in rows))
+    assert list(found["texts"]) == list(dict.fromkeys(text for row in rows for text in captions_of(row)))
+    for name, embed in (("image", pipeline.embed_images), ("text", pipeline.embed_texts)):
+        wanted = embed([str(one) for one in found[f"{name}s"][:5]])
+        np.testing.assert_allclose(found[f"{name}_embed"][:5], wanted, atol=1e-5)
+
+
+def test_evaluation_skips_bad_rows_and_names_a_broken_picture(command, checkpoint, tmp_path):
+    """As training does, under the options that the sentence names."""
+    square(1).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    rows = [{"image": f"{name}.png", "caption": f"a {name} square"} for name in ("good", "broken", "good")]
+    rows.append({"image": "good.png", "caption": "\u200b"})
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("retrieval", "--checkpoint", checkpoint, "--data", data)
+    code, _, errors = command(*given)
+    assert code == 2 and "caption is" in errors
+    code, _, errors = command(*given, "--skip-bad")
+    assert code == 2 and "broken.png cannot be decoded" in errors and "--check full" in errors
+    code, said, errors = command(*given, "--skip-bad", "--check", "full")
+    assert code == 0 and "left out: 1 bad rows and 1 rows whose picture cannot be used" in said, errors
+    phrases = tmp_path / "grounding.jsonl"
+    phrases.write_text(json.dumps({"image": "broken.png", "text": "a", "boxes": [[1, 1, 2, 2]]}) + "\n")
+    code, _, errors = command("grounding", "--checkpoint", checkpoint, "--data", phrases)
+    assert code == 2 and "broken.png cannot be decoded" in errors

@@ -285,6 +285,24 @@ def test_captions_of_a_folder_come_from_texts_beside_the_pictures_or_from_their_
     assert "left out: 2 pictures without a caption, DSC-7.png first" in capsys.readouterr().out
 
 
+def test_a_folder_is_not_guessed_in_silence(tmp_path, capsys):
+    """What a system leaves is no picture, a list under another name is not passed over, and the source is said."""
+    pictures = tmp_path / "pictures"
+    picture(pictures, "red_dog.png", "._red_dog.png", "__MACOSX/a.png", ".ipynb_checkpoints/b.png")
+    out = run(tmp_path, "folder")
+    rows = data.read_rows([out / "pairs_train.jsonl"], "pairs")
+    assert [Path(row["image"]).name for row in rows] == ["red_dog.png"]
+    assert "captions are read from the names of the pictures" in capsys.readouterr().out
+    for name in ("caption.txt", "Captions.txt", "captions.tsv"):
+        write(pictures / name, "image,caption\nred_dog.png,a dog\n")
+        with pytest.raises(ValueError, match=f"{name} is not read: call it captions"):
+            run(tmp_path, "folder", "--force")
+        (pictures / name).unlink()
+    write(pictures / "red_dog.txt", "a dog")
+    run(tmp_path, "folder", "--force")
+    assert "captions are read from the .txt beside each picture" in capsys.readouterr().out
+
+
 def test_captions_of_a_folder_come_from_metadata_and_the_folders_of_splits(tmp_path, capsys):
     """Hugging Face's image folders: one file for all or one in each, JSONL or CSV, any column for the caption."""
     names = ("train/a/1.jpg", "train/b.jpg", "validation/3.jpg", "test/4.jpg")

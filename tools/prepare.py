@@ -134,7 +134,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     """
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val-share is {args.val_share}: give a share from 0 to below 1")
-    files = list(args.images.rglob("*"))
+    files = [path for path in args.images.rglob("*") if not is_junk(path.relative_to(args.images))]
     lists = [path for path in (args.images / "captions.txt", args.images / "captions.csv") if path.is_file()][:1]
     metadata = [] if lists else sorted(path for path in files if path.stem == "metadata" and path.suffix in METADATA)
     listed = read_captions(lists[0]) if lists else {}
@@ -146,6 +146,15 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
         raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
+    pictured = {path.with_suffix("") for path in files if path.suffix.lower() in kinds}
+    others = () if lists or metadata else set(args.images.glob("[Cc]aption*")) - {args.images / name for name in names}
+    for path in sorted(others):
+        if path.with_suffix("") not in pictured:
+            raise ValueError(f"{path} is not read: call it captions.txt or captions.csv, or take it away")
+    beside = any((args.images / name).with_suffix(".txt").is_file() for name in names)
+    source = lists[0].name if lists else ", ".join(sorted({path.name for path in metadata}))
+    source = source or ("the .txt beside each picture" if beside else "the names of the pictures")
+    print(f"captions are read from {source}")
     without, first = [], {}  # first: by its resolved path, the name of a picture that lies there several times
     for name in sorted(names | listed.keys()):  # convert reports those that are listed but missing
         path = args.images / name
@@ -198,6 +207,11 @@ def lsmdc(args: argparse.Namespace, left_out: Counter) -> Rows:
                 raise ValueError(f"found {reprlib.repr(line)}: expected {form}")
         if captions := not_blank([sentence.strip()], left_out):
             yield place, args.split, {"video": f"{film}/{clip}.avi", "caption": captions[0]}
+
+
+def is_junk(path: Path) -> bool:
+    """Whether a path, from the folder of the pictures on, is what a system or an editor leaves: ._x.png, __MACOSX."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 METADATA = (".jsonl", ".csv", ".parquet")

@@ -288,6 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=500, help="videos for test (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(arguments)
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}: give 0 or more")
     sizes = {"train": args.train, "val": args.val, "test": args.test}
     if args.train % 2 or min(sizes.values()) < 2:
         raise ValueError(f"--train {args.train} --val {args.val} --test {args.test}: expected 2 or more, --train even")

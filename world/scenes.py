@@ -386,6 +386,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="replace another world that is in --out")
     args = parser.parse_args(arguments)
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}: give 0 or more")
     if args.train % 2 or min(args.train, args.val, args.test) < 2:
         raise ValueError(f"--train {args.train} --val {args.val} --test {args.test}: expected 2 or more, --train even")
     # Training last: a size that the world cannot meet is found before most of the work.
