@@ -141,7 +141,7 @@ def facts() -> tuple[str, ...]:
         f"`base` has {base.num_patches} patches beside 30 tokens. `nano` has {nano.num_patches} beside 14",
         f"ITC and its gradient to {exact}, all losses of {steps} steps",
         f"limits after {learning} steps",
-        f"to {loose}. One thing differs",
+        f"to {loose}. There is one exception",
         f"agree: {', '.join(f'{score:g}' for score in agreeing)}",
         *objective_facts(),
     ]
