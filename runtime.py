@@ -198,8 +198,14 @@ def may_become(name: str, was, now) -> bool:
 
 def fail(message: object) -> typing.NoReturn:
     """End the program with one clear sentence and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {readable(str(message))}", file=sys.stderr)
     sys.exit(2)
+
+
+def readable(sentence: str) -> str:
+    """A sentence in which nothing that is quoted fills the screen, or steers the terminal."""
+    short = re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", sentence)
+    return "".join(letter if letter in "\n\t" or letter.isprintable() else repr(letter)[1:-1] for letter in short)
 
 
 def end(stopped: bool) -> None:
@@ -211,7 +217,7 @@ def end(stopped: bool) -> None:
 def guarded(main) -> None:
     """Run main(); a mistake in the user's input ends with its sentence, not with a traceback."""
     Output.gone, streams = False, (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = map(Output, streams)
+    sys.stdout, sys.stderr = Output(sys.stdout, plain=True), Output(sys.stderr)
     try:
         main()
     except (ValueError, OSError) as error:
@@ -747,14 +753,17 @@ class Output:
 
     gone = False  # whether a reader of this process has gone
 
-    def __init__(self, stream):
-        self.stream = stream
+    def __init__(self, stream, plain: bool = False):
+        """plain: no caption and no file name may steer the terminal; a progress bar does"""
+        self.stream, self.plain = stream, plain
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self.attempt(self.stream.write, text)
+        said = text.replace("\x1b", "\\x1b") if self.plain else text
+        code = getattr(self.stream, "encoding", None) or "utf-8"  # of an old console it may lack letters
+        self.attempt(self.stream.write, said.encode(code, "backslashreplace").decode(code))
         if "\n" in text:  # a reader behind a pipe sees each line when it is said
             self.flush()
         return len(text)

@@ -139,7 +139,7 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
     if lines and not skip_bad:
         raise ValueError(f"{lines[0]}{f' ({len(lines)} bad rows in all)' if len(lines) > 1 else ''}")
     if pictures and not skip_bad:
-        listed = "\n  ".join(pictures[:10])
+        listed = "\n  ".join(one if len(one) < 300 else f"{one[:300]}..." for one in pictures[:10])
         # All of them are counted only now: to remember millions while checking would take gigabytes.
         shown = {image for one in indexes for row in rows_of(one.path, task) for image in pictures_of(row)}
         raise ValueError(

@@ -827,7 +827,7 @@ def test_predictions_that_are_not_there_are_one_sentence(world, tmp_path, comman
         assert f"{task} needs --checkpoint" in one_sentence(command(task, *data))
     said = write_rows(tmp_path / "said.jsonl", [{"row": 0}])
     arguments = ("--data", world / "retrieval.jsonl", "--predictions", said)
-    assert "foils needs --checkpoint" in one_sentence(command("foils", *arguments))
+    assert "foils does not use --predictions" in one_sentence(command("foils", *arguments))
 
 
 def test_predictions_for_other_data_are_refused(world, tmp_path, command):

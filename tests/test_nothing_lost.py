@@ -2,6 +2,7 @@
 run goes on with what it began with, or says why not."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -533,3 +534,14 @@ def test_a_second_run_in_one_folder_is_refused(data, tmp_path, monkeypatch, caps
         started.process.wait()
     assert command(monkeypatch, train.main, *options(data, out, "--steps", "2")) == 0
     assert checkpoint(out)["step"] == 2
+
+
+def test_what_is_said_neither_steers_nor_floods_a_terminal(monkeypatch):
+    """Captions and names come from outside: no escape sequence, no letter that the console lacks, no endless word."""
+    written = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", written)
+    runtime.guarded(lambda: print("a \x1b[31mred\x1b[0m caption \u2603 \udcff"))
+    assert written.buffer.getvalue() == b"a \\x1b[31mred\\x1b[0m caption \\u2603 \\udcff\n"
+    long = runtime.readable(f"{'x' * 5000} is no file\x1b]0;: give \x07 one\nand more")
+    assert len(long) < 200 and long.startswith("xxx") and "..." in long and "\x1b" not in long and "\x07" not in long
+    assert long.endswith("\nand more")
