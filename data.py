@@ -295,7 +295,8 @@ class Pictures:
     def picture(self, name: str | tuple, source: str | Image.Image | None, rng: np.random.Generator) -> Tensor:
         """One picture or frame -> (3, height, width). name: by which it is kept; source: what to read if it is not"""
         if self.augment in ("photo", "aerial"):  # cropped before it is made small, so that details stay sharp
-            image = load_image(source, 2 * max(self.image_size))  # twice, because of the crop
+            image, side = load_image(source, 2 * max(self.image_size)), 4 * max(self.image_size)
+            image.thumbnail((side, side), reducing_gap=2.0)  # enough for any crop, and light
             return centred(to_pixels((photo if self.augment == "photo" else aerial)(image, rng), self.image_size))
         pixels = self.kept.get(name)
         if pixels is None:

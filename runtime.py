@@ -204,7 +204,8 @@ def fail(message: object) -> typing.NoReturn:
 
 def readable(sentence: str) -> str:
     """A sentence in which nothing that is quoted fills the screen, or steers the terminal."""
-    short = re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", sentence)
+    short = re.sub(r"'([^']{300,})'", lambda quoted: f"'{quoted[1][:120]}...'", sentence)
+    short = re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", short)
     return "".join(letter if letter in "\n\t" or letter.isprintable() else repr(letter)[1:-1] for letter in short)
 
 

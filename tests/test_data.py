@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from helpers import caption, square, write_rows, write_squares
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 from data import (
     Collate,
     Pairs,
+    Pictures,
     TwinBatches,
     aerial,
     captions_of,
@@ -956,3 +958,13 @@ def test_floats_from_0_to_1_are_a_picture():
     seen = np.asarray(load_image(Image.fromarray(values)))[..., 0]
     np.testing.assert_allclose(seen, 255 * values, atol=1)
     np.testing.assert_allclose(np.asarray(load_image(Image.fromarray(200 * values)))[..., 0], 200 * values, atol=1)
+
+
+def test_a_large_picture_is_made_small_before_it_is_augmented(monkeypatch, tmp_path):
+    """To four times the size that is wanted: arithmetic on all of a photograph would take gigabytes."""
+    Image.new("RGB", (3000, 2000), "red").save(tmp_path / "a.png")
+    seen = []
+    monkeypatch.setattr("data.photo", lambda image, rng: seen.append(image.size) or image)
+    pictures = Pictures(tiny_config(), "photo", 1)
+    assert pictures(str(tmp_path / "a.png"), np.random.default_rng(0)).shape == (3, 16, 24)
+    assert seen == [(96, 64)]

@@ -545,3 +545,4 @@ def test_what_is_said_neither_steers_nor_floods_a_terminal(monkeypatch):
     long = runtime.readable(f"{'x' * 5000} is no file\x1b]0;: give \x07 one\nand more")
     assert len(long) < 200 and long.startswith("xxx") and "..." in long and "\x1b" not in long and "\x07" not in long
     assert long.endswith("\nand more")
+    assert runtime.readable(f"the phrase {'a b ' * 999!r} is none") == f"the phrase '{'a b ' * 30}...' is none"
