@@ -88,9 +88,16 @@ def check_prediction(row: dict, prediction: dict) -> None:
         return
     for name, length in (("grid", 2), ("point", 2), ("proposal", 4), ("box", 4)):
         value = prediction.get(name)
-        numbers = isinstance(value, list) and len(value) == length and all(type(x) in (int, float) for x in value)
+        numbers = isinstance(value, list) and len(value) == length and all(map(is_finite, value))
         if not numbers and (value is not None or name == "grid"):
             raise ValueError(f"{name} is {value!r}: expected {length} numbers")
+    if any(type(side) is not int or not 1 <= side <= 1024 for side in prediction["grid"]):
+        raise ValueError(f"grid is {prediction['grid']}: expected rows and columns of patches, from 1 to 1024")
+
+
+def is_finite(value) -> bool:
+    """Whether a value is a number that a picture's place can have."""
+    return type(value) in (int, float) and abs(value) < 2**31  # which NaN is not either
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict]]:

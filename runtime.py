@@ -494,6 +494,8 @@ def load_checkpoint(path: str | Path) -> dict:
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is another; use another checkpoint")
     check_fields(Content, state, str(path))
+    if any(not isinstance(rows, list) or not rows for rows in state.get("data", {}).values()):
+        raise ValueError(f"{path} does not say what rows it was trained on: use a checkpoint that train.py wrote")
     if any(not isinstance(value, torch.Tensor) for value in state["model"].values()):
         raise ValueError(f"{path} holds weights that are no tensors: use a checkpoint that train.py wrote")
     check_finite(state["model"], f"in {path}", "it is of no use")

@@ -119,9 +119,16 @@ class TrainConfig:
 
 
 POSITIVE = (1e-12, math.inf)
-BOUNDS = dict.fromkeys(("steps", "accumulate", "log_every", "eval_every", "save_every"), (1, math.inf))
+BOUNDS = dict.fromkeys(("steps", "log_every", "eval_every", "save_every"), (1, math.inf))
 BOUNDS |= dict.fromkeys(("epochs", "parts", "seed", "workers", "weight_decay"), (0, math.inf))
-BOUNDS |= {"lr": (0, math.inf), "lr_end": (0, 1), "warmup": (0, 1), "beta2": (0, 1 - 1e-9), "clip": POSITIVE}
+BOUNDS |= {
+    "accumulate": (1, 10_000),
+    "lr": (0, math.inf),
+    "lr_end": (0, 1),
+    "warmup": (0, 1),
+    "beta2": (0, 1 - 1e-9),
+    "clip": POSITIVE,
+}
 
 FROM_TOKENIZER = ("mask_id", "special_ids", "continuation_ids")  # fields of a Config that are no options, as vocab_size
 

@@ -335,3 +335,36 @@ def test_what_is_changed_works_or_is_refused_in_one_sentence(inputs, kind, what,
         refused += outcome(use, f"{kind} {what}, input {number}, {hash(before)}") != "fine"
     assert refused > 0, "nothing was refused: nothing is tested"
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("grid", [[0, 0], [1.5, 2], [100_000, 100_000], [10**30, 1], [True, 2], [2], "ab", None])
+def test_a_grid_that_no_picture_has_is_refused(inputs, tmp_path, grid):
+    """A large one took all of the memory."""
+    rows = data.read_rows([inputs / "grounding.jsonl"], "grounding")
+    lines = [{"row": number, "grid": grid, "point": [1, 1]} for number in range(len(rows))]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"said\.jsonl:1: grid is .*: expected"):
+        read_predictions(tmp_path / "said.jsonl", rows)
+
+
+@pytest.mark.parametrize("box", [[float("nan"), 0, 1, 1], [1e400, 0, 1, 1], [0, 0, 1], "abcd"])
+def test_a_box_that_is_none_is_refused(inputs, tmp_path, box):
+    rows = data.read_rows([inputs / "grounding.jsonl"], "grounding")
+    lines = [{"row": number, "grid": [2, 3], "box": box} for number in range(len(rows))]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"said\.jsonl:1: box is .*: expected 4 numbers"):
+        read_predictions(tmp_path / "said.jsonl", rows)
+
+
+def test_a_checkpoint_says_what_rows_it_was_trained_on(whole, tmp_path):
+    """Resuming compares them."""
+    for rows in (3.5, [], "", {}):
+        torch.save(whole | {"data": {"rows to train on": rows}}, tmp_path / "checkpoint.pt")
+        with pytest.raises(ValueError, match="does not say what rows it was trained on"):
+            runtime.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_passes_of_a_step_have_a_bound():
+    """Their batches are held together."""
+    with pytest.raises(ValueError, match="accumulate is 99999999999: give 1 to 10000"):
+        train.parse(["--accumulate", "99999999999"])
