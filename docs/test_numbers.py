@@ -68,7 +68,7 @@ class Known:
         elif isinstance(value, str):
             self.written.update(NUMBER.findall(value))
         elif not isinstance(value, bool) and value is not None:
-            self.numbers.append(float(value))
+            self.numbers.append(abs(float(value)))  # the sign is not part of a number on a page
 
     def holds(self, number: str, one_seed: bool = False) -> bool:
         """Whether the number stands there, rounded to as many places; `one_seed` admits the values behind a mean."""

@@ -117,7 +117,7 @@ def test_the_readme_shows_every_notebook():
 def test_every_file_of_results_is_named_and_says_how_it_was_made():
     """What papers report says its source instead."""
     named = {file for text in TEXTS.values() for file in FILE.findall(text)}
-    assert named == {path.relative_to(ROOT).as_posix() for path in (ROOT / "results").glob("*.json")}
+    assert named == {path.relative_to(ROOT).as_posix() for path in (ROOT / "results").rglob("*.json")}
     for file in named:
         content = json.loads((ROOT / file).read_text(encoding="utf-8"))
         made = {"source"} if Path(file).name == "paper.json" else {"command", "hardware", "date"}
