@@ -238,6 +238,34 @@ def test_flickr8k_by_the_official_lists(tmp_path, capsys, content):
     assert "left out: 1 pictures that no list of --splits names" in capsys.readouterr().out
 
 
+def test_kaggles_list_of_flickr30k_is_read(tmp_path):
+    """Its columns are divided by |, and in one line of the published file the second | is missing."""
+    picture(tmp_path / "pictures", "1.jpg", "2.jpg")
+    text = (
+        "image_name| comment_number| comment\n1.jpg| 0| Two men | outside .\n1.jpg| 1| a 2nd one\n2.jpg| 4   A dog .\n"
+    )
+    assert prepare.read_captions(write(tmp_path / "results.csv", text)) == {
+        "1.jpg": ["Two men outside .", "a 2nd one"],
+        "2.jpg": ["A dog ."],
+    }
+    with pytest.raises(ValueError, match="expected the header"):
+        prepare.read_captions(write(tmp_path / "bad.csv", "image_name| comment_number| comment\n1.jpg\n"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "wanted"),
+    [
+        (["red"], {"red": 1.0}),
+        (["red", "red", "blue"], {"red": 1.0, "blue": 1.0}),
+        (["red"] * 19 + ["blue"], {"red": 1.0, "blue": 0.1667}),
+        (["b", "c", "d", "e", "f"], dict.fromkeys("bcdef", 0.6667)),
+    ],
+)
+def test_answers_of_more_or_fewer_than_ten_annotators(answers, wanted):
+    """Their shares count as if ten had answered."""
+    assert {name: score for name, score in prepare.scores(answers).items() if name} == wanted
+
+
 def test_flickr8k_without_lists_splits_six_to_one_to_one_by_name(tmp_path):
     names = [f"{number}.jpg" for number in range(400)]
     picture(tmp_path / "pictures", *names, size=(2, 2))
@@ -788,7 +816,7 @@ def test_json_lines_are_read_one_by_one(tmp_path, command, entry):
         ),
         ([question(1)], [annotation(1, ["a"] * 10)] * 2, "annotations[1]: question_id 1 has no question, or two"),
         ([question(1), question(1)], [annotation(2, ["a"] * 10)], "questions[1]: question_id 1 comes twice"),
-        ([question(1)], [annotation(1, ["a"] * 9)], "annotations[0]: found 9 answers"),
+        ([question(1)], [annotation(1, [])], "annotations[0]: found no answers"),
         ([question(1)], [annotation(1, ["a"] * 10, image=5)], "annotations[0]: image_id is 5, that of the question 9"),
         ([question(1, text="")], [annotation(1, ["a"] * 10)], "questions[0]: question is "),
         (

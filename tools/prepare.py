@@ -97,22 +97,26 @@ def flickr8k(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:
-    """The captions of each picture, from lines picture#number<Tab>caption, or a header image,caption and such lines."""
+    """The captions of each picture, from lines picture#number<Tab>caption, a header image,caption and such lines, or
+    Kaggle's Flickr30k, whose header is image_name| comment_number| comment."""
     captions, header = {}, None
     for place, line in lines_of(path):
         with at(place):
             if header is None:
-                header = re.sub(r'[\s"]', "", line).lower() == "image,caption"
-                if header:
+                header = re.sub(r'[\s"]', "", line).lower()
+                if header in ("image,caption", KAGGLE):
                     continue
-            if header:
+            if header == "image,caption":
                 image, *fields = next(csv.reader([line]))
                 caption = ",".join(fields)  # the captions of some files hold commas without being quoted
+            elif header == KAGGLE:
+                image, *fields = (part.strip() for part in line.split("|"))
+                caption = re.sub(r"^\d+\s*", "", " ".join(fields))  # the number; in one line no | stands behind it
             else:
                 name, *fields = line.split("\t")
                 image, caption = name.rpartition("#")[0], " ".join(fields)
             if not image or not fields:
-                forms = "the header image,caption and such lines, or picture#number<Tab>caption"
+                forms = f"the header image,caption or {KAGGLE} and such lines, or picture#number<Tab>caption"
                 raise ValueError(f"found {reprlib.repr(line)}: expected {forms}")
         captions.setdefault(image, []).append(caption)
     if not captions:
@@ -120,6 +124,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     return captions
 
 
+KAGGLE = "image_name|comment_number|comment"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAMERA = {"img", "image", "dsc", "dscf", "dscn", "pxl", "mvimg", "photo", "picture", "pic", "screenshot", "untitled"}
 
@@ -301,8 +306,8 @@ def vqa(args: argparse.Namespace, left_out: Counter) -> Rows:
             question_place, image_id, row = asked.pop(number)
             if entry.get("image_id", image_id) != image_id:
                 raise ValueError(f"image_id is {entry['image_id']}, that of the question {image_id}: {same_split}")
-            if len(answers) != 10:
-                raise ValueError(f"found {len(answers)} answers: expected those of ten annotators")
+            if not answers:
+                raise ValueError("found no answers: expected those of one annotator or more, of ten in VQA v2")
             row["answers"] = scores([take(answer, "answer") for answer in answers])
             row |= {"type": take(entry, "answer_type")} if "answer_type" in entry else {}
         if row["answers"]:
@@ -320,8 +325,11 @@ def scores(answers: list[str]) -> dict[str, float]:
     differs: the official evaluation normalises what a program says, of the annotators' answers only the punctuation,
     and not even that where all ten are equal to the letter. Here both are normalised alike, so that an answer has the
     same name in every row; of the published annotations, which are in lower case already, the scores are the same.
+    Of more or fewer than ten annotators the shares count as if ten had answered: min(1, 10 share / 3).
     """
     counts, n = Counter(filter(None, map(normalise, answers))), len(answers)
+    if n != 10:
+        return {answer: round(min(1, 10 * k / n / 3), 4) for answer, k in counts.most_common()}
     return {
         answer: round((k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n, 4) for answer, k in counts.most_common()
     }
@@ -635,7 +643,12 @@ COMMANDS = {
     "coco": (karpathy, "pairs", "COCO captions: Karpathy's dataset_coco.json", ONE),
     "coco-captions": (coco_captions, "pairs", "COCO's own captions_train2017.json", (*ONE, "--split")),
     "flickr30k": (karpathy, "pairs", "Karpathy's dataset_flickr30k.json, or dataset_flickr8k.json", ONE),
-    "flickr8k": (flickr8k, "pairs", "captions.txt or Flickr8k.token.txt", (*ONE, "--splits")),
+    "flickr8k": (
+        flickr8k,
+        "pairs",
+        "captions.txt or Flickr8k.token.txt; Kaggle's results.csv of Flickr30k",
+        (*ONE, "--splits"),
+    ),
     "msrvtt": (msrvtt, "pairs", "MSR-VTT: train_val_videodatainfo.json or its like of test", (*ONE, "--frames")),
     "lsmdc": (lsmdc, "pairs", "LSMDC: LSMDC16_annos_training.csv and its siblings", (*ONE, "--split", "--frames")),
     "cc": (conceptual_captions, "pairs", "Conceptual Captions 3M and 12M", (*ONE, "--split", "--pattern")),
