@@ -701,7 +701,7 @@ def keep_result(path: Path, name: str, result: dict) -> str:
 
 def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
     """vqa, reasoning, entailment or grounding: predict or read predictions, score them, draw examples."""
-    task, rows = options.command, asked_rows(options, options.command)
+    task, rows = options.command, asked_rows(options, "questions" if options.no_answers else options.command)
     extra = {}
     if model is None:
         predictions = read_predictions(options.predictions, rows)
@@ -711,6 +711,12 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
         predictions = ground(model, tokenizer, rows, device, how, options.frame)
     else:
         answers = model.head_config.answers
+        if options.no_answers:
+            given = classify(model, tokenizer, rows, device)
+            if rank_and_size()[0] == 0:
+                said = [{"row": number, "answer": answer} for number, answer in enumerate(given)]
+                write_predictions(options.predictions, rows, said)
+            return {}
         extra = {"coverage": coverage(rows, answers)} if task == "vqa" else {}
         known = {named(task, answer) for answer in answers}
         outside = sum((worths(row).keys() if task == "vqa" else {right_label(row)}).isdisjoint(known) for row in rows)
@@ -754,6 +760,7 @@ USES = {  # of each command, the options that it knows beside checkpoint, teache
     "foils": ROWS | {"frames", "by", "results"},
     "grounding": SCORED | HOWS | {"frame"},
     **dict.fromkeys(ANSWERING, SCORED),
+    "vqa": SCORED | {"no_answers"},
     "search": ROWS | {"text", "k", "matching_weight", "frames", "figure"},
     "score": {"image", "video", "frames", "text"},
     "explain": {"image", "video", "frames", "text", "phrase", "out"} | HOWS,
@@ -815,6 +822,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that world/scenes.py wrote")
     parser.add_argument("--predictions", type=Path, help="JSONL file to write; without --checkpoint: the file to score")
+    parser.add_argument("--no-answers", action="store_true", help="the rows of vqa have no answers: predict alone")
     parser.add_argument("--figure", type=Path, help="PNG to draw right and wrong examples on")
     parser.add_argument(
         "--k", type=int, default=128, help="candidates to re-rank by matching, 0 = contrast only (%(default)s)"
@@ -898,7 +906,12 @@ def main() -> None:
             result = foils(model, tokenizer, asked_rows(options, "foils"), device, options.by)
             print(foil_table(name, result))
         else:
+            if options.no_answers and (model is None or not options.predictions):
+                raise ValueError("--no-answers predicts alone: give --checkpoint, and --predictions to write")
             result = judge(model, tokenizer, options, device)
+            if options.no_answers:
+                print(f"answers to {name} are in {options.predictions}")
+                return
             print(result_table(f"{options.command}, {name}", result))
         print(keep_result(options.results, f"{options.command} {name}", result))
     if asked & runtime.UNWRITTEN:  # the figures are printed, and a script that waits for the file may not go on

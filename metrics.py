@@ -35,7 +35,16 @@ LABELS = {"reasoning": ("false", "true"), "entailment": ENTAILMENT_LABELS}
 
 
 def write_predictions(path: Path, rows: list[dict], predictions: list[dict]) -> None:
-    """One line each; where it belongs to a row, the row's text goes with it, for a reader and as a check."""
+    """One line each; where it belongs to a row, the row's text goes with it, for a reader and as a check. A path that
+    ends in .json gets answers in the form of VQA's own server: [{"question_id", "answer"}, ...]"""
+    if path.suffix == ".json":
+        if any("question_id" not in row for row in rows) or any("answer" not in one for one in predictions):
+            raise ValueError(
+                f"{path}: the form of VQA's server needs answers, and a question_id in each row; use .jsonl"
+            )
+        said = [{"question_id": rows[one["row"]]["question_id"], "answer": one["answer"]} for one in predictions]
+        runtime.write_json(path, said)
+        return
     lines = []
     for prediction in predictions:
         about = {"text": text_of(rows[prediction["row"]])} if "row" in prediction else {}

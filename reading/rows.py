@@ -474,10 +474,18 @@ SCHEMAS = {
     "grounding": {"image": PATH, "text": TEXT, "boxes": BOXES},
     "phrases": {"image": PATH, "text": TEXT},
     "vqa": {"image": PATH, "question": TEXT, "answers": ANSWERS},
+    "questions": {"image": PATH, "question": TEXT},  # of a test split, whose answers nobody is told
     "reasoning": {"images": PATHS, "text": TEXT, "label": TRUTH},
     "entailment": {"image": PATH, "text": TEXT, "label": LABEL},
 }
-WITH_VIDEOS = ("pairs", "foils", "phrases", "vqa", "entailment")  # in which "video" may stand in place of "image"
+WITH_VIDEOS = (
+    "pairs",
+    "foils",
+    "phrases",
+    "vqa",
+    "questions",
+    "entailment",
+)  # in which "video" may stand in place of "image"
 OPTIONAL = {"grounding": {"proposals": BOXES}}
 LEARNED = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for key in schema} - {"image", "images"})
 

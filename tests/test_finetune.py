@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import test_processes
 import torch
-from helpers import SIZES, kept_signals, new_run, read_log, same, write_rows, write_squares, write_task
+from helpers import SIZES, kept_signals, new_run, read_log, same, square, write_rows, write_squares, write_task
 from processes import fine_tune, together
 from test_train import checkpoint, command
 
+import eval as evaluation
 import finetune
 import train
 from data import read_rows
@@ -20,6 +21,7 @@ from finetune import FineTune, expand, split_by_group, with_new_words
 from metrics import score_answers
 from tasks import TASKS, Retrieval, by_picture, coverage
 from tokenizer import Tokenizer
+from tools import prepare
 from train import learning_rate
 
 SHORT = (
@@ -667,3 +669,37 @@ def test_a_label_that_a_kept_head_does_not_know_is_one_sentence(start, data, tmp
     with pytest.raises(ValueError, match="1 labels of the training rows, 'neutral' first, are none of the 3 that"):
         tuned("entailment", path, data, tmp_path / "second")
     assert tuned("entailment", path, data, tmp_path / "third", "--new-head").model.head_config.answers[1] == "neutral"
+
+
+def test_questions_whose_answers_nobody_is_told_are_answered(tmp_path, monkeypatch, capsys):
+    """A test split: converted without annotations, answered, and written as VQA's own server wants it."""
+    data = write_task(tmp_path / "vqa.jsonl", "vqa")
+    given = ["vqa", "--init", "none", "--data", str(data), "--out", str(tmp_path / "run"), *SIZES.split()]
+    run = finetune.start(*finetune.parse([*given, *SHORT.split()]))
+    run.train()
+
+    def evaluate(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return command(monkeypatch, evaluation.main, *arguments), *capsys.readouterr()
+
+    asked = [{"question_id": 70 + n, "image_id": n, "question": "what colour is the square"} for n in range(3)]
+    (tmp_path / "asked.json").write_text(json.dumps({"questions": asked}))
+    for n in range(3):
+        square(n).save(tmp_path / "pictures" / f"{n}.png")
+    given = ["--questions", "asked.json", "--images", "pictures", "--out", "out"]
+    given = [one if one.startswith("--") else str(tmp_path / one) for one in given]
+    prepare.main(["vqa-test", *given, "--split", "test", "--pattern", "{id}.png"])
+    data = tmp_path / "out" / "vqa_test.jsonl"
+    best = ("vqa", "--checkpoint", run.out / "best.pt", "--data", data)
+    for name in ("said.json", "said.jsonl"):
+        code, said, errors = evaluate(*best, "--no-answers", "--predictions", tmp_path / name)
+        assert code == 0 and name in said, errors
+    found = json.loads((tmp_path / "said.json").read_text())
+    assert [one["question_id"] for one in found] == [70, 71, 72]
+    lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [one["answer"] for one in lines] == [one["answer"] for one in found]
+    assert all(one["answer"] in run.model.head_config.answers for one in found)
+    code, _, errors = evaluate(*best)
+    assert code == 2 and "found the keys" in errors and '"answers"' in errors
+    code, _, errors = evaluate(*best, "--no-answers")
+    assert code == 2 and "give --checkpoint, and --predictions to write" in errors

@@ -287,17 +287,30 @@ def conceptual_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
 # -------------------------------------------------------------------------------------------- visual question answering
 
 
-def vqa(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """VQA v2: one row for each question. eval.py reports each "type" of answer (yes/no, number, other)."""
-    asked, same_split = {}, f"expected {args.questions} and {args.annotations} to be of the same split"
+def questions_of(args: argparse.Namespace, pattern: str) -> dict[int, tuple[str, int, dict]]:
+    """VQA v2's questions: question_id -> where it stands, the picture's number, the row without answers"""
+    asked = {}
     for place, entry in entries(args.questions, "questions"):
         with at(place):
             number, values = take(entry, "question_id", int), {"id": take(entry, "image_id", int), "split": args.split}
             if number in asked:
                 raise ValueError(f"question_id {number} comes twice: expected it once")
-            image = fill(args.pattern or "COCO_{split}2014_{id:012d}.jpg", values)
+            image = fill(args.pattern or pattern, values)
             row = {"image": image, "question": take(entry, "question"), "question_id": number}
         asked[number] = place, values["id"], row
+    return asked
+
+
+def vqa_test(args: argparse.Namespace, left_out: Counter) -> Rows:
+    """The questions of a test split, whose answers are not published: for `eval.py vqa --no-answers`."""
+    for place, _, row in questions_of(args, "COCO_{split}2015_{id:012d}.jpg").values():
+        yield place, args.split, row
+
+
+def vqa(args: argparse.Namespace, left_out: Counter) -> Rows:
+    """VQA v2: one row for each question. eval.py reports each "type" of answer (yes/no, number, other)."""
+    same_split = f"expected {args.questions} and {args.annotations} to be of the same split"
+    asked = questions_of(args, "COCO_{split}2014_{id:012d}.jpg")
     for place, entry in entries(args.annotations, "annotations"):
         with at(place):
             number, answers = take(entry, "question_id", int), take(entry, "answers", list)
@@ -561,6 +574,7 @@ def convert(args: argparse.Namespace) -> None:
              without args.force a file that is there
     """
     schema = "phrases" if args.converter is albef and args.task == "grounding" else args.task  # without boxes
+    schema = "questions" if args.converter is vqa_test else schema  # without answers
     # Resolved first: behind a symbolic link, ".." leads elsewhere than the path says.
     root = Path(os.path.relpath(args.images.resolve(), args.out.resolve())).as_posix()
     written, left_out, pictures, missing = Counter(), Counter(), set(), {}  # missing: a dict, to keep their order
@@ -652,7 +666,8 @@ COMMANDS = {
     "msrvtt": (msrvtt, "pairs", "MSR-VTT: train_val_videodatainfo.json or its like of test", (*ONE, "--frames")),
     "lsmdc": (lsmdc, "pairs", "LSMDC: LSMDC16_annos_training.csv and its siblings", (*ONE, "--split", "--frames")),
     "cc": (conceptual_captions, "pairs", "Conceptual Captions 3M and 12M", (*ONE, "--split", "--pattern")),
-    "vqa": (vqa, "vqa", "VQA v2; test has no answers to convert", ("--questions", *ONE, "--split", "--pattern")),
+    "vqa": (vqa, "vqa", "VQA v2 with its answers", ("--questions", *ONE, "--split", "--pattern")),
+    "vqa-test": (vqa_test, "vqa", "VQA v2's test questions, without answers", ("--questions", "--split", "--pattern")),
     "nlvr": (nlvr, "reasoning", "Cornell NLVR", (*ONE, "--split", "--orders")),
     "nlvr2": (nlvr2, "reasoning", "NLVR2", (*ONE, "--split")),
     "snli-ve": (snli_ve, "entailment", "SNLI-VE", (*ONE, "--split")),
