@@ -85,10 +85,12 @@ class Parser(argparse.ArgumentParser):
 
 def read_config(path: str) -> dict:
     """The options in a run's config.json. Raises ValueError for a file that is none"""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file: give the config.json of a run folder")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return content["model"] | content["train"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not the config.json of a run: give one from a run folder") from error
 
 
@@ -405,8 +407,12 @@ def write_beside(path: Path, write, size: int = 0) -> None:
 
     size: bytes that will be written, if they are known. Whatever fails, nothing half written is left behind.
     """
+    path = Path(os.path.realpath(path))  # a link stays one, and what it shows is replaced
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file that could be replaced: give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # it could be a link to somebody's file
     try:
         write(temporary)
         with open(temporary, "r+b") as file:  # + because Windows flushes only what is open for writing

@@ -108,6 +108,8 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Tokenizer of a vocab.txt (UTF-8, one token a line). Raises ValueError if it cannot be read or is not one."""
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"cannot read the vocabulary {path}: it is no file")  # a pipe would be waited for
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # -sig, because Windows editors write a byte order mark
             return cls(text.removesuffix("\n").split("\n"))

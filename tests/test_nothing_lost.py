@@ -37,6 +37,7 @@ import runtime
 import train
 from eval import load_model
 from explain import save_png
+from tools import compare
 
 ENDLESS = ("--steps", "100000", "--save-every", "100000", "--eval-every", "100000")
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a small disk")
@@ -546,3 +547,32 @@ def test_what_is_said_neither_steers_nor_floods_a_terminal(monkeypatch):
     assert len(long) < 200 and long.startswith("xxx") and "..." in long and "\x1b" not in long and "\x07" not in long
     assert long.endswith("\nand more")
     assert runtime.readable(f"the phrase {'a b ' * 999!r} is none") == f"the phrase '{'a b ' * 30}...' is none"
+
+
+def test_a_link_stays_a_link_and_nothing_but_a_file_is_replaced(tmp_path):
+    """Also the name that is written first: it could be a link to somebody's file."""
+    mine, theirs, link = tmp_path / "mine", tmp_path / "theirs", tmp_path / "link"
+    theirs.write_text("theirs")
+    link.symlink_to(mine)
+    (tmp_path / "mine.tmp").symlink_to(theirs)
+    runtime.write_beside(link, lambda temporary: temporary.write_text("new"))
+    assert link.is_symlink() and mine.read_text() == "new" and theirs.read_text() == "theirs"
+    assert not (tmp_path / "mine.tmp").exists()
+    for path in (Path("/dev/null"), tmp_path):
+        with pytest.raises(OSError, match="is not a file that could be replaced"):
+            runtime.write_beside(path, lambda temporary: temporary.write_text("new"))
+
+
+@unix
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(data, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for given in (["--vocab", tmp_path / "pipe"], ["--config", tmp_path / "pipe"]):
+        with pytest.raises(ValueError, match=r"no file|not a file"):
+            train.start(*train.parse([*options(data, tmp_path / "out"), *map(str, given)]))
+
+
+def test_deeply_nested_files_are_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for use in (runtime.read_config, compare.read_plan):
+        with pytest.raises(ValueError, match=r"deep\.json is not (a plan|the config)"):
+            use(tmp_path / "deep.json")

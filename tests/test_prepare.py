@@ -252,6 +252,14 @@ def test_kaggles_list_of_flickr30k_is_read(tmp_path):
         prepare.read_captions(write(tmp_path / "bad.csv", "image_name| comment_number| comment\n1.jpg\n"))
 
 
+def test_a_pattern_does_not_write_thousands_of_blanks():
+    """Its own digits may be many."""
+    assert prepare.fill("2014000/{id:012d}.jpg", {"id": 7}) == "2014000/000000000007.jpg"
+    for pattern in ("{id:999999999}", "a{id:>4000}", "{id:.99999f}"):
+        with pytest.raises(ValueError, match="does not fit"):
+            prepare.fill(pattern, {"id": 7})
+
+
 @pytest.mark.parametrize(
     ("answers", "wanted"),
     [

@@ -130,7 +130,7 @@ def read_plan(path: Path) -> Plan:
         raise ValueError(f"{path} is not a file: give a plan, see --help")
     try:
         return Plan(**json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a plan ({error}): see --help for its keys") from error
 
 

@@ -530,6 +530,8 @@ def not_blank(texts: list[str], left_out: Counter) -> list[str]:
 def fill(pattern: str, values: dict[str, Any]) -> str:
     """The name of a picture: a pattern, such as {id:012d}.jpg, filled with values."""
     try:
+        if re.search(r"\d{4}", re.sub(r"[^{]*(\{[^}]*\}|$)", r"\1", pattern)):
+            raise ValueError("a width of thousands")  # which would be written out
         return pattern.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(f"--pattern {pattern!r} does not fit ({error}): it knows {', '.join(values)}") from error

@@ -306,7 +306,7 @@ def curves(log: Path, chance: dict[str, float]) -> list[dict]:
     if not log.is_file():
         return []
     with open(log, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
     beside = ("step", "lr", "grad_norm", "temperature", "pairs_per_s", "peak_memory_mb")
     found = []
     for name in rows[0] if rows else ():
