@@ -106,7 +106,7 @@ def test_every_path_exists(page):
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 205
+    assert len(README.splitlines()) <= 201
 
 
 def test_the_readme_shows_every_notebook():
