@@ -79,6 +79,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
         model = build_model(state["objective"], state["config"])
     runtime.load_weights(model, state["model"], path)
     model.matching_weight = state.get("matching_weight", 1.0)
+    model.trained_on = state.get("data", {}).get("rows to train on", [math.inf])[0]
     return model.to(device).eval(), tokenizer, state
 
 
@@ -699,6 +700,15 @@ def keep_result(path: Path, name: str, result: dict) -> str:
     return said
 
 
+def within_reach(task: str, rows: list[dict], answers: list[str]) -> dict:
+    """Say how many rows no answer of the list gets right -> {"coverage": see coverage}, in vqa only."""
+    known = {named(task, answer) for answer in answers}
+    outside = sum((worths(row).keys() if task == "vqa" else {right_label(row)}).isdisjoint(known) for row in rows)
+    if outside:
+        print(f"{outside} of {len(rows)} rows have no answer in the checkpoint's list: they count as wrong")
+    return {"coverage": coverage(rows, answers)} if task == "vqa" else {}
+
+
 def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
     """vqa, reasoning, entailment or grounding: predict or read predictions, score them, draw examples."""
     task, rows = options.command, asked_rows(options, "questions" if options.no_answers else options.command)
@@ -710,20 +720,14 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
         extra = {"map": str(how)}
         predictions = ground(model, tokenizer, rows, device, how, options.frame)
     else:
-        answers = model.head_config.answers
-        if options.no_answers:
-            given = classify(model, tokenizer, rows, device)
-            if rank_and_size()[0] == 0:
-                said = [{"row": number, "answer": answer} for number, answer in enumerate(given)]
-                write_predictions(options.predictions, rows, said)
-            return {}
-        extra = {"coverage": coverage(rows, answers)} if task == "vqa" else {}
-        known = {named(task, answer) for answer in answers}
-        outside = sum((worths(row).keys() if task == "vqa" else {right_label(row)}).isdisjoint(known) for row in rows)
-        if outside:
-            print(f"{outside} of {len(rows)} rows have no answer in the checkpoint's list: they count as wrong")
+        if not options.no_answers:
+            extra = within_reach(task, rows, model.head_config.answers)
         given = classify(model, tokenizer, rows, device)
         predictions = [{"row": number, "answer": answer} for number, answer in enumerate(given)]
+    if options.no_answers:
+        if rank_and_size()[0] == 0:
+            write_predictions(options.predictions, rows, predictions)
+        return {}
     if task == "grounding":
         result = judge_grounding(rows, predictions)
     else:
@@ -768,6 +772,14 @@ USES = {  # of each command, the options that it knows beside checkpoint, teache
     "world": HOWS | {"data", "k", "matching_weight", "results"},
 }
 COMMANDS = tuple(USES)
+
+
+UNASKED = {
+    "predictions": None,
+    "frame": "{}",
+    "frames": None,
+    "teacher": False,
+}  # load_for, where a tool has none of them
 
 
 def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel | None, Tokenizer | None]:
@@ -976,12 +988,11 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
     for row in rows:
         captions.setdefault(row["image"], captions_of(row)[0])
     tell_unknown(tokenizer, options.text)
-    said = {tuple(tokenizer.encode(text)) for row in rows for text in captions_of(row)}
-    trained_on = runtime.load_checkpoint(options.checkpoint).get("data", {}).get("rows to train on", [math.inf])[0]
-    if trained_on < FEW and tuple(tokenizer.encode(options.text)) not in said:
+    asked = tokenizer.encode(options.text)
+    if model.trained_on < FEW and all(tokenizer.encode(text) != asked for row in rows for text in captions_of(row)):
         print(
-            f"no caption in --data is this text, and the model was trained on {trained_on} rows: so few are memorised, "
-            "and how other texts are ranked means little"
+            f"no caption in --data is this text, and the model was trained on {model.trained_on} rows: so few are "
+            "memorised, and how other texts are ranked means little"
         )
     found = search(model, tokenizer, list(captions), options.text, device, options.k, options.matching_weight)[:best]
     print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")

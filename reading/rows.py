@@ -27,6 +27,7 @@ import json
 import math
 import os
 import random
+import re
 import reprlib
 import time
 import unicodedata
@@ -422,9 +423,10 @@ def check_row(row: dict, task: str) -> None:
 
 def is_text(value) -> bool:
     """Whether a value is a text of which something can be seen, and no half of a surrogate pair stands in it."""
-    kinds = {unicodedata.category(letter)[0] for letter in value} if isinstance(value, str) else set()
-    broken = isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
-    return not broken and bool(kinds - {"C", "Z"})  # C: control characters and those without width; Z: blanks
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+        return False
+    # C: control characters and those without width; Z: blanks
+    return any(unicodedata.category(letter)[0] not in "CZ" for letter in value)
 
 
 def is_score(value) -> bool:

@@ -261,7 +261,8 @@ class Inputs:
             config, shape = train.parse(given)
         except SystemExit as end:
             raise ValueError("refused by the parser") from end
-        train.start(config, shape).one_step(train.start(config, shape).batches())
+        run = train.start(config, shape)
+        run.one_step(run.batches())
 
     def request(self, _: str) -> None:
         """What the page to try a checkpoint is asked."""

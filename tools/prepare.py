@@ -530,7 +530,7 @@ def not_blank(texts: list[str], left_out: Counter) -> list[str]:
 def fill(pattern: str, values: dict[str, Any]) -> str:
     """The name of a picture: a pattern, such as {id:012d}.jpg, filled with values."""
     try:
-        if re.search(r"\d{4}", re.sub(r"[^{]*(\{[^}]*\}|$)", r"\1", pattern)):
+        if any(re.search(r"\d{4}", field) for field in re.findall(r"\{[^}]*\}", pattern)):
             raise ValueError("a width of thousands")  # which would be written out
         return pattern.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import runtime
 from data import captions_of, centred, is_video, read_rows, sample_of, shown, to_pixels
-from eval import encode_rows, load_for, match_pairs, one_name, retrieval, right_places
+from eval import UNASKED, encode_rows, load_for, match_pairs, one_name, retrieval, right_places
 from explain import How, hidden_views, hiding_map, pixels_of, watched
 from mamo import at, normalised, patchify
 from metrics import chance_recalls, right_answers
@@ -488,7 +488,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
     parser.add_argument("--out", type=Path, help="HTML file to write; without: report.html beside the checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.set_defaults(command="retrieval", predictions=None, frame="{}", frames=None, teacher=False)
+    parser.set_defaults(command="retrieval", **UNASKED)
     return parser.parse_args()
 
 

@@ -16,6 +16,7 @@ import io
 import json
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,7 @@ from PIL import Image
 
 import runtime
 from data import captions_of, is_video, read_rows
-from eval import Encoded, check_ranks, encode_rows, load_for, match_pairs, rerank
+from eval import UNASKED, Encoded, check_ranks, encode_rows, load_for, match_best, rerank
 from explain import How, hidden_views, pixels_of
 from reading.pictures import FORMATS, load_image, to_rgb
 from tokenizer import Tokenizer
@@ -143,13 +144,9 @@ class Looker:
         cosines = own.image_embed @ gallery.text_embed.T if to_text else own.text_embed @ gallery.image_embed.T
         logits = torch.full_like(cosines, torch.nan, dtype=torch.double)
         if model.config.w_itm > 0:
-            best = cosines[0].topk(min(RERANKED, cosines.shape[1])).indices
-            some = (own.image, gallery.text[best], gallery.attention_mask[best])
-            if not to_text:
-                some = (gallery.image[best], own.text, own.attention_mask)
-            none, each = torch.zeros_like(best), torch.arange(len(best))
-            pairs = (none, each) if to_text else (each, none)
-            logits[0, best] = match_pairs(model, Encoded([], [], *some, None, None), *pairs, self.device).double()
+            mine = {"image": own.image} if to_text else {"text": own.text, "attention_mask": own.attention_mask}
+            both, most = replace(gallery, **mine), min(RERANKED, cosines.shape[1])
+            logits = match_best(model, both, cosines, 0, direction, most, self.device)
         ranked = rerank(cosines, logits, model.temperature.item(), model.matching_weight)[0]
         return [
             {
@@ -258,7 +255,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="port of the loopback (%(default)s)")
     parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.set_defaults(command="search", predictions=None, frame="{}", frames=None, teacher=False)
+    parser.set_defaults(command="search", **UNASKED)
     return parser.parse_args()
 
 
