@@ -16,9 +16,11 @@ for it; `snapshot` makes a step with it; `pictured` is what stands beside some l
 
 import argparse
 import ast
+import atexit
 import copy
 import inspect
 import shlex
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -426,6 +428,7 @@ def page_of(shots: list[dict], functions: dict, batch: dict, texts: list[str], c
 def own_world() -> list[str]:
     """A few pictures of the built-in world, made anew in a folder that stays until the program ends."""
     folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
     arguments = ["--out", folder, "--train", "640", "--val", "20", "--test", "20"]
     scenes.main(arguments)
     return [f"{folder}/pairs_train.jsonl"]
