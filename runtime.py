@@ -670,29 +670,30 @@ class Interrupt:
     second Ctrl-C stops at once. What `nohup` ignores stays ignored."""
 
     def __init__(self):
-        self.signalled, self.before = False, {}
+        self.heard, self.before = set(), {}
         for number in STOP_SIGNALS:
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self.ask)
 
     @property
     def asked(self) -> bool:
-        return self.signalled or Output.gone
+        return bool(self.heard) or Output.gone
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
-        """Give the signals back."""
+        """Give the signals back, but for a kill that was heard: it often comes twice, and the program is ending."""
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if number == signal.SIGINT or number not in self.heard:
+                signal.signal(number, handler)
 
     def ask(self, number: int, frame) -> None:
         # Others than a hand on a keyboard often send a signal twice: to the group, and to each process of it.
-        if self.signalled and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if self.heard and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
-        self.signalled = True
+        self.heard.add(number)
 
 
 class DataFailed(ValueError):

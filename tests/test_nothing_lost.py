@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,10 @@ class Started:
     def __init__(self, arguments: list[str], out: Path, **pipes):
         self.out = out
         pipes = pipes or {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(arguments, env=environment(), start_new_session=True, text=True, **pipes)
+        heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # even where these tests run under nohup
+        self.process = subprocess.Popen(
+            arguments, env=environment(), start_new_session=True, text=True, preexec_fn=heard, **pipes
+        )
 
     def __enter__(self):
         return self
@@ -143,6 +147,19 @@ def test_a_signal_to_the_whole_group_ends_a_run_as_ctrl_c_does(data, tmp_path, n
     assert started.process.returncode == 130, complained
     assert "Traceback" not in complained and "and saved; go on with" in said
     assert_as_if_nothing_had_been(name, arguments, out, tmp_path)
+
+
+@unix
+def test_a_kill_that_ended_a_run_may_come_again():
+    """The second of two would otherwise end the program before it has said how to go on."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    try:
+        with runtime.Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.asked
+        assert signal.getsignal(signal.SIGTERM) == interrupt.ask and signal.getsignal(signal.SIGHUP) == before[1]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
 
 
 @unix
