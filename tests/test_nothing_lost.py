@@ -152,14 +152,12 @@ def test_a_signal_to_the_whole_group_ends_a_run_as_ctrl_c_does(data, tmp_path, n
 @unix
 def test_a_kill_that_ended_a_run_may_come_again():
     """The second of two would otherwise end the program before it has said how to go on."""
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
-    try:
+    before = signal.getsignal(signal.SIGHUP)
+    with kept_signals():
         with runtime.Interrupt() as interrupt:
             signal.raise_signal(signal.SIGTERM)
             assert interrupt.asked
-        assert signal.getsignal(signal.SIGTERM) == interrupt.ask and signal.getsignal(signal.SIGHUP) == before[1]
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
+        assert signal.getsignal(signal.SIGTERM) == interrupt.ask and signal.getsignal(signal.SIGHUP) == before
 
 
 @unix
