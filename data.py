@@ -1,16 +1,16 @@
 """From JSONL files and pictures to batches.
 
-One reading path for every data set: the built-in world, your own files, converted official releases. What a row holds,
-and how it is read and checked: reading/rows.py. Here a row of `pairs` is {"image": path, "caption": text or list of
-texts}, and rows that share the optional "twin" stay in one batch. With "video" in place of "image" the row's picture is
-a video: all that is said of pictures here holds of it, with one dimension more, its f frames.
+There is one reading path for every data set: the built-in world, your own files, converted official releases.
+reading/rows.py defines what a row holds, and reads and checks it. Here a row of `pairs` is {"image": path, "caption":
+text or list of texts}, and rows that share the optional key "twin" stay in one batch. A row may have "video" instead of
+"image": all that is said of pictures here applies to videos too, with one more dimension, their f frames.
 
-Randomness belongs to the sample: the order of the rows follows from (seed, epoch); augmentation, the choice of a
-caption and the noise behind both masks follow from (seed, epoch, row). So a resumed run, another number of workers and
-another number of processes see the same samples masked in the same way.
+Randomness belongs to the sample. The order of rows follows from (seed, epoch); augmentation, the choice of a caption
+and the noise for both masks follow from (seed, epoch, row). So a resumed run, or one with another number of workers or
+processes, sees the same samples, masked in the same way.
 
-How to read it: a row becomes a sample, samples become a batch, and then which rows share a batch. Pictures follow; how
-they are augmented: reading/augment.py.
+How to read it: first how a row becomes a sample and samples a batch, then which rows share a batch, and last pictures.
+Augmentation is in reading/augment.py.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ from tokenizer import Tokenizer, pad
 
 
 class Pairs(Dataset):
-    """Rows of `pairs` as training samples; a sample's key is (epoch, row), and all its randomness follows from it."""
+    """Rows of `pairs` as training samples. A sample's key is (epoch, row), and all its randomness follows from it."""
 
     def __init__(
         self, rows: Sequence[dict], tokenizer: Tokenizer, config: Config, augment: str = "none", seed: int = 0
@@ -89,7 +89,7 @@ class Pairs(Dataset):
         return {
             "images": self.pictures(row["image"], rng),
             "input_ids": input_ids,
-            # By its place beside the first picture: the same wherever the data lie.
+            # The path relative to the first picture's folder, so that data can be moved.
             "image_id": stable_id("\n".join(files)),
             "caption_id": stable_id(str(input_ids)),
             "patch_noise": patch_noise,
@@ -100,9 +100,9 @@ class Pairs(Dataset):
 
 @dataclass
 class Collate:
-    """Samples -> a batch, padded to the longest caption in it. A class, because worker processes need to pickle it.
+    """Samples -> a batch, padded to its longest caption. A class, because worker processes need to pickle it.
 
-    length, if given, is the number of tokens that every batch is padded to: one shape for a compiled step.
+    length: if given, every batch is padded to this number of tokens, for a compiled step
     """
 
     pad_id: int
@@ -116,7 +116,7 @@ class Collate:
             batch[name] = torch.tensor([sample[name] for sample in samples])
         for name in ("images", "patch_noise"):
             batch[name] = torch.stack([sample[name] for sample in samples])
-        # Each sample's noise is cut, not redrawn: padding changes no mask.
+        # Noise is cut, not drawn again, so padding does not change the masks.
         for name in ("token_noise", "replace_noise"):
             batch[name] = torch.stack([sample[name][:length] for sample in samples])
         return batch
@@ -125,14 +125,14 @@ class Collate:
 def make_batch(
     images: Tensor | list, texts: list[str], config: Config, tokenizer: Tokenizer | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
-    """A batch for a model's forward, with all its noise, from a few pictures and texts of one's own.
+    """A batch for a model's forward pass, with all noise, from pictures and texts of your own.
 
-    Args:    images      a tensor (b, 3, height, width) with values in [-1, 1], or a list of paths or PIL images; of
-                         videos (b, f, 3, height, width), or names that video_of gives
+    Args:    images      a tensor (b, 3, height, width) with values in [-1, 1], or a list of paths or PIL images; for
+                         videos (b, f, 3, height, width), or names from video_of
              texts       b texts
-             tokenizer   whose vocabulary the config is for; without one, words are spelled letter by letter
+             tokenizer   with the vocabulary of the config; without one, words are spelled letter by letter
              seed        decides all noise
-    Raises:  ValueError if there are not as many pictures as texts, or the tokenizer is not the config's
+    Raises:  ValueError if the numbers of pictures and texts differ, or the tokenizer does not fit the config
     """
     tokenizer = tokenizer or Tokenizer.build([])
     if len(tokenizer) != config.vocab_size:
@@ -158,12 +158,12 @@ def make_batch(
 
 
 def stable_id(text: str) -> int:
-    """The same 63-bit number for the same text in every process and every run; captions go by their token ids."""
+    """A 63-bit number that is the same for the same text in every process and every run."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def count_truncated(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> int:
-    """How many texts are longer than max_tokens, [CLS] and [SEP] included, and lose their end."""
+    """Number of texts that are truncated: longer than max_tokens, including [CLS] and [SEP]."""
     return sum(len(tokenizer.encode(text)) > max_tokens for text in texts)
 
 
@@ -171,13 +171,13 @@ def count_truncated(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int)
 
 
 class TwinBatches:
-    """Endless batches of sample keys (epoch, row) from a given batch on, in which twins stay together.
+    """Endless batches of sample keys (epoch, row), beginning at a given batch. Twins stay together.
 
-    An epoch puts the groups (twins, or a row alone) into an order that follows from (seed, epoch), leaves out the last
-    rows, which do not fill a batch, and fills parts of equal size: with the largest groups first, as many as fit, then
-    with the smallest; where none fits, one is cut. Parts are shuffled, and some of them make a batch. Processes share
-    a batch by its parts: so any number of processes that divides the parts sees the same batches, and twins are on one.
-    A batch is of pictures or of videos; where there are both, each kind fills batches of its own, and these are mixed.
+    An epoch orders the groups (twins, or single rows) by (seed, epoch), drops the last rows, which do not fill a batch,
+    and fills parts of equal size: with the largest groups first, as many as fit, then with the smallest; if none fits,
+    one is split. Parts are shuffled, and several make a batch. Processes share a batch by its parts, so every number of
+    processes that divides the parts sees the same batches, and twins are on one process. A batch holds either pictures
+    or videos; if there are both, each kind fills its own batches, and these are shuffled together.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class TwinBatches:
         processes: int = 1,
         parts: int = 1,
     ):
-        """batch_size: pairs of all processes together; first: the batch to begin with; parts: of each batch."""
+        """batch_size: pairs over all processes; first: the batch to begin with; parts: number of parts of a batch."""
         if batch_size % parts or parts % processes:
             raise ValueError(
                 f"a batch of {batch_size} pairs in {parts} parts cannot be shared by {processes} processes: "
@@ -211,19 +211,19 @@ class TwinBatches:
         self.batches_per_epoch = sum(len(places) // batch_size for places in kinds)
 
     def grouped(self, places: np.ndarray, twins: np.ndarray) -> list[list[int]]:
-        """Numbers of rows, those of twins together; more twins than a part holds are several groups."""
+        """Numbers of rows, grouped by twins. More twins than fit in a part make several groups."""
         by_group, counts = places[np.argsort(twins, kind="stable")], np.unique(twins, return_counts=True)[1]
         whole = [group.tolist() for group in np.split(by_group, counts.cumsum()[:-1])]
         return [group[i : i + self.size] for group in whole for i in range(0, len(group), self.size)]
 
     def epoch(self, number: int) -> np.ndarray:
-        """The batches of one epoch -> (batches, batch_size), numbers of rows."""
+        """The batches of one epoch -> (batches, batch_size), numbers of rows"""
         rng = np.random.default_rng([self.seed, number])
         batches = [self.filled(groups, rng) for groups in self.kinds]
         return batches[0] if len(batches) == 1 else rng.permutation(np.concatenate(batches))
 
     def filled(self, groups: np.ndarray | list[list[int]], rng: np.random.Generator) -> np.ndarray:
-        """Batches of the rows of one kind, in groups or each alone -> (batches, batch_size)"""
+        """Batches of one kind of rows, in groups or single -> (batches, batch_size)"""
         order = rng.permutation(np.arange(len(groups), dtype=np.int32))
         if isinstance(groups, np.ndarray):
             return groups[order[: len(order) // self.batch_size * self.batch_size]].reshape(-1, self.batch_size)
@@ -246,7 +246,7 @@ class TwinBatches:
                 else:
                     cut = list(line.pop())
             parts.append(part)
-        if len(set(map(len, groups))) > 1:  # else no part is like its neighbour by size
+        if len(set(map(len, groups))) > 1:  # otherwise parts are in random order already
             rng.shuffle(parts)
         return np.array(parts).reshape(-1, self.batch_size)
 
@@ -275,7 +275,7 @@ def training_batches(
 
 
 class Pictures:
-    """Pictures and frames as bytes. Unless they are cropped they are kept, if those of all rows fit into 256 MB."""
+    """Loads pictures and frames. Unless they are cropped, they are cached if those of all rows fit into 256 MB."""
 
     def __init__(self, config: Config, augment: str, rows: int):
         self.image_size, self.frames, self.augment = config.image_size, config.frames, augment
@@ -283,8 +283,8 @@ class Pictures:
         self.most, self.kept = most if rows <= most else 0, {}
 
     def __call__(self, path: str, rng: np.random.Generator) -> Tensor:
-        """Path -> (3, height, width), values in [-1, 1], augmented by draws from rng; of a video (f, 3, height, width),
-        one frame from each of f equal segments, all augmented alike."""
+        """Path -> (3, height, width), values in [-1, 1], augmented with draws from rng; for a video (f, 3, height,
+        width), one frame from each of f equal segments, all augmented in the same way."""
         if not is_video(path):
             return self.picture(path, path, rng)
         numbers, seed = choose_frames(count_frames(path), self.frames, rng), rng.integers(2**62)
@@ -293,10 +293,10 @@ class Pictures:
         return torch.stack([self.picture((path, n), read.get(n), np.random.default_rng(seed)) for n in numbers])
 
     def picture(self, name: str | tuple, source: str | Image.Image | None, rng: np.random.Generator) -> Tensor:
-        """One picture or frame -> (3, height, width). name: by which it is kept; source: what to read if it is not"""
-        if self.augment in ("photo", "aerial"):  # cropped before it is made small, so that details stay sharp
+        """One picture or frame -> (3, height, width). name: its key in the cache; source: what to read if not cached"""
+        if self.augment in ("photo", "aerial"):  # cropped before it is scaled down, so that details stay sharp
             image, side = load_image(source, 2 * max(self.image_size)), 4 * max(self.image_size)
-            image.thumbnail((side, side), reducing_gap=2.0)  # enough for any crop, and light
+            image.thumbnail((side, side), reducing_gap=2.0)  # large enough for any crop, and cheap
             return centred(to_pixels((photo if self.augment == "photo" else aerial)(image, rng), self.image_size))
         pixels = self.kept.get(name)
         if pixels is None:
@@ -312,7 +312,7 @@ class Pictures:
 
 
 def to_pixels(source: str | Path | Image.Image, image_size: tuple[int, int]) -> Tensor:
-    """A picture, or the path of one, at image_size (height, width) -> (3, height, width) of bytes."""
+    """A picture, or its path, at image_size (height, width) -> (3, height, width) of bytes."""
     height, width = image_size
     image = load_image(source, max(image_size))
     if image.size != (width, height):
@@ -321,8 +321,8 @@ def to_pixels(source: str | Path | Image.Image, image_size: tuple[int, int]) -> 
 
 
 def to_tensor(source: str | Path | Image.Image, image_size: tuple[int, int], frames: int = 1) -> Tensor:
-    """A picture, or the path of one, at image_size (height, width) -> (3, height, width), values in [-1, 1]; of a video
-    so many frames, the middle ones of equal segments -> (f, 3, height, width)."""
+    """A picture, or its path, at image_size (height, width) -> (3, height, width), values in [-1, 1]; for a video, the
+    middle frames of `frames` equal segments -> (f, 3, height, width)."""
     if is_video(source):
         return torch.stack([to_tensor(one, image_size) for one in some_frames(source, frames)])
     return centred(to_pixels(source, image_size))

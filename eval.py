@@ -11,12 +11,12 @@
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
     python eval.py embed     --checkpoint runs/mine/checkpoint.pt --data my/pairs.jsonl --out features.npz   for numpy
     python eval.py world     --checkpoint runs/demo/checkpoint.pt --data data/scenes       all of the built-in world
-    torchrun --nproc-per-node 8 eval.py retrieval ...              pictures, texts and queries shared by eight processes
+    torchrun --nproc-per-node 8 eval.py retrieval ...              eight processes share pictures, texts and queries
 
-Retrieval sets every picture against every caption, both ways, R@1/5/10. "contrast" ranks by the cosine of the
-two embeddings; "matching" re-ranks the k best of them with the matching head. A hit is any right answer among the
-first; an equal score of a wrong answer counts as ahead. What an answer is worth, chance and intervals: metrics.py.
-Explaining and grounding: explain.py. Results go to results.json beside the checkpoint.
+Retrieval ranks all captions for each picture and all pictures for each caption, and reports R@1/5/10. "contrast" ranks
+by the cosine of the two embeddings; "matching" re-ranks its k best candidates with the matching head. A query is a hit
+if any right answer is among the first; ties count against the model. Accuracies, chance levels and intervals are
+defined in metrics.py, heat maps and grounding in explain.py. Results go to results.json beside the checkpoint.
 """
 
 import argparse
@@ -57,12 +57,13 @@ from siblings import build_model
 from tasks import TASKS, Classifier, build_task, coverage, head_of, read_as, slots, texts_of
 from tokenizer import Tokenizer
 from tools import sheet
+from tools.tables import foil_table, result_table, retrieval_table
 
 # ------------------------------------------------------------------------------------------------------------- models
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageModel, Tokenizer, dict]:
-    """Model in evaluation mode, tokenizer and whole state of a checkpoint of train.py or finetune.py.
+    """A checkpoint of train.py or finetune.py: model in evaluation mode, tokenizer, and everything else it holds.
 
     Raises:  ValueError, see load_checkpoint
     """
@@ -85,15 +86,14 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
 
 @dataclass
 class Pipeline:
-    """A trained model for use: pictures go in as paths or PIL images, texts as they are, one or several of each."""
+    """A trained model, ready for use. It takes pictures as paths or PIL images and texts as strings, one or several."""
 
     model: VisionLanguageModel
     tokenizer: Tokenizer
     device: torch.device
 
     def pixels(self, images) -> Tensor:
-        """One picture or several -> (b, 3, height, width), values in [-1, 1]; videos, as video_of of data.py names
-        them -> (b, f, 3, height, width)"""
+        """Pictures -> (b, 3, height, width), values in [-1, 1]; videos, named by data.video_of -> (b, f, 3, ...)"""
         images = several(images)
         check_kinds(images)
         return torch.stack([pixels_of(image, self.model.config) for image in images]).to(self.device)
@@ -105,7 +105,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def embed_images(self, images) -> Tensor:
-        """-> unit vectors (b, e), whose products with those of texts are what contrast ranks by"""
+        """-> unit vectors (b, e); contrast ranks by their products with those of texts"""
         pixels = self.pixels(images)
         return self.model.embed_image(self.model.encode_image(pixels), frames_of(pixels)).cpu()
 
@@ -115,7 +115,7 @@ class Pipeline:
         return self.model.embed_text(self.model.encode_text(*self.tokens(texts))).cpu()
 
     def score(self, images, texts) -> dict[str, float | list[float]]:
-        """How well pictures and texts belong together, pair by pair: "itc", cosine in [-1, 1]; "itm", probability."""
+        """How well each picture fits its text: "itc", a cosine in [-1, 1], and "itm", a probability."""
         if isinstance(self.model, Classifier):
             raise ValueError(f"this checkpoint answers {self.model.head_config.task}: use answers(images, text)")
         pixels, (input_ids, attention_mask) = self.pixels(images), self.tokens(texts)
@@ -126,7 +126,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def answers(self, images, text: str, best: int = 5) -> list[tuple[str, float]]:
-        """The likeliest answers to a text about a picture, or two, with their probabilities; of vqa each by itself."""
+        """The likeliest answers to a text about one picture or two, with their probabilities (of vqa independent)."""
         model, pixels, (input_ids, attention_mask) = self.model, self.pixels(images), self.tokens(text)
         shown = slots([len(pixels)], model.pictures).to(self.device)
         encoded = model.encode_text(input_ids, attention_mask)
@@ -137,7 +137,7 @@ class Pipeline:
 
     def heat(self, images, text: str, phrase: str = "", how: How | None = None) -> Heat | list[Heat]:
         """Where the model looks for a phrase in a text, or for the whole text: `.values` (rows, columns), `.show()`,
-        `.save(path)`; of several pictures, or the frames of a video, a list. how: see How of explain.py"""
+        `.save(path)`; for several pictures, or the frames of a video, a list. how: see explain.How"""
         heats = heats_of(self.model, self.tokenizer, several(images), text, phrase or text, how or How(), self.device)
         return heats if isinstance(images, list | tuple) or is_video(images) else heats[0]
 
@@ -154,18 +154,18 @@ def load(path: str | Path, device: str = "auto") -> Pipeline:
     return Pipeline(model, tokenizer, where)
 
 
-# --------------------------------------------------------------------------------------------- shared by the processes
+# ------------------------------------------------------------------------------------------------- several processes
 
 
 def shard(count: int, rank: int | None = None) -> slice:
-    """The part of count rows that one process, by default this one, works on: contiguous, none twice, none left out."""
+    """The rows, of count, that one process (by default this one) works on: contiguous, disjoint, together all."""
     own, processes = rank_and_size()
     rank = own if rank is None else rank
     return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
 def gather_shards(mine: Tensor, count: int) -> Tensor:
-    """Rows of this process's shard -> all count rows, on every process. On the CPU, so over gloo."""
+    """Rows of this process's shard -> all count rows, on every process. On the CPU, hence over gloo."""
     if rank_and_size()[1] == 1:
         return mine
     whole = mine.new_empty(count, *mine.shape[1:])
@@ -182,8 +182,8 @@ def gather_shards(mine: Tensor, count: int) -> Tensor:
 
 @dataclass
 class Encoded:
-    """Each distinct picture and each distinct text of some rows, encoded once; on the CPU, features in half precision:
-    5,000 pictures of `base` take 2 GB, 25,000 captions 1.2 GB."""
+    """Each distinct picture and text of some rows, encoded once. Features are kept on the CPU in half precision: with
+    preset `base`, 5,000 pictures take 2 GB and 25,000 captions 1.2 GB."""
 
     images: list[str]
     texts: list[str]
@@ -198,7 +198,7 @@ class Encoded:
 def encode(
     model: VisionLanguageModel, tokenizer: Tokenizer, images: list[str], texts: list[str], device, batch: int = 100
 ) -> Encoded:
-    """Encode distinct pictures (paths), or videos, and distinct texts, each process its share."""
+    """Encode distinct pictures (paths), or videos, and distinct texts; each process encodes its share."""
     model.eval()
     check_kinds(images)
     config, frames = model.config, model.config.frames if is_video(images[0]) else 1
@@ -212,7 +212,7 @@ def encode(
         return model.encode_text(input_ids[rows].to(device), attention_mask[rows].to(device)), model.embed_text
 
     def encode_all(what: str, encode_some: Callable, count: int, length: int) -> tuple[Tensor, Tensor | None]:
-        """This process's share in chunks, then everybody's."""
+        """Encode this process's share in chunks, then gather all."""
         mine = range(count)[shard(count)]
         hidden = torch.empty(len(mine), length, config.width, dtype=torch.float16)
         embed = torch.empty(len(mine), config.embed_dim)
@@ -231,7 +231,7 @@ def encode(
 
 
 def check_kinds(images: list) -> None:
-    """Raise ValueError for pictures among videos: a gallery is of one kind."""
+    """Raise ValueError where pictures and videos are mixed: a gallery holds one kind."""
     videos = sum(map(is_video, images))
     if 0 < videos < len(images):
         raise ValueError(f"{len(images) - videos} pictures and {videos} videos: evaluate them apart, a file of each")
@@ -249,16 +249,16 @@ def match_pairs(model, encoded: Encoded, image_index: Tensor, text_index: Tensor
 
 
 def ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """scores (q, g), right (q, g) bool -> (q,): wrong answers not clearly behind the best right one; 0 = found first.
+    """scores (q, g), right (q, g) bool -> (q,): number of wrong answers not strictly behind the best right one.
 
-    An equal score, or one that is not a number, counts as ahead: who says the same to everything finds nothing.
+    Ties and NaN count against the model: one that scores everything the same finds nothing.
     """
     best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     return (~(scores < best) & ~right).sum(dim=1)
 
 
 def best_first(scores: Tensor, right: Tensor, k: int = 10) -> Tensor:
-    """scores, right (q, g) -> (q, k): the k best, by the rule of ranks: of equal scores the wrong ones come first."""
+    """scores, right (q, g) -> (q, k): places of the k best. As in ranks, wrong answers win ties."""
     wrong_first = right.byte().argsort(dim=1, stable=True)
     broken = right & (scores.isnan() & right).any(dim=1, keepdim=True)
     ordered = (
@@ -270,7 +270,7 @@ def best_first(scores: Tensor, right: Tensor, k: int = 10) -> Tensor:
     return wrong_first.gather(1, ordered)[:, :k]
 
 
-WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of matching beside contrast: what training chooses from, on val
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of matching relative to contrast; training chooses one on val
 
 
 def retrieval(
@@ -289,16 +289,16 @@ def retrieval(
 
     Args:    k         candidates to re-rank, at most a tenth of the gallery (MAMO Sec. 4.1 takes 128 on Flickr30k and
                        256 on COCO); 0 = contrast only
-             by        a key of the rows: the recalls of its values are reported apart, still among the whole gallery
+             by        a key of the rows: recalls are also reported for each of its values, among the whole gallery
              block     queries at a time, which bounds the memory
-             lists     a list that takes up the ten best of each query, see metrics.py
-             weights   of matching beside contrast, see rerank; of several the one with the best mean of the six recalls
-                       is reported, of equals the first; without: the model's
-             own       only a picture's own captions are right, as most published figures count: an equal caption of
-                       another picture is wrong, and of equal ones any may come first
-    Returns: {"images", "texts", "k", "weight", "chance": recalls, "contrast": recalls, "matching": recalls of what is
-             re-ranked, "apart": {value}, "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text":
-             {"R@1", "R@5", "R@10"}, "text_to_image": ...} in percent, of intervals [low, high] over resampled queries
+             lists     a list to which the ten best of each query are added, see metrics.py
+             weights   of matching relative to contrast, see rerank. Of several, the one with the best mean of the six
+                       recalls is reported (the first, if equal). Default: the model's
+             own       only a picture's own captions are right, as in most published figures: the same caption of
+                       another picture is wrong, and ties between equal captions are broken at random
+    Returns: {"images", "texts", "k", "weight", "chance": recalls, "contrast": recalls, "matching": re-ranked recalls,
+             "apart": {value}, "intervals": {way: recalls}, "separation"} where recalls = {"image_to_text": {"R@1",
+             "R@5", "R@10"}, "text_to_image": ...} in percent; intervals are [low, high] over resampled queries
     """
     check_ranks(model, k)
     check_by(rows, by)
@@ -309,38 +309,16 @@ def retrieval(
     right, value_of = right_places(rows, images, texts, by)
     k = min(k, math.ceil(min(len(images), len(texts)) / 10)) if model.config.w_itm > 0 else 0
     weights = (weights or (model.matching_weight,)) if k else ()
-    sides = {
-        "image_to_text": (encoded.image_embed, encoded.text_embed),
-        "text_to_image": (encoded.text_embed, encoded.image_embed),
-    }
-    rank_of, best_of = {way: {} for way in ("contrast", *weights)}, {way: {} for way in ("contrast", *weights)}
-    for direction, (queries, gallery) in sides.items():
-        found, best = {way: [] for way in rank_of}, {way: [] for way in rank_of}
-        mine = range(len(queries))[shard(len(queries))]
-        # Which of equal captions comes first is drawn: so little decides between equal scores alone.
-        drawn = 1e-9 * torch.rand(len(gallery), generator=torch.Generator().manual_seed(0)) if own else None
-        for start in tqdm(mine[::block], desc=direction, leave=False, disable=len(queries) < 2000):
-            asked = range(start, min(start + block, mine.stop))
-            truth = torch.zeros(len(asked), len(gallery), dtype=torch.bool)
-            for place, query in enumerate(asked):
-                truth[place, list(right[direction][query])] = True
-            cosines = queries[asked.start : asked.stop] @ gallery.T
-            logits = match_best(model, encoded, cosines, start, direction, k, device) if k else None
-            for way in rank_of:
-                score = cosines if way == "contrast" else rerank(cosines, logits, model.temperature.item(), way)
-                score = score if drawn is None else score.double() + drawn
-                found[way].append(ranks(score, truth))
-                if lists is not None:
-                    best[way].append(best_first(score, truth))
-        nothing = torch.empty(0, dtype=torch.long)  # for a process with fewer queries than there are processes
-        none = torch.empty(0, min(10, len(gallery)), dtype=torch.long)
-        for way in rank_of:
-            rank_of[way][direction] = gather_shards(torch.cat([nothing, *found[way]]), len(queries))
-            if lists is not None:
-                best_of[way][direction] = gather_shards(torch.cat([none, *best[way]]), len(queries)).tolist()
+    rank_of, best_of = {}, {}
+    for direction in right:
+        ways = ("contrast", *weights)
+        ranked = rank_queries(
+            model, encoded, direction, right[direction], ways, k, device, block, own, lists is not None
+        )
+        rank_of[direction], best_of[direction] = ranked
 
     def mean(way) -> float:
-        return sum(sum(recalls(rank.numpy()).values()) for rank in rank_of[way].values())
+        return sum(sum(recalls(rank_of[direction][way].numpy()).values()) for direction in right)
 
     result = {"images": len(images), "texts": len(texts), "k": k}
     result |= {part: {} for part in ("chance", "contrast", "matching", "apart", "intervals")}
@@ -348,14 +326,14 @@ def retrieval(
     if weights:
         result["weight"] = max(weights, key=mean)
         ways["matching"] = result["weight"]
-    for direction, (_, gallery) in sides.items():
+    for direction, gallery in (("image_to_text", texts), ("text_to_image", images)):
         result["chance"][direction] = chance_recalls([len(answer) for answer in right[direction]], len(gallery))
         for name, way in ways.items():
-            rank = rank_of[way][direction]
+            rank = rank_of[direction][way]
             result[name][direction] = recalls(rank.numpy())
             result["intervals"].setdefault(name, {})[direction] = recall_intervals(rank.numpy())
             if lists is not None:
-                lists += ranked_lists(name, direction, images, texts, best_of[way][direction], also)
+                lists += ranked_lists(name, direction, images, texts, best_of[direction][way], also)
             for value in sorted(set(value_of[direction])) if by else ():
                 those = rank[torch.tensor([v == value for v in value_of[direction]])].numpy()
                 result["apart"].setdefault(f"{by} {value}", {}).setdefault(name, {})[direction] = recalls(those)
@@ -364,15 +342,61 @@ def retrieval(
     return result
 
 
+def rank_queries(
+    model,
+    encoded: Encoded,
+    direction: str,
+    right: list[set[int]],
+    ways: Sequence[str | float],
+    k: int,
+    device,
+    block: int,
+    own: bool,
+    keep_best: bool,
+) -> tuple[dict, dict]:
+    """One direction of retrieval, a block of queries at a time, each process its share.
+
+    Args:    right   places of the right answers of each query
+             ways    "contrast", or a weight of matching beside it, see rerank
+    Returns: by way: rank of each query (q,), see ranks; if asked for, places of its ten best, q lists, see best_first
+    """
+    queries, gallery = encoded.image_embed, encoded.text_embed
+    if direction == "text_to_image":
+        queries, gallery = gallery, queries
+    # Each list begins with no rows, because there may be fewer queries than processes.
+    found = {way: [torch.empty(0, dtype=torch.long)] for way in ways}
+    best = {way: [torch.empty(0, min(10, len(gallery)), dtype=torch.long)] for way in ways if keep_best}
+    # With --own-captions equal captions score the same, and which one comes first is drawn at random.
+    drawn = 1e-9 * torch.rand(len(gallery), generator=torch.Generator().manual_seed(0)) if own else None
+    mine = range(len(queries))[shard(len(queries))]
+    for start in tqdm(mine[::block], desc=direction, leave=False, disable=len(queries) < 2000):
+        asked = range(start, min(start + block, mine.stop))
+        truth = torch.zeros(len(asked), len(gallery), dtype=torch.bool)
+        for place, query in enumerate(asked):
+            truth[place, list(right[query])] = True
+        cosines = queries[asked.start : asked.stop] @ gallery.T
+        logits = match_best(model, encoded, cosines, start, direction, k, device) if k else None
+        for way in ways:
+            score = cosines if way == "contrast" else rerank(cosines, logits, model.temperature.item(), way)
+            score = score if drawn is None else score.double() + drawn
+            found[way].append(ranks(score, truth))
+            if keep_best:
+                best[way].append(best_first(score, truth))
+    return (
+        {way: gather_shards(torch.cat(rows), len(queries)) for way, rows in found.items()},
+        {way: gather_shards(torch.cat(rows), len(queries)).tolist() for way, rows in best.items()},
+    )
+
+
 def separation(model, encoded: Encoded, right: list[set[int]], device, each: int = 10) -> dict[str, float]:
-    """How well the matching logit tells a picture's own captions from others: areas under the curve, chance 0.5.
+    """How well the matching logit tells a picture's own captions from others: area under the ROC curve, chance 0.5.
 
-    ITM's loss cannot be compared between two ways to draw its negatives; these are the same ones for every model.
+    Unlike the ITM loss, whose negatives each model draws for itself, this compares models on the same negatives.
 
-    Args:    right   places of the right texts of each picture; one of them, the first, is taken
-             each    wrong texts for a picture, of either kind
-    Returns: "uniform": against wrong texts drawn at random; "nearest": against those nearest by contrast, of which some
-             may be true of the picture all the same
+    Args:    right   places of the right texts of each picture, of which the first is used
+             each    number of wrong texts of each kind for a picture
+    Returns: "uniform": against wrong texts drawn at random; "nearest": against those nearest by contrast, some of which
+             may be true of the picture too
     """
     pairs, mine = [], range(len(right))[shard(len(right))]
     for image in mine:
@@ -384,21 +408,21 @@ def separation(model, encoded: Encoded, right: list[set[int]], device, each: int
         pairs.append(torch.cat([torch.tensor([own]), wrong[drawn], wrong[near]]))
     texts = torch.stack(pairs) if pairs else torch.empty(0, 1 + 2 * each, dtype=torch.long)
     images = torch.tensor(mine, dtype=torch.long)[:, None].expand_as(texts)
-    nothing = torch.empty(0)  # for a process without pictures
+    nothing = torch.empty(0)  # in a process without pictures
     logits = match_pairs(model, encoded, images.flatten(), texts.flatten(), device) if len(texts) else nothing
     own, *others = gather_shards(logits.view(-1, 1 + 2 * each), len(right)).split([1, each, each], dim=1)
     return dict(zip(("uniform", "nearest"), (area_under_curve(own, other) for other in others), strict=True))
 
 
 def area_under_curve(right: Tensor, wrong: Tensor) -> float:
-    """The share of pairs of a right and a wrong one in which the right one has the higher score; a tie is half."""
+    """The share of (right, wrong) pairs in which the right one scores higher; a tie counts half."""
     ordered, right = wrong.flatten().sort().values, right.flatten().contiguous()
     below, up_to = torch.searchsorted(ordered, right), torch.searchsorted(ordered, right, right=True)
     return ((below + up_to).double().mean() / 2 / len(ordered)).item()
 
 
 def check_ranks(model: VisionLanguageModel, k: int) -> None:
-    """Raise ValueError for a model that cannot rank, or a number of candidates that is none."""
+    """Raise ValueError for a model that cannot rank, or an impossible number of candidates."""
     if model.config.w_itc <= 0:
         raise ValueError("this checkpoint was trained without contrast (w_itc 0): it has nothing to rank a gallery by")
     if k < 0:
@@ -406,7 +430,7 @@ def check_ranks(model: VisionLanguageModel, k: int) -> None:
 
 
 def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[dict, dict]:
-    """By direction and place of the query: the places of its right answers, and the value of its row under `by`."""
+    """For each direction and query: the places of its right answers, and the value of its row under `by`."""
     right = {"image_to_text": [set() for _ in images], "text_to_image": [set() for _ in texts]}
     value = {"image_to_text": [""] * len(images), "text_to_image": [""] * len(texts)}
     for row in rows:
@@ -419,7 +443,7 @@ def right_places(rows: list[dict], images: dict, texts: dict, by: str) -> tuple[
 
 
 def each_caption(rows: list[dict], texts: dict, encoded: Encoded) -> tuple[list[dict], dict, Encoded]:
-    """Every caption of every picture as a text of its own, also where another one is the same."""
+    """Every caption of every picture as a text of its own, even where two are the same."""
     named = [row | {"caption": [(text, number, place) for place, text in enumerate(captions_of(row))]}
              for number, row in enumerate(rows)]  # fmt: skip
     each = {name: place for place, name in enumerate(name for row in named for name in row["caption"])}
@@ -430,7 +454,9 @@ def each_caption(rows: list[dict], texts: dict, encoded: Encoded) -> tuple[list[
 
 
 def one_name(rows: list[dict], tokenizer: Tokenizer, longest: int) -> tuple[list[dict], dict[str, dict]]:
-    """Rows of `pairs` in which what the model sees as the same has one name, the first; and all names of each name."""
+    """Rows of `pairs` in which inputs that look the same to the model share one name, the first; and {name: all names}.
+
+    Texts are the same if their tokens are, pictures if their files are."""
     first, names = {}, {}
 
     def name(key: str, own: str) -> str:
@@ -445,7 +471,7 @@ def one_name(rows: list[dict], tokenizer: Tokenizer, longest: int) -> tuple[list
 
 
 def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list[list[int]], also: dict) -> list[dict]:
-    """Places of the best of each query -> their names, as predictions."""
+    """Places of the best answers to each query -> their names, in the format of predictions."""
     asked, found = (images, texts) if direction == "image_to_text" else (texts, images)
     names = list(found)
     return [
@@ -456,7 +482,7 @@ def ranked_lists(way: str, direction: str, images: dict, texts: dict, best: list
 
 
 def check_by(rows: list[dict], by: str) -> None:
-    """Raise ValueError if no row has the key whose values are to be reported apart."""
+    """Raise ValueError if no row has the key to break results down by."""
     if by and not any(by in row for row in rows):
         raise ValueError(f"no row has the key {by!r}: give --by one of {', '.join(sorted(rows[0]))}")
 
@@ -472,11 +498,11 @@ def encode_rows(
     return *places, encode(model, tokenizer, images, texts, device)
 
 
-TOLD: set[str] = set()  # what has been said of texts that are not read as they stand
+TOLD: set[str] = set()  # warnings that have been printed
 
 
 def tell_unread(texts: list[str], tokenizer: Tokenizer, longest: int) -> None:
-    """Say, once, how many texts are not read as they stand."""
+    """Warn, once, of texts that the model cannot read completely."""
     read = [tokenizer.encode(text) for text in texts]
     for count, why in (
         (sum(len(ids) > longest for ids in read), f"are longer than max_tokens {longest} and lose their end"),
@@ -492,7 +518,7 @@ def tell_unread(texts: list[str], tokenizer: Tokenizer, longest: int) -> None:
 
 
 def tell_unknown(tokenizer: Tokenizer, text: str) -> None:
-    """Say which words of a text that was typed the model does not have."""
+    """Name the words of a typed text that the model does not know."""
     if unknown := tokenizer.unknown_words(text):
         are, them = ("is", "it") if len(unknown) == 1 else ("are", "them")
         print(f"{', '.join(unknown)} {are} not among the words of this model: it knows no meaning of {them}")
@@ -507,22 +533,22 @@ def match_best(model, encoded: Encoded, cosines: Tensor, start: int, direction: 
     query = torch.arange(start, start + len(cosines))[:, None].expand_as(best)
     pair = (query, best) if direction == "image_to_text" else (best, query)
     logits = match_pairs(model, encoded, pair[0].flatten(), pair[1].flatten(), device).view_as(best).double()
-    logits = logits.where(~logits.isnan(), math.inf)  # one that is not a number counts as ahead, see ranks
+    logits = logits.where(~logits.isnan(), math.inf)  # NaN counts against the model, see ranks
     return torch.full_like(cosines, math.nan, dtype=torch.double).scatter(1, best, logits)
 
 
 def rerank(cosines: Tensor, logits: Tensor, temperature: float, weight: float) -> Tensor:
-    """Re-rank the candidates that matching has seen -> scores (q, g); all others keep their order behind them.
+    """Re-rank the candidates that have a matching logit -> scores (q, g); all others keep their order behind them.
 
-    ITM's negatives are drawn by contrast: the likelier contrast finds a pair, the more often the matching head has seen
-    it as a negative. So it learns what contrast has not told, and the evidence for a pair is the sum of both logits,
-    where the matching head has learned enough: training chooses its weight on val.
-    differs: ALBEF orders by the matching head alone, which is the weight inf
+    ITM's negatives are drawn by contrast: the more similar contrast finds a pair, the more often the matching head has
+    seen it as a negative. The head therefore learns what contrast does not tell, and the evidence for a pair is the sum
+    of both logits. How much weight the head has earned is chosen on val at the end of training.
+    differs: ALBEF ranks by the matching head alone, which is weight inf
 
     Args:    cosines, logits (q, g)   see match_best
-             weight                   of a matching logit beside one of contrast; 0 leaves the order as it is
+             weight                   of the matching logit relative to contrast's; 0 keeps the order of contrast
     """
-    contrast = cosines.double() / temperature  # double, because in single close cosines would become ties
+    contrast = cosines.double() / temperature  # in single precision, close cosines would become ties
     scores = logits if weight == math.inf else weight * logits + contrast
     return torch.where(logits.isnan(), contrast - 1e6, scores)  # below any logit
 
@@ -530,9 +556,9 @@ def rerank(cosines: Tensor, logits: Tensor, temperature: float, weight: float) -
 def search(
     model, tokenizer: Tokenizer, images: list[str], text: str, device, k: int = 128, weight: float | None = None
 ) -> list[dict]:
-    """The pictures (paths) that fit a text, best first: by contrast, the k best of them re-ranked, see rerank.
+    """Pictures (paths) ordered by how well they fit a text: by contrast, with the k best re-ranked, see rerank.
 
-    Returns: per picture {"image", "contrast": cosine, "matching": probability, None behind the k best}
+    Returns: for each {"image", "contrast": cosine, "matching": probability, or None if not among the k best}
     """
     check_ranks(model, k)
     encoded = encode(model, tokenizer, list(dict.fromkeys(images)), [text], device)
@@ -555,9 +581,9 @@ def search(
 
 
 def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -> dict:
-    """How often the caption scores above its foil, per kind, in percent. Chance is 50 %, and an equal score is wrong.
+    """How often the caption scores above its foil, per kind, in percent. Chance is 50 %; a tie is wrong.
 
-    Args:    by    a key of the rows: the accuracies of its values are reported apart
+    Args:    by    a key of the rows: accuracies are also reported for each of its values
     Returns: {"n": {kind: rows}, "contrast": {kind: %}, "matching": {kind: %}, "apart": {value: the same}}
     """
     check_by(rows, by)
@@ -590,7 +616,7 @@ def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -
 
 @torch.inference_mode()
 def classify(model: Classifier, tokenizer: Tokenizer, rows: list[dict], device, batch: int = 250) -> list[str]:
-    """The answer to each row of vqa, reasoning or entailment; each distinct picture and text is encoded once."""
+    """The answer to each row of vqa, reasoning or entailment. Each distinct picture and text is encoded once."""
     schema = read_as(model.head_config.task)
     images, texts, encoded = encode_rows(model, tokenizer, rows, device, lambda row: texts_of(row, schema))
     mine, given = range(len(rows))[shard(len(rows))], []
@@ -614,77 +640,8 @@ def classify(model: Classifier, tokenizer: Tokenizer, rows: list[dict], device, 
 # ----------------------------------------------------------------------------------------------------------- commands
 
 
-def percent(value: float) -> str:
-    """A cell of a table."""
-    return f"{value:6.1f}"
-
-
-def retrieval_table(name: str, result: dict) -> str:
-    """Recalls in percent, both ways, beside chance."""
-    ways = {"contrast": result["contrast"]}
-    if result["matching"]:
-        weight = f", weight {result['weight']:g}" if "weight" in result else ""
-        ways[f"re-ranked, k={result['k']}{weight}"] = result["matching"]
-    ways["chance"] = result["chance"]
-    for value, part in result["apart"].items():
-        ways |= {f"{value}: {way}": recall for way, recall in part.items()}
-    lines = [f"{name}: {result['images']} pictures, {result['texts']} captions; R@1 / R@5 / R@10 in %"]
-    lines.append(f"  {'':28}{'image to text':>24}{'text to image':>24}{'mean':>8}")
-    for way, recall in ways.items():
-        six = [value for side in ("image_to_text", "text_to_image") for value in recall[side].values()]
-        cells = (
-            "".join(percent(value) for value in recall[side].values()) for side in ("image_to_text", "text_to_image")
-        )
-        lines.append(f"  {way:28}" + "".join(f"{cell:>24}" for cell in cells) + f"{sum(six) / 6:8.1f}")
-    if result.get("separation"):
-        areas = ", ".join(f"{area:.3f} against {kind} captions" for kind, area in result["separation"].items())
-        lines.append(f"  matching logit, area under the curve (chance 0.5): {areas}")
-    return "\n".join(lines)
-
-
-def foil_table(name: str, result: dict) -> str:
-    """Accuracy in percent per kind, by contrast and by matching, beside chance."""
-    lines = [f"{name}: caption above foil in %, chance 50.0"]
-    lines.append(f"  {'':28}" + "".join(f"{kind:>10}" for kind in result["n"]))
-    for title, part in {"": result, **result["apart"]}.items():
-        for way in ("contrast", "matching"):
-            if part[way]:
-                label = f"{title}: {way}" if title else way
-                lines.append(
-                    f"  {label:28}" + "".join(f"{part[way].get(kind, math.nan):10.1f}" for kind in result["n"])
-                )
-    lines.append(f"  {'rows':28}" + "".join(f"{n:10d}" for n in result["n"].values()))
-    return "\n".join(lines)
-
-
-def line_of(name: str, one: dict) -> str:
-    """One estimate: value, interval, chance, rows."""
-    return (
-        f"  {name:28}{one['value']:6.1f} %   95 % interval {one['low']:5.1f} to {one['high']:5.1f}   "
-        f"chance {one['chance']:5.1f}   n {one['n']}"
-    )
-
-
-def result_table(name: str, result: dict) -> str:
-    """Every estimate of a task's result, one a line; then the confusion table of entailment."""
-    lines = [name]
-    for key, value in result.items():
-        if isinstance(value, dict) and "value" in value:
-            lines.append(line_of(key, value))
-        elif key == "types":
-            lines += [line_of(f"  {kind}", one) for kind, one in value.items()]
-        elif key == "confusion":
-            lines.append(f"  {'label, and the answers to it':28}" + "".join(f"{answer:>15}" for answer in value))
-            lines += [f"    {label:26}" + "".join(f"{n:15d}" for n in row.values()) for label, row in value.items()]
-        elif key == "map":
-            lines.append(f"  by {value}")
-        elif isinstance(value, float):
-            lines.append(f"  {key:28}{value:6.1f} %")
-    return "\n".join(lines)
-
-
 def keep_result(path: Path, name: str, result: dict) -> str:
-    """Put a result under its name into a file of results; earlier results of other names stay. -> what was done"""
+    """Add a result under its name to a JSON file, beside earlier results of other names -> what was done"""
     if rank_and_size()[0] > 0:
         return ""  # one process writes
     said, known = f"not kept: give --results a file that can be written, in place of {path}", {}
@@ -701,7 +658,7 @@ def keep_result(path: Path, name: str, result: dict) -> str:
 
 
 def within_reach(task: str, rows: list[dict], answers: list[str]) -> dict:
-    """Say how many rows no answer of the list gets right -> {"coverage": see coverage}, in vqa only."""
+    """Print how many rows have no right answer in the list -> for vqa {"coverage": see tasks.coverage}"""
     known = {named(task, answer) for answer in answers}
     outside = sum((worths(row).keys() if task == "vqa" else {right_label(row)}).isdisjoint(known) for row in rows)
     if outside:
@@ -710,7 +667,7 @@ def within_reach(task: str, rows: list[dict], answers: list[str]) -> dict:
 
 
 def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
-    """vqa, reasoning, entailment or grounding: predict or read predictions, score them, draw examples."""
+    """vqa, reasoning, entailment or grounding: predict, or read predictions; score them; draw examples."""
     task, rows = options.command, asked_rows(options, "questions" if options.no_answers else options.command)
     extra = {}
     if model is None:
@@ -742,7 +699,7 @@ def judge(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> d
 
 
 def weights_of(options: argparse.Namespace) -> tuple[float, ...]:
-    """The weight of matching that the options ask for, if they do."""
+    """The matching weight given in the options, if any."""
     weight = options.matching_weight
     if weight is not None and not weight >= 0:
         raise ValueError(f"matching_weight is {weight}: give 0 or more")
@@ -750,7 +707,7 @@ def weights_of(options: argparse.Namespace) -> tuple[float, ...]:
 
 
 def how_of(options: argparse.Namespace) -> How:
-    """How the options ask for maps to be made."""
+    """How to make heat maps, from the options."""
     given = vars(options)
     return How(**{field.name: given[field.name] for field in fields(How) if field.name in given})
 
@@ -759,7 +716,7 @@ ANSWERING = tuple(name for name, task in TASKS.items() if issubclass(task, Class
 HOWS = {field.name for field in fields(How)}
 ROWS = {"data", "check", "skip_bad"}
 SCORED = ROWS | {"predictions", "figure", "frames", "results"}
-USES = {  # of each command, the options that it knows beside checkpoint, teacher and device
+USES = {  # the options of each command, beside checkpoint, teacher and device
     "retrieval": SCORED | {"k", "matching_weight", "own_captions", "by"},
     "foils": ROWS | {"frames", "by", "results"},
     "grounding": SCORED | HOWS | {"frame"},
@@ -783,7 +740,7 @@ UNASKED = {
 
 
 def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel | None, Tokenizer | None]:
-    """Model and tokenizer for a command; none where the predictions in a file are scored.
+    """Model and tokenizer for a command, or (None, None) to score a file of predictions.
 
     Raises:  ValueError for a checkpoint of another task
     """
@@ -806,7 +763,7 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
     if options.teacher:
         use_teacher(model, options.checkpoint)
     if options.frames is not None:
-        model.student.image.places(options.frames)  # which raises for more than it knows
+        model.student.image.places(options.frames)  # raises for more than the model knows
         model.config = replace(model.config, frames=options.frames)
     if "{}" not in options.frame:
         raise ValueError(f'--frame is {options.frame!r}: expected a text with {{}} for the phrase, "there is a {{}}"')
@@ -814,7 +771,7 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
 
 
 def use_teacher(model: VisionLanguageModel, path: Path) -> None:
-    """Put the teacher, the moving average, in the student's place; heads and temperature stay the student's.
+    """Evaluate the teacher: its encoders, a moving average, replace the student's. Heads and temperature stay.
 
     Raises:  ValueError for a checkpoint without a teacher
     """
@@ -834,7 +791,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--data", nargs="+", help="JSONL files; for `world` the folder that world/scenes.py wrote")
     parser.add_argument("--predictions", type=Path, help="JSONL file to write; without --checkpoint: the file to score")
-    parser.add_argument("--no-answers", action="store_true", help="the rows of vqa have no answers: predict alone")
+    parser.add_argument("--no-answers", action="store_true", help="the rows of vqa have no answers: only predict")
     parser.add_argument("--figure", type=Path, help="PNG to draw right and wrong examples on")
     parser.add_argument(
         "--k", type=int, default=128, help="candidates to re-rank by matching, 0 = contrast only (%(default)s)"
@@ -842,11 +799,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--matching-weight",
         type=float,
-        help="weight of the matching logit beside contrast's: 0 = contrast, inf = matching alone; without: as training "
-        "chose it on val",
+        help="weight of the matching logit relative to contrast's: 0 = contrast alone, inf = matching alone; default: "
+        "chosen on val at the end of training",
     )
     parser.add_argument(
-        "--own-captions", action="store_true", help="only a picture's own captions are right, not another's equal one"
+        "--own-captions",
+        action="store_true",
+        help="count only a picture's own captions as right, not the same text of another",
     )
     parser.add_argument("--by", default="", help="key of the rows, such as heldout, to break results down by")
     parser.add_argument("--image", nargs="+", help="picture for `score` and `explain`; reasoning takes one or two")
@@ -879,7 +838,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Load a checkpoint, run one command, keep its result."""
+    """Load a checkpoint, run one command, write its result."""
     options = parse()
     asked = {options.predictions, options.figure, options.results}
     beside = options.checkpoint or options.predictions
@@ -919,19 +878,19 @@ def main() -> None:
             print(foil_table(name, result))
         else:
             if options.no_answers and (model is None or not options.predictions):
-                raise ValueError("--no-answers predicts alone: give --checkpoint, and --predictions to write")
+                raise ValueError("--no-answers only predicts: give --checkpoint, and --predictions to write")
             result = judge(model, tokenizer, options, device)
             if options.no_answers:
                 print(f"answers to {name} are in {options.predictions}")
                 return
             print(result_table(f"{options.command}, {name}", result))
         print(keep_result(options.results, f"{options.command} {name}", result))
-    if asked & runtime.UNWRITTEN:  # the figures are printed, and a script that waits for the file may not go on
+    if asked & runtime.UNWRITTEN:  # results have been printed, but a script may wait for the file
         raise ValueError(f"not written: {', '.join(map(str, asked & runtime.UNWRITTEN))}")
 
 
 def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> dict:
-    """Retrieval by a checkpoint, or by the ranked lists of a file."""
+    """Retrieval by a checkpoint, or the score of ranked lists in a file."""
     rows = asked_rows(options, "pairs")
     if model is None:
         result = judge_retrieval(rows, options.predictions)
@@ -957,8 +916,8 @@ def asked_rows(options: argparse.Namespace, schema: str) -> list[dict]:
 
 
 def export(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
-    """What contrast compares of each distinct picture and caption of `pairs` rows, for use elsewhere: a file for numpy
-    with "images" and "texts", names and captions, and "image_embed" and "text_embed", unit vectors (rows, e)."""
+    """Write a numpy file for use elsewhere: "images", "texts" (paths and captions, each distinct one once), and their
+    embeddings "image_embed", "text_embed", unit vectors (rows, e)."""
     check_ranks(model, 0)
     _, _, encoded = encode_rows(model, tokenizer, asked_rows(options, "pairs"), device, captions_of)
     if rank_and_size()[0] > 0:
@@ -976,14 +935,14 @@ def export(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> 
     print(f"{out}: {count} pictures and {len(encoded.texts)} texts, {width} numbers each")
 
 
-FEW = 1000  # rows to train on; with fewer a search for a text that is no caption comes with a warning
+FEW = 1000  # training rows; with fewer, a search for a text that is no caption prints a warning
 
 
 def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device, best: int = 10) -> None:
-    """The pictures of `pairs` rows that fit --text best, with their captions; --figure draws them."""
+    """The pictures of `pairs` rows that fit --text best, with one of their captions; --figure draws them."""
     if not options.text:
         raise ValueError('search needs a text: --text "a red circle"')
-    captions: dict[str, str] = {}  # of each picture the first
+    captions: dict[str, str] = {}  # the first of each picture
     rows = asked_rows(options, "pairs")
     for row in rows:
         captions.setdefault(row["image"], captions_of(row)[0])
@@ -1011,7 +970,7 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
 
 
 def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
-    """Lay the heat map of a phrase over a picture, or over each of two."""
+    """Draw the heat map of a phrase over a picture, or over each of two."""
     model, phrase, out = pipeline.model, options.phrase or options.text, options.out or Path("heat.png")
     how = how_of(options)
     where = "" if phrase == options.text else f" in: {options.text}"
@@ -1026,20 +985,20 @@ def explain(pipeline: Pipeline, options: argparse.Namespace) -> None:
 
 
 def print_score(pipeline: Pipeline, options: argparse.Namespace) -> None:
-    """Cosine and probability of matching of one picture and one text; of a task with answers, the likeliest."""
+    """Print how well a picture fits a text, or, for a task with answers, the likeliest answers."""
     if isinstance(pipeline.model, Classifier):
         for answer, probability in pipeline.answers(options.image, options.text):
             print(f"{answer}: {probability:.4f}")
         return
     names = {"itc": "contrast, cosine in [-1, 1]", "itm": "matching, probability"}
-    if options.command == "score":  # explain has said so
+    if options.command == "score":  # explain has done so
         tell_unknown(pipeline.tokenizer, options.text)
     for name, value in pipeline.score(options.image[0], options.text).items():
         print(f"{names[name]}: {value:.4f}")
 
 
 def evaluate_world(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
-    """What the built-in world asks of a model that matches, each split apart, in one table and one results.json."""
+    """Retrieval, foils and grounding on the test and novel splits of the built-in world."""
     folder, out, which = Path(options.data[0]), options.results.parent, ", teacher" * options.teacher
     matches = model.config.w_itm > 0
     for split in ("test", "novel"):

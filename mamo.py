@@ -3,30 +3,30 @@
 The paper: Zhao et al., "MAMO", SIGIR 2023, arXiv 2210.04183. The base it builds on: ALBEF, arXiv 2107.07651.
 
 The idea. Take an image-text pair (I, T). Hide 75 % of the patches (I') or 25 % of the words (T'), by default
-never both, and recover what is hidden from the other modality:
+never both at once, and recover what is hidden from the other modality:
 
-    implicitly   MRM   the fused vectors that a moving-average teacher sees on the whole pair (I, T)
-    explicitly   MIM   the teacher's visual features of the masked patches
-                 MLM   the masked words themselves
-    beside       ITC   contrast between whole images and whole texts
-                 ITM   matching: does this text belong to this image?
+    implicitly   MRM   masked representation modelling: the fused vectors of a moving-average teacher on (I, T)
+    explicitly   MIM   masked image modelling: the teacher's visual features of the masked patches
+                 MLM   masked language modelling: the masked words themselves
+    as well as   ITC   image-text contrast between whole images and whole texts
+                 ITM   image-text matching: does this text belong to this image?
 
-How to read it. Top to bottom: the configuration, the three encoders, the joint masking, what any vision-language
-objective needs (ITC, ITM, MLM), and last MAMO itself, whose `forward` is the paper's pipeline in the paper's order: the
-place to begin if you know transformers. The file imports nothing of ours. What is masked and which negatives are drawn
-is decided by noise in the batch (data.py makes that of the masks, train.py that of the negatives), so that a loss is a
-plain function of parameters and batch; only fresh weights, and dropout where it is used, are drawn here.
+How to read it. From top to bottom: the configuration, the three encoders, the joint masking, what every objective needs
+(ITC, ITM, MLM), and finally MAMO itself, whose `forward` is the paper's pipeline in the paper's order. If you know
+transformers, begin there. The file imports no other module of this project. Noise in the batch decides what is masked
+and which negatives are drawn (data.py makes it for the masks, train.py for the negatives), so a loss is a plain
+function of parameters and batch. Only initial weights, and dropout if it is on, are drawn in this file.
 
 Two marks in comments and docstrings:
-    differs:   the paper does it otherwise, or does not say how it does it, and this is our choice
+    differs:   the paper does this differently, or does not say how, and this is our choice
     fp32:      stays in single precision when the rest runs in bf16 or fp16 (train.py --precision), and why
 
 One letter, one meaning, in shapes and einops patterns:
-    b batch, n patches (or the places of any sequence), l text tokens, m positions that are wanted: masked patches
-    or, as m', masked words; d width, e joint embedding, h heads, v vocabulary; f frames of a video
+    b batch, n patches (or positions of any sequence), l text tokens, m selected positions: masked patches or, as m',
+    masked words; d width, e joint embedding, h heads, v vocabulary; f frames of a video
 
-A picture is a video of one frame. Where a shape says 1 + n, the class token and the patches of a picture, a video has
-f + f * n: the class tokens of its frames, then the patches of the first frame, of the second, and so on.
+A picture is a video of one frame. Where a shape says 1 + n, for the class token and the patches of a picture, a video
+has f + f * n: the class tokens of its frames, then the patches of the first frame, of the second, and so on.
 """
 
 import copy
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Config:
-    """What decides the shape of the model and the losses that every objective has; it travels inside the checkpoint."""
+    """The shape of the model and the weights of the losses that every objective has. Saved in the checkpoint."""
 
     image_size: tuple[int, int] = (32, 32)  # height and width of the picture in pixels
     patch_size: int = 8  # side of a square patch in pixels
@@ -56,18 +56,18 @@ class Config:
     max_tokens: int = 32  # longest text in tokens, including [CLS] and [SEP]
     width: int = 64  # width d of all three encoders
     heads: int = 4  # attention heads per block
-    text_heads: int = 0  # attention heads per block of text and fusion encoder; 0 = as many as heads
-    clip_image: bool = False  # build the image encoder as CLIP does: with a norm before the blocks and quick GELU
+    text_heads: int = 0  # attention heads per block of text and fusion encoder; 0 = same as heads
+    clip_image: bool = False  # build the image encoder like CLIP's: with a norm before the blocks and quick GELU
     image_depth: int = 3  # blocks of the image encoder
     text_depth: int = 2  # blocks of the text encoder
     fusion_depth: int = 2  # blocks of the fusion encoder
-    embed_dim: int = 64  # width e of the joint embedding that ITC compares
+    embed_dim: int = 64  # width e of the joint embedding in which ITC compares
     dropout: float = 0.0  # dropout on each residual branch
     w_itc: float = 1.0  # weight of image-text contrast; a loss of weight 0 costs nothing
     w_itm: float = 1.0  # weight of image-text matching
     w_mlm: float = 1.0  # weight of masked language modelling
-    albef_negatives: bool = False  # draw ITM's hard negatives as ALBEF does: sharper, and from all candidates
-    vocab_size: int = 109  # set from the tokenizer; 109 spell every word of ASCII, see Tokenizer.build
+    albef_negatives: bool = False  # draw ITM's hard negatives as ALBEF does: harder ones, from all candidates
+    vocab_size: int = 109  # set from the tokenizer; 109 tokens spell every ASCII word, see Tokenizer.build
     mask_id: int = 4  # id of [MASK], set from the tokenizer
     special_ids: tuple[int, ...] = (0, 1, 2, 3, 4)  # ids that are never masked, set from the tokenizer
 
@@ -89,7 +89,7 @@ class Config:
 
     @property
     def vit_eps(self) -> float:
-        """What the norms of the image encoder add to the variance."""
+        """Epsilon of the image encoder's layer norms."""
         return 1e-5 if self.clip_image else 1e-6
 
     @property
@@ -99,23 +99,23 @@ class Config:
 
     @property
     def shares(self) -> list[str]:
-        """Names of the fields that are a share of patches or words to mask."""
+        """Names of the fields that hold mask ratios."""
         return [field.name for field in fields(self) if field.name.startswith("mask_") and field.type is float]
 
-    # Which passes a step makes (steps 2 and 5 of MAMO.forward): a loss of weight 0 costs no pass and no head.
+    # Which passes a step needs (steps 2 and 5 of MAMO.forward): a loss of weight 0 costs no pass and no head.
     @property
     def sees_whole(self) -> bool:
-        """Whether any loss looks at the student's (I, T)."""
+        """Whether any loss needs the student's (I, T)."""
         return self.w_itc > 0 or self.w_itm > 0
 
     @property
     def masks_patches(self) -> bool:
-        """Whether any loss looks at an image with patches behind a mask token."""
+        """Whether any loss needs an image with masked patches."""
         return False
 
     @property
     def masks_words(self) -> bool:
-        """Whether any loss looks at a text with masked words."""
+        """Whether any loss needs a text with masked words."""
         return self.w_mlm > 0
 
     @property
@@ -124,7 +124,7 @@ class Config:
         return self.w_itm > 0 or self.masks_patches or self.masks_words
 
     def check(self) -> None:
-        """Raise ValueError, in one sentence, for values that make no model; an objective adds its own rules."""
+        """Raise ValueError, in one sentence, for values that make no model. Objectives add their own rules."""
         size, p = self.image_size, self.patch_size
         require(
             len(size) == 2 and p > 0, f"image_size {size}, patch_size {p}: give height and width, and a patch from 1"
@@ -156,7 +156,7 @@ class Config:
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise ValueError with a sentence unless something holds."""
+    """Raise ValueError with the sentence `otherwise` unless the condition holds."""
     if not holds:
         raise ValueError(otherwise)
 
@@ -167,37 +167,37 @@ class MAMOConfig(Config):
 
     mask_image: float = 0.75  # share of the patches masked in I'
     mask_text: float = 0.25  # share of the words masked in T'
-    drop_masked: bool = False  # masked patches skip the image encoder, as in MAE; fusion sees mask tokens for them
-    mask_both: bool = False  # mask both at once: one pass (I', T') in place of (I', T) and (I, T')
+    drop_masked: bool = False  # masked patches skip the image encoder, as in MAE; fusion sees mask tokens instead
+    mask_both: bool = False  # mask both at once: one pass (I', T') instead of (I', T) and (I, T')
     w_mrm: float = 1.0  # weight of masked representation modelling
     w_mim: float = 1.0  # weight of masked image modelling
     mim_target: str = "features"  # what MIM recovers: features of the teacher's image encoder, or pixels
-    queue_size: int = 0  # past teacher embeddings kept as further ITC candidates; 0 = this batch only
-    ema: float = 0.995  # momentum of the teacher; train.py takes it from the length of the run unless it is given
+    queue_size: int = 0  # past teacher embeddings kept as additional ITC candidates; 0 = this batch only
+    ema: float = 0.995  # momentum of the teacher; by default train.py sets it by the length of the run, see ema_for
 
     @property
     def masks_patches(self) -> bool:
-        """Whether any loss looks at I'."""
+        """Whether any loss needs I'."""
         return self.w_mrm > 0 or self.w_mim > 0
 
     @property
     def masks_words(self) -> bool:
-        """Whether any loss looks at T'."""
+        """Whether any loss needs T'."""
         return self.w_mrm > 0 or self.w_mlm > 0
 
     @property
     def sees_image(self) -> bool:
-        """Whether any loss looks at the student's whole image: in (I, T) or in (I, T')."""
+        """Whether any loss needs the student's whole image: in (I, T) or in (I, T')."""
         return self.sees_whole or (self.masks_words and not self.mask_both)
 
     @property
     def sees_text(self) -> bool:
-        """Whether any loss looks at the student's whole text: in (I, T) or in (I', T)."""
+        """Whether any loss needs the student's whole text: in (I, T) or in (I', T)."""
         return self.sees_whole or (self.masks_patches and not self.mask_both)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any loss asks the teacher."""
+        """Whether any loss needs the teacher."""
         return self.w_mrm > 0 or (self.w_mim > 0 and self.mim_target == "features") or self.queue_size > 0
 
     def check(self) -> None:
@@ -212,8 +212,8 @@ class MAMOConfig(Config):
         require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
 
 
-# `nano` is the demo on two processor cores; `tiny` suits drawings and a laptop; `small` is ViT-S/16 beside MiniLM, and
-# as many fusion blocks; `base` is the paper's size: ViT-B/16, and BERT-base split into 6 text and 6 fusion blocks.
+# `nano` is for the demo on two CPU cores; `tiny` for drawings on a laptop; `small` is ViT-S/16 and MiniLM, with as many
+# fusion as text blocks; `base`, the size in the paper, is ViT-B/16 and BERT-base split into 6 text and 6 fusion blocks.
 DEPTHS = ("image_depth", "text_depth", "fusion_depth")
 SIZES = ("image_size", "patch_size", "width", "heads", "text_heads", *DEPTHS, "embed_dim")
 PRESETS = {
@@ -228,9 +228,9 @@ PRESETS = {
 
 
 def ema_for(steps: int) -> float:
-    """Momentum of the teacher for a run of so many steps: its half-life is 1.5 % of the run, at most 0.995.
+    """Momentum of the teacher for a run of this many steps: a half-life of 1.5 % of the run, and at most 0.995.
 
-    differs: the paper's momentum is not known to us; ALBEF uses 0.995, which is too slow a teacher for a short run.
+    differs: the paper's momentum is not known to us. ALBEF uses 0.995, which makes the teacher too slow in a short run.
     """
     return min(max(1 - 0.69 / (0.015 * max(steps, 1)), 0.0), 0.995)
 
@@ -239,7 +239,7 @@ def ema_for(steps: int) -> float:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of some queries over a sequence; it can also record its maps, see record_attention."""
+    """Multi-head attention of queries over a sequence. It can record its maps, see record_attention."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -251,14 +251,14 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """queries (b, m, d), hidden (b, n, d), attention_mask (b, n), True = real token -> (b, m, d)"""
-        boolean = attention_mask is None or attention_mask.dtype == torch.bool  # else it would be taken for a bias
+        boolean = attention_mask is None or attention_mask.dtype == torch.bool  # torch would add numbers as a bias
         require(boolean, "attention_mask holds numbers: give bool, True = real token (mask.bool())")
         q = rearrange(self.query(queries), "b m (h d) -> b h m d", h=self.heads)
         k, v = rearrange(self.key_value(hidden), "b n (two h d) -> two b h n d", two=2, h=self.heads)
         key_mask = None if attention_mask is None else rearrange(attention_mask, "b n -> b 1 1 n")
         if self.recorded is None:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
-        else:  # the same in explicit steps, because the fused kernel never forms the map
+        else:  # the same in explicit steps, because the fused kernel never forms the attention map
             logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             if key_mask is not None:
                 logits = logits.masked_fill(~key_mask, float("-inf"))
@@ -270,7 +270,7 @@ class Attention(nn.Module):
 
 @contextmanager
 def record_attention(*modules: nn.Module):
-    """Inside the block, every Attention in the modules records its maps, in their order.
+    """Inside the `with` block, every Attention in the modules records its maps, in order.
 
     Yields a list of lists: one list per Attention, one map (b, h, queries, n) per call.
     """
@@ -292,11 +292,11 @@ class QuickGELU(nn.Module):
         return hidden * (1.702 * hidden).sigmoid()
 
 
-BERT_EPS = 1e-12  # of BERT's norms; ViT has 1e-6, CLIP 1e-5. Published weights ask for their own.
+BERT_EPS = 1e-12  # of BERT's layer norms; ViT uses 1e-6, CLIP 1e-5. Published weights need their own.
 
 
 class Block(nn.Module):
-    """Transformer block: norm before each branch (ViT) or after each sum (BERT)."""
+    """Transformer block, with the norm before each branch (ViT) or after each sum (BERT)."""
 
     def __init__(self, config: Config, norm_first: bool):
         super().__init__()
@@ -311,7 +311,7 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """hidden (b, n, d), attention_mask (b, n), True = real token -> (b, n, d)
 
-        With index (b, m) the output is computed at those positions only, (b, m, d); they attend to all n.
+        With index (b, m), the output is computed at those positions only, (b, m, d). They attend to all n.
         """
         rows = hidden if index is None else at(hidden, index)
         if self.norm_first:
@@ -324,23 +324,23 @@ class Block(nn.Module):
 
 
 def at(hidden: Tensor, index: Tensor) -> Tensor:
-    """hidden (b, n, d), index (b, m) -> (b, m, d): the vectors at those positions, row by row."""
+    """hidden (b, n, d), index (b, m) -> (b, m, d): in each row, the vectors at those positions."""
     return hidden.gather(1, repeat(index, "b m -> b m d", d=hidden.shape[-1]))
 
 
 def sine_code(places: Tensor, width: int) -> Tensor:
-    """Sine-cosine code of places (n,) on one axis -> (n, width), values in [-1, 1]: near places have like codes."""
+    """Sine-cosine code of places (n,) on one axis -> (n, width), values in [-1, 1]. Near places have similar codes."""
     frequencies = 10000 ** (-torch.arange(width // 2) / (width // 2))
     angles = places[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def initial_scale(width: int) -> float:
-    """Amplitude of positions and standard deviation of words at the start, 0.3 for a width of 64.
+    """Initial amplitude of positions and initial standard deviation of words; 0.3 for a width of 64.
 
-    Words and positions are added, so neither may drown the other. In trials on the built-in world, small random
-    positions did not teach "left of"; and with words at BERT's 0.02 beside these positions, foils with exchanged
-    colours stood at 53 % after 1,000 steps, where words at the scale of positions reached 92 % (contrast, one seed).
+    Words and positions are added, so they need the same scale. On the built-in world, a model with small random
+    positions did not learn "left of". With words at BERT's 0.02 and positions at this scale, it recognised foils with
+    exchanged colours in 53 % after 1,000 steps (chance 50); with both at this scale, in 92 % (contrast, one seed).
     """
     return 2.4 / math.sqrt(width)
 
@@ -349,20 +349,20 @@ def initial_scale(width: int) -> float:
 
 
 class ImageEncoder(nn.Module):
-    """ViT: patches, class token, positions, blocks with the norm first, final norm."""
+    """ViT: patch embedding, class token, positions, pre-norm blocks, final norm."""
 
     def __init__(self, config: Config):
         super().__init__()
         d, p, (rows, columns) = config.width, config.patch_size, config.grid
         self.patch_size, self.image_size = p, config.image_size
-        self.patch_embedding = nn.Linear(3 * p * p, d)  # a convolution of kernel and stride p, written as a product
+        self.patch_embedding = nn.Linear(3 * p * p, d)  # a convolution with kernel and stride p, as a matrix product
         self.class_token = nn.Parameter(torch.zeros(d))
         self.mask_token = nn.Parameter(torch.zeros(d)) if config.masks_patches else None
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         code = torch.cat([sine_code(y.flatten(), d // 2), sine_code(x.flatten(), d // 2)], dim=1)
-        self.positions = nn.Parameter(initial_scale(d) * torch.cat([torch.zeros(1, d), code]))  # learned from there on
+        self.positions = nn.Parameter(initial_scale(d) * torch.cat([torch.zeros(1, d), code]))  # learned from here
         times = sine_code(torch.arange(config.frames), d)
-        later = initial_scale(d) * (times[1:] - times[:1])  # the first frame has none: one frame is a picture
+        later = initial_scale(d) * (times[1:] - times[:1])  # zero for the first frame, so one frame is a picture
         self.times = nn.Parameter(later) if config.frames > 1 else None
         self.norm_before = nn.LayerNorm(d, eps=config.vit_eps) if config.clip_image else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, norm_first=True) for _ in range(config.image_depth))
@@ -372,10 +372,10 @@ class ImageEncoder(nn.Module):
         """images (b, 3, height, width) -> (b, 1 + n, d), class token first; videos (b, f, 3, height, width) ->
         (b, f + f * n, d), the class tokens of all frames first.
 
-        Args:    patch_mask (b, n)   True = masked: a learned token takes its place, and the sequence keeps its length
-                 kept (b, k)         only these patches enter the blocks -> (b, 1 + k, d), see put_back; in a video, as
-                                     many of each frame
-        differs: the paper does not say how a patch is masked; here after the patch embedding, before the positions.
+        Args:    patch_mask (b, n)   True = masked: a learned token replaces the patch; the sequence keeps its length
+                 kept (b, k)         only these patches enter the blocks -> (b, 1 + k, d), see put_back; in a video, the
+                                     same number of each frame
+        differs: the paper does not say how a patch is masked. Here it is after the patch embedding, before positions.
         """
         if tuple(images.shape[-3:]) != (3, *self.image_size) or not images.is_floating_point():
             raise ValueError(
@@ -396,7 +396,7 @@ class ImageEncoder(nn.Module):
         return self.norm(hidden)
 
     def places(self, frames: int = 1) -> Tensor:
-        """What says where and when a token stands -> (f + f * n, d): its position, and the time of its frame."""
+        """Embedding of where and when a token stands -> (f + f * n, d): its position plus the time of its frame."""
         if self.times is None and frames == 1:
             return self.positions
         most = 1 if self.times is None else 1 + len(self.times)
@@ -407,9 +407,9 @@ class ImageEncoder(nn.Module):
 
 
 def by_frame(block: Block, hidden: Tensor, frames: int) -> Tensor:
-    """A block on videos, hidden (b, f + f * n, d): patches attend to their own frame, class tokens to all frames.
+    """Apply a block to videos, hidden (b, f + f * n, d): patches attend to their own frame, class tokens to all frames.
 
-    So the cost grows with the frames, not with their square. Source: SCL's code, "flexible vision encoder".
+    The cost is linear in the number of frames, not quadratic. Source: SCL's code, "flexible vision encoder".
     """
     class_tokens, patches = hidden[:, :frames], hidden[:, frames:]
     own = rearrange(class_tokens, "b f d -> (b f) 1 d"), rearrange(patches, "b (f n) d -> (b f) n d", f=frames)
@@ -424,20 +424,20 @@ def frames_of(images: Tensor) -> int:
 
 
 def with_class_tokens(kept: Tensor, frames: int = 1) -> Tensor:
-    """kept (b, k), numbers of patches -> (b, f + k): the places of the class tokens, and of those patches behind."""
+    """kept (b, k), numbers of patches -> (b, f + k): places of the class tokens, then of those patches."""
     class_tokens = torch.arange(frames, device=kept.device).expand(len(kept), -1)
     return torch.cat([class_tokens, frames + kept], dim=1)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """images (b, 3, height, width) -> (b, n, 3 * patch_size ** 2): the pixels of each patch, row by row; of videos
+    """images (b, 3, height, width) -> (b, n, 3 * patch_size ** 2): the pixels of each patch, row by row, and in videos
     frame by frame."""
     videos = images if images.ndim == 5 else images[:, None]
     return rearrange(videos, "b f c (y p) (x q) -> b (f y x) (c p q)", p=patch_size, q=patch_size)
 
 
 class TextEncoder(nn.Module):
-    """The lower half of a BERT: words and positions, norm, blocks with the norm last."""
+    """The lower half of BERT: words and positions, norm, post-norm blocks."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -462,7 +462,7 @@ class TextEncoder(nn.Module):
 
 
 class Fused(NamedTuple):
-    """What the fusion encoder sees of a pair: one vector for the pair, one per patch, one per token."""
+    """Output of the fusion encoder: one vector for the pair, one per patch, one per token."""
 
     pair: Tensor  # (b, d), the fused text [CLS]
     image: Tensor  # (b, 1 + n, d), class token first
@@ -470,7 +470,7 @@ class Fused(NamedTuple):
 
 
 class View(NamedTuple):
-    """An encoded image and text that are to be fused, and where the fused vectors are wanted."""
+    """An encoded image and text to fuse, and the places at which fused vectors are needed."""
 
     image: Tensor  # (b, 1 + n, d)
     text: Tensor  # (b, l, d)
@@ -479,15 +479,15 @@ class View(NamedTuple):
 
 
 class FusionEncoder(nn.Module):
-    """The upper half of a BERT over [text; image]: one stream of self-attention.
+    """The upper half of BERT, applied to [text; image]: one stream of self-attention.
 
-    It must give a vector at every patch and at every token, because MRM recovers both; cross-attention from the text
-    alone, as in ALBEF, has no vector at the patches. differs: the paper's own wiring is not known to us.
+    It must output a vector at every patch and at every token, because MRM recovers both. ALBEF's fusion, in which the
+    text attends to the image, outputs none at the patches. differs: the paper's own wiring is not known to us.
 
-    What comes out is one sequence, whatever the fusion: [CLS], other tokens, class token, patches. A token's place is
-    its own number; `at_patches` and `unpack` know the rest, and no other code counts. To try another, write a subclass
-    with its own `fuse_views`, blocks in `blocks`, and the attention by which tokens look at patches in
-    `text_attention` and `text_to_patches`; then name it in Encoders.
+    The output is one sequence: [CLS], other tokens, class token, patches. A token's place in it is its number in the
+    text; only `at_patches` and `unpack` know where the rest stands. To try another fusion, write a subclass with its
+    own `fuse_views`, its blocks in `blocks`, and the attention from tokens to patches in `text_attention` and
+    `text_to_patches`; then name it in Encoders.
     """
 
     def __init__(self, config: Config):
@@ -501,9 +501,9 @@ class FusionEncoder(nn.Module):
         return self.unpack(fused, text.shape[1])
 
     def fuse_views(self, *views: View) -> list[Tensor]:
-        """Views of one shape, as one batch -> each (b, l + 1 + n, d), or (b, m, d) at its places.
+        """Fuse views of one shape as one batch -> for each (b, l + 1 + n, d), or (b, m, d) at its places.
 
-        The last block computes the places alone, which spares most of it: a quarter of the whole step in `nano`.
+        The last block computes only these places, which saves a quarter of the whole step in `nano`.
         """
         text, image = torch.cat([view.text for view in views]), torch.cat([view.image for view in views])
         attention_mask = torch.cat([view.attention_mask for view in views])
@@ -516,29 +516,29 @@ class FusionEncoder(nn.Module):
 
     @staticmethod
     def at_patches(patch_index: Tensor, length: int, frames: int = 1) -> Tensor:
-        """patch_index (b, m), numbers of patches -> (b, m), their places beside a text of so many tokens; -1 gives the
-        class token, of a video that of its last frame. A token's place is its own number, [CLS] is 0."""
+        """patch_index (b, m), numbers of patches -> (b, m), their places in the fused sequence, behind `length` tokens.
+        -1 gives the class token, in a video that of the last frame. The first place, 0, is [CLS]."""
         return length + frames + patch_index
 
     @staticmethod
     def unpack(fused: Tensor, length: int) -> Fused:
-        """fused (b, l + 1 + n, d), with a text of so many tokens -> Fused"""
+        """fused (b, l + 1 + n, d), with a text of `length` tokens -> Fused"""
         return Fused(pair=fused[:, 0], image=fused[:, length:], text=fused[:, :length])
 
     @property
     def text_attention(self) -> list[Attention]:
-        """By block, the attention whose maps text_to_patches reads."""
+        """The attention of each block, whose maps text_to_patches reads."""
         return [block.attention for block in self.blocks]
 
     @staticmethod
     def text_to_patches(attention_map: Tensor, length: int) -> Tensor:
-        """A recorded map (b, h, queries, l + 1 + n) -> (b, h, tokens, n): what tokens look at among the patches. That
-        of the last block has one row for each place that was asked for."""
+        """A recorded map (b, h, queries, l + 1 + n) -> (b, h, tokens, n): attention from tokens to patches. The map of
+        the last block has one row for each requested place."""
         return attention_map[:, :, :length, length + 1 :]
 
 
 class Encoders(nn.Module):
-    """The three encoders and the two projections: what the student has and the teacher is a moving average of."""
+    """The three encoders and the two projections. The teacher is a moving average of the student's."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -550,28 +550,28 @@ class Encoders(nn.Module):
             self.text_projection = nn.Linear(config.width, config.embed_dim)
 
     def embed_image(self, image: Tensor, frames: int = 1) -> Tensor:
-        """image (b, 1 + n, d) -> unit vector (b, e) of its class token, for ITC; of a video, of their mean"""
-        # fp32: a length rounded to 8 bits would change every cosine by up to 0.4 %.
+        """image (b, 1 + n, d) -> unit vector (b, e) from its class token, or the mean of a video's, for ITC"""
+        # fp32: a norm rounded to 8 bits would change every cosine by up to 0.4 %.
         return F.normalize(self.image_projection(image[:, :frames].mean(dim=1)).float(), dim=-1)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """text (b, l, d) -> unit vector (b, e) of its [CLS], for ITC"""
+        """text (b, l, d) -> unit vector (b, e) from its [CLS], for ITC"""
         return F.normalize(self.text_projection(text[:, 0]).float(), dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------ joint masking
 #
-# Noise becomes a mask by ranking: the positions with the least noise are masked. The noise comes with the batch and
-# belongs to the sample, so the same sample is masked alike however many workers or processes there are.
+# The positions with the least noise are masked. The noise comes with the batch and belongs to the sample, so a sample
+# is masked in the same way however many workers or processes there are.
 
 
 def mask_patches(patch_noise: Tensor, ratio: float, frames: int = 1) -> tuple[Tensor, Tensor]:
-    """Choose the patches that I' masks: single patches, the same number in every row; of a video the same places in all
-    frames, else a patch could be copied from the frame before.
+    """Choose the patches to mask in I': single patches, the same number in every row, and in a video the same places in
+    all frames, because a patch could otherwise be copied from another frame.
 
     Args:    patch_noise (b, n)   uniform noise
              ratio                share of the patches to mask
-             frames               f; of a video there are f * n patches, and f * m are masked
+             frames               f; a video has f * n patches, of which f * m are masked
     Returns: patch_index (b, m)   the masked patches, least noise first
              patch_mask  (b, n)   the same as a mask, True = masked
     differs: the paper does not say whether patches are masked singly or in blocks.
@@ -590,17 +590,17 @@ def in_frames(index: Tensor, n: int, frames: int) -> Tensor:
 
 
 def drop_patches(patch_noise: Tensor, ratio: float, frames: int = 1) -> tuple[Tensor, Tensor]:
-    """patch_noise (b, n) -> the patches that are dropped (b, m), least noise first, and those that are kept (b, k); of
-    a video the same places in all frames."""
+    """patch_noise (b, n) -> the patches to drop (b, m), least noise first, and those to keep (b, k); in a video the
+    same places in all frames."""
     (dropped, patch_mask), n = mask_patches(patch_noise, ratio), patch_noise.shape[1]
     kept = patch_noise.masked_fill(patch_mask, -1.0).argsort(dim=1)[:, dropped.shape[1] :]
     return in_frames(dropped, n, frames), in_frames(kept, n, frames)
 
 
 def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tensor, frames: int = 1) -> Tensor:
-    """The whole sequence again: visible (b, 1 + k, d) where they stood, the mask token (d) elsewhere -> (b, 1 + n, d).
+    """Restore the sequence: visible (b, 1 + k, d) in their places, the mask token (d) elsewhere -> (b, 1 + n, d).
 
-    positions (1 + n, d) are added everywhere, because a mask token must know where it stands; see ImageEncoder.places.
+    positions (1 + n, d), see ImageEncoder.places, are added everywhere, to tell a mask token where it stands.
     """
     whole = repeat(mask_token, "d -> b n d", b=len(visible), n=len(positions)).to(visible.dtype)
     index = repeat(with_class_tokens(kept, frames), "b k -> b k d", d=visible.shape[-1])
@@ -608,12 +608,12 @@ def put_back(visible: Tensor, kept: Tensor, mask_token: Tensor, positions: Tenso
 
 
 class MaskedWords(NamedTuple):
-    """The masked text T' and what to predict in it. The number m of slots is the same in every row: ceil(ratio * l)."""
+    """The masked text T' and what to predict in it. Every row has the same number m' of slots: ceil(ratio * l)."""
 
     input_ids: Tensor  # (b, l)  T'
-    index: Tensor  # (b, m)  the chosen positions, least noise first
-    labels: Tensor  # (b, m)  the words that stood there
-    valid: Tensor  # (b, m)  True = a real choice, False = an empty slot of a short row
+    index: Tensor  # (b, m')  the chosen positions, least noise first
+    labels: Tensor  # (b, m')  the original words
+    valid: Tensor  # (b, m')  True = a chosen word, False = an empty slot of a short row
 
 
 def mask_words(
@@ -621,9 +621,9 @@ def mask_words(
 ) -> MaskedWords:
     """Choose ceil(ratio * words) words of each row and replace them as BERT does.
 
-    Of the chosen words 80 % become [MASK], 10 % a random word, 10 % stay. Special tokens and padding are never chosen
-    and never drawn. differs: the paper gives the ratio; the 80/10/10 is BERT's, and MRM regresses at every chosen
-    position, those that stay included.
+    Of the chosen words, 80 % become [MASK], 10 % a random word, and 10 % stay. Special tokens and padding are never
+    chosen, nor drawn as random words. differs: the paper gives only the ratio; 80/10/10 is BERT's. MRM regresses at
+    every chosen position, including those whose word stays.
 
     Args:    input_ids, attention_mask (b, l)   attention_mask: True = real token
              token_noise (b, l)                 uniform noise; the least noisy words are chosen
@@ -637,7 +637,7 @@ def mask_words(
 def choose_words(
     input_ids: Tensor, attention_mask: Tensor, token_noise: Tensor, ratio: float, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Where T' differs from T: index (b, m) and valid (b, m) of MaskedWords."""
+    """Choose the words to mask: index (b, m') and valid (b, m') of MaskedWords."""
     special = torch.tensor(config.special_ids, device=input_ids.device)
     ordinary = attention_mask & ~torch.isin(input_ids, special)
     count = math.ceil(ratio * input_ids.shape[1])
@@ -649,8 +649,8 @@ def choose_words(
 def replace_words(
     input_ids: Tensor, index: Tensor, valid: Tensor, replace_noise: Tensor, config: Config
 ) -> MaskedWords:
-    """What stands in T' at index (b, m) where valid (b, m), by replace_noise (b, l)."""
-    # One number decides both: below 0.8 [MASK], in [0.8, 0.9) a word drawn by where in that stretch it lies.
+    """Replace the words at index (b, m'), where valid (b, m'), as replace_noise (b, l) decides."""
+    # Below 0.8: [MASK]. In [0.8, 0.9): a random word, chosen by where in this interval the number lies.
     draw = replace_noise.gather(1, index)
     words = config.vocab_size - len(config.special_ids)
     word = ((draw - 0.8) * 10 * words).long().clamp(0, words - 1)
@@ -671,7 +671,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 class AllGather(torch.autograd.Function):
-    """Forward: the rows of all processes. Backward: each row's gradient is summed over the processes that used it."""
+    """Forward: gather the rows of all processes. Backward: sum each row's gradient over the processes that used it."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -687,15 +687,15 @@ class AllGather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
-    """(b, ...) of this process -> (processes * b, ...) of all, with gradient to the process each row came from."""
+    """(b, ...) of this process -> (processes * b, ...) of all; gradients flow to the process that a row came from."""
     return rows if rank_and_size()[1] == 1 else AllGather.apply(rows)
 
 
 def global_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean of values where valid, over the batch of all processes.
 
-    Each process returns its own sum divided by the mean count per process: averaged over processes, as DDP averages
-    gradients, this is the sum over all processes divided by the count over all processes. 0 where nothing is valid.
+    Each process returns its own sum divided by the mean count per process. DDP averages gradients over processes, which
+    makes this the sum over all processes divided by the count over all processes. 0 if nothing is valid.
     """
     if valid is None:
         return values.mean()
@@ -710,33 +710,33 @@ def global_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 class VisionLanguageModel(nn.Module):
-    """Student encoders and heads, with the losses that every objective has, and scoring."""
+    """The student's encoders and heads, the losses that every objective has, and scoring."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.loss_weights = config, config.loss_weights
         self.student = Encoders(config)
-        # ln of ITC's temperature. In logarithm, so that a step of the optimiser changes it by a share of itself.
+        # ITC's temperature is learned as a logarithm, so that an optimiser step changes it by a relative amount.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07))) if config.w_itc > 0 else None
         self.itm_head = nn.Linear(config.width, 2) if config.w_itm > 0 else None  # 0 = does not match, 1 = matches
         self.apply(init_weights)
         if self.itm_head is not None:
             nn.init.normal_(self.itm_head.weight, std=0.02)  # undecided at first
-        self.teacher: nn.Module | None = None  # an objective with a teacher makes one, see teacher_of
-        self.watch: dict[str, Tensor] = {}  # scalars of the last step that are no losses and that a log should show
-        self.matching_weight = 1.0  # of matching beside contrast, when both rank a gallery: training chooses it on val
-        self.class_token_before: Tensor | None = None  # by which `total` sees that the optimiser has stepped
+        self.teacher: nn.Module | None = None  # made by objectives that have one, see teacher_of
+        self.watch: dict[str, Tensor] = {}  # scalars of the last step to log that are not losses
+        self.matching_weight = 1.0  # of matching relative to contrast in retrieval; training chooses it on val
+        self.class_token_before: Tensor | None = None  # lets `total` notice an optimiser step without after_step
 
     def make_mlm_head(self) -> None:
-        """The head of MLM, as BERT's. An objective calls this after making its own heads: weights are drawn in their
-        order of creation, and the figures under results/ were measured with this one."""
+        """Make BERT's MLM head. An objective calls this after making its own heads: initial weights are drawn in order
+        of creation, and the figures in results/ were measured with this order."""
         d = self.config.width
         if self.config.w_mlm > 0:
             self.mlm_head = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.LayerNorm(d, eps=BERT_EPS)).apply(init_weights)
-            self.mlm_bias = nn.Parameter(torch.zeros(self.config.vocab_size))  # the weight is the word table itself
+            self.mlm_bias = nn.Parameter(torch.zeros(self.config.vocab_size))  # the weight is the word embedding
 
     def train(self, mode: bool = True):
-        """As nn.Module.train, but a teacher stays in evaluation mode: its targets are free of dropout."""
+        """As nn.Module.train, but a teacher stays in evaluation mode, so that its targets have no dropout."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
@@ -752,7 +752,7 @@ class VisionLanguageModel(nn.Module):
         return self.student.image(images, patch_mask)
 
     def encode_masked(self, images: Tensor, patch_mask: Tensor) -> Tensor:
-        """As encode_image, with patches hidden in the objective's own way, for who explains a model."""
+        """As encode_image, with patches hidden in the objective's own way, for heat maps."""
         has = self.student.image.mask_token is not None
         require(has, "this model has no mask token to hide patches with: take the picture's colour or a blur")
         return self.encode_image(images, patch_mask)
@@ -792,7 +792,7 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def score(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Score b pairs: "itc" (b,), cosine in [-1, 1]; "itm" (b,), probability of matching. Only what was trained."""
+        """Score b pairs: "itc" (b,), cosine in [-1, 1]; "itm" (b,), probability of matching; each only if trained."""
         image, text = self.encode_image(images), self.encode_text(input_ids, attention_mask)
         scores = {}
         if self.config.w_itc > 0:
@@ -802,7 +802,7 @@ class VisionLanguageModel(nn.Module):
         return scores
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the losses that forward gives: what training minimises."""
+        """The weighted sum of the losses from forward, which training minimises."""
         if self.training:
             token, before = self.student.image.class_token.detach().clone(), self.class_token_before
             if before is not None and not torch.equal(before, token):
@@ -812,22 +812,22 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress: float = 0.0) -> None:
-        """Once after each step of the optimiser: keep the temperature in ALBEF's bounds.
+        """Call once after each optimiser step. Keeps the temperature within ALBEF's bounds.
 
-        Args:    progress   share of the run that is done, from 0 to 1, for an objective with a schedule
+        Args:    progress   share of the run that is done, from 0 to 1, for objectives with a schedule
         """
         self.class_token_before = None
         if self.log_temperature is not None:
             self.log_temperature.clamp_(math.log(0.001), math.log(0.5))
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """What each loss comes to for a model that knows nothing, for reading a log."""
+        """The value of each loss for a model that has learned nothing."""
         levels = {"itc": math.log(candidates), "itm": math.log(3) - 2 / 3 * math.log(2)}
         levels["mlm"] = math.log(self.config.vocab_size)
         return {name: level for name, level in levels.items() if self.loss_weights.get(name, 0) > 0}
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
-        """Raise ValueError for a batch that lacks something, or is too small to hold negatives."""
+        """Raise ValueError for a batch that lacks something, or is too small for negatives."""
         names = (
             "images input_ids attention_mask image_id caption_id patch_noise token_noise replace_noise negative_noise"
         )
@@ -839,15 +839,15 @@ class VisionLanguageModel(nn.Module):
         require(enough, "the batch holds one pair, and contrast and matching need others: use 2 or more")
 
     def contrast(self, image: Tensor, text: Tensor, batch: dict[str, Tensor], queued: tuple | None = None) -> tuple:
-        """ITC of encoded images (b, 1 + n, d) and texts (b, l, d), each against the batch of all processes.
+        """ITC of encoded images (b, 1 + n, d) and texts (b, l, d), each against the batches of all processes.
 
-        Args:    queued   candidates in the batch's place: left_out, image_keys, text_keys, see loss_itc
+        Args:    queued   candidates to use instead of the batch: left_out, image_keys, text_keys, see loss_itc
         Returns: the loss, and the cosines (b, b) of this process's pairs, without gradient, for matching_views
         """
         image_embed, text_embed = self.embed_image(image, frames_of(batch["images"])), self.embed_text(text)
         with torch.autocast(image.device.type, enabled=False):  # fp32: as in the contrast itself
             similarity = (image_embed @ text_embed.T).detach()
-        if "parts" in batch:  # a step in several passes: this one's rows, with gradient, among those of all
+        if "parts" in batch:  # gradient accumulation: this pass's rows, with gradient, among those of all passes
             batch = batch["parts"]
             image_embed = among_parts(image_embed, batch["image"], batch["own"])
             text_embed = among_parts(text_embed, batch["text"], batch["own"])
@@ -856,50 +856,50 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def contrasts_parts(self) -> bool:
-        """Whether contrast compares the pairs of all passes of a step, where an optimiser's step has several."""
+        """Whether contrast compares the pairs of all passes of a step, if gradients are accumulated over several."""
         return self.config.w_itc > 0
 
     @torch.no_grad()
     def features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What contrast compares of a batch: image, text (b, e); image_id, caption_id (b,).
+        """What contrast compares in a batch: image, text (b, e); image_id, caption_id (b,).
 
-        A step in k passes asks for the features of all passes first, without gradient, and then gives them to each pass
-        as batch["parts"]: these, one behind the other, and own (b,), the places of the pass's own rows among them. So
-        the contrast is over k * b pairs, and its gradient that of a batch of k * b, as in GradCache (arXiv 2101.06983);
-        only the features' own forward pass is made twice.
+        A step that accumulates gradients over k passes first computes the features of all passes without gradient. Each
+        pass then gets them, concatenated, as batch["parts"], with own (b,), the places of its own rows. The contrast is
+        then over k * b pairs, with the gradient of one batch of k * b, as in GradCache (arXiv 2101.06983), at the cost
+        of a second forward pass for the features.
         """
         image, text = self.contrasted_image(batch), self.encode_text(batch["input_ids"], batch["attention_mask"])
         ids = {"image_id": batch["image_id"], "caption_id": batch["caption_id"]}
         return {"image": self.embed_image(image, frames_of(batch["images"])), "text": self.embed_text(text)} | ids
 
     def contrasted_image(self, batch: dict[str, Tensor]) -> Tensor:
-        """The encoded image as contrast sees it -> (b, 1 + n, d)"""
+        """The encoded image that contrast compares -> (b, 1 + n, d)"""
         return self.encode_image(batch["images"])
 
     def loss_itc(self, image: Tensor, text: Tensor, left_out: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
-        """Image-text contrast: among all candidates, find one's own partner, both ways.  (as ALBEF)
+        """Image-text contrast: find the partner of each image and each text among all candidates.  (as ALBEF)
 
         Args:    image, text (b, e)            unit vectors of this process's pairs
-                 left_out (b, candidates)      True = shares image or caption with the row and is not its own partner:
-                                               not a negative, left out of the denominator
-                 image_keys, text_keys (candidates, e)   this batch over all processes, then the queue if there is one
+                 left_out (b, candidates)      True = shares its image or caption with the row but is not its partner:
+                                               not a negative, and left out of the denominator
+                 image_keys, text_keys (candidates, e)   the batches of all processes, then the queue if there is one
         Returns: scalar, mean over rows and the two directions; chance is ln(candidates)
         """
         rank, _ = rank_and_size()
         partner = torch.arange(len(image), device=image.device) + rank * len(image)
-        # fp32: cosines that differ by 0.01 are 0.15 apart after division by the temperature; bf16 cannot tell them.
+        # fp32: cosines that differ by 0.01 are 0.15 apart after division by the temperature; bf16 cannot resolve them.
         with torch.autocast(image.device.type, enabled=False):
             image_to_text = (image @ text_keys.T / self.temperature).masked_fill(left_out, float("-inf"))
             text_to_image = (text @ image_keys.T / self.temperature).masked_fill(left_out, float("-inf"))
             return (F.cross_entropy(image_to_text, partner) + F.cross_entropy(text_to_image, partner)) / 2
 
     def matching_views(self, pair: View, similarity: Tensor | None, same: Tensor, noise: Tensor) -> tuple:
-        """What ITM looks at: each pair, its image beside a hard negative text, its text beside a hard negative image.
+        """The input of ITM: each pair, its image with a hard negative text, and its text with a hard negative image.
 
-        Args:    similarity (b, b)   ITC cosines of images and texts; None without ITC: all are alike
-                 same (b, b)         of image and text, True = the text is right for the image: no negative
-                 noise (2, b, b)     uniform, for the draws
-        Returns: the three views by name, each wanted at [CLS], and valid (2b,), False = no negative could be drawn
+        Args:    similarity (b, b)   ITC cosines of images and texts; None without ITC, where all count as equal
+                 same (b, b)         True = the text is right for the image, so it is not a negative
+                 noise (2, b, b)     uniform noise for the draws
+        Returns: the three views by name, each fused at [CLS], and valid (2b,), False = no negative could be drawn
         """
         image, text, attention_mask, _ = pair
         similarity = torch.zeros_like(same, dtype=torch.float32) if similarity is None else similarity
@@ -914,10 +914,10 @@ class VisionLanguageModel(nn.Module):
         return views, torch.cat([valid_text, valid_image])
 
     def not_drawn(self, similarity: Tensor, same: Tensor) -> Tensor:
-        """Which candidates are not drawn as negatives: same (b, b), and what ITC finds more similar than the partner.
+        """Candidates not to be drawn as negatives: same (b, b), and those ITC finds more similar than the partner.
 
-        differs: ALBEF draws these too, and most often. But what contrast prefers to the partner is mostly true of the
-        picture, on real data, and a head that is told otherwise stays at its chance. They stay where no other is left.
+        differs: ALBEF draws the latter too, and most often. In real data most of them are false negatives: captions
+        that do describe the picture. A head trained on them stays at chance. They are drawn if no others are left.
         """
         above = similarity > similarity.diagonal()[:, None]
         above = above & ~(above | same).all(dim=1, keepdim=True)
@@ -925,18 +925,18 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def draw_negatives(self, similarity: Tensor, excluded: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a hard negative for each row: the more similar, the likelier.  (after ALBEF)
+        """Draw a hard negative for each row: the more similar, the more likely.  (after ALBEF)
 
-        differs: ALBEF draws by the softmax of ITC; here its logits are halved, so that not always the same are drawn.
-        With a queue ALBEF draws by the student's embeddings times the teacher's, here by the student's alone.
+        differs: ALBEF draws from the softmax of ITC's logits; here they are halved, for more varied negatives. With a
+        queue, ALBEF compares the student's embeddings with the teacher's; here always with the student's own.
 
         Args:    similarity (b, b)   ITC cosines of this process's rows (query, candidate)
                  excluded (b, b)     True = never drawn, see not_drawn
                  noise (b, b)        uniform noise
         Returns: index (b,)          the drawn candidate
-                 valid (b,)          False = the row has no possible negative and is to be skipped
+                 valid (b,)          False = the row has no possible negative and is skipped
         """
-        # Gumbel's trick: adding -log(-log(uniform)) to logits and taking the largest draws from their softmax.
+        # The Gumbel-max trick: add -log(-log(uniform)) to the logits; the argmax is a draw from their softmax.
         gumbel = -torch.log(-torch.log(noise.clamp(1e-12, 1 - 1e-7)))
         sharpness = 1.0 if self.config.albef_negatives else 0.5
         logits = sharpness * similarity / self.temperature if self.config.w_itc > 0 else similarity
@@ -946,25 +946,25 @@ class VisionLanguageModel(nn.Module):
         """Image-text matching: does the text belong to the image?  (as ALBEF)
 
         Args:    positive (b, d)    pair vectors of the pairs
-                 negative (2b, d)   of the images beside wrong texts, then of the texts beside wrong images
+                 negative (2b, d)   pair vectors of images with wrong texts, then of texts with wrong images
                  valid (2b,)        False = no negative could be drawn
-        Returns: scalar, two-way cross-entropy over the 3b pairs; chance is 0.64, the entropy of 1 : 2
+        Returns: scalar, two-way cross-entropy over the 3b pairs; chance is 0.64, the entropy of a 1 : 2 split
         """
-        logits = self.itm_head(torch.cat([positive, negative])).float()  # fp32: exponentials and sums of a softmax
+        logits = self.itm_head(torch.cat([positive, negative])).float()  # fp32: softmax
         labels = torch.cat([valid.new_ones(len(positive)), valid.new_zeros(len(negative))]).long()
         counted = torch.cat([valid.new_ones(len(positive)), valid])
         return global_mean(F.cross_entropy(logits, labels, reduction="none"), counted)
 
     def word_logits(self, at_words: Tensor) -> Tensor:
-        """Fused vectors at masked words (b, m, d) -> (b, m, v)        fp32: a softmax sums as many terms as words"""
+        """Fused vectors at masked words (b, m', d) -> (b, m', v)        fp32: the softmax sums v terms"""
         return F.linear(self.mlm_head(at_words), self.student.text.words.weight, self.mlm_bias).float()
 
     def loss_mlm(self, at_words: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
         """Masked language modelling: the masked words themselves.
 
-        Args:    at_words (b, m, d)   student's fused vectors at the masked words
-                 labels (b, m)        the words that stood there
-                 valid (b, m)         True = a word was chosen for the slot
+        Args:    at_words (b, m', d)   student's fused vectors at the masked words
+                 labels (b, m')        the original words
+                 valid (b, m')         True = a word was chosen for the slot
         Returns: scalar, cross-entropy over the vocabulary; chance is ln(v)
         """
         logits = self.word_logits(at_words)
@@ -973,7 +973,7 @@ class VisionLanguageModel(nn.Module):
 
 
 def encode_together(encode: Callable, inputs: dict[str, tuple]) -> dict[str, Tensor]:
-    """Encode inputs of one shape, each a tuple of arguments (b, ...), in one call -> by name (b, sequence, d)"""
+    """Encode inputs of one shape, each a tuple of arguments (b, ...), as one batch -> by name (b, sequence, d)"""
     if not inputs:
         return {}
     together = [None if some[0] is None else torch.cat(some) for some in zip(*inputs.values(), strict=True)]
@@ -981,23 +981,23 @@ def encode_together(encode: Callable, inputs: dict[str, tuple]) -> dict[str, Ten
 
 
 def among_parts(features: Tensor, parts: Tensor, own: Tensor) -> Tensor:
-    """features (b, e) of one pass in their places own (b,) among those of all k passes, parts (k * b, e).
+    """Put features (b, e) of one pass in their places own (b,) among those of all k passes, parts (k * b, e).
 
-    Their gradient is k times as large: each pass computes the whole contrast, of which training takes the mean over the
-    passes, but only this one sends a gradient into these features.
+    Their gradient is scaled by k: training averages the contrast over the k passes, but only one of them, this one,
+    sends a gradient into these features.
     """
     k = len(parts) // len(features)
     return parts.index_copy(0, own, features.detach() + k * (features - features.detach()))
 
 
 def same_pairs(batch: dict[str, Tensor]) -> Tensor:
-    """Of this process's images and texts, which belong together, by image or by caption -> bool (b, b)"""
+    """Which of this process's images and texts belong together, by image or by caption -> bool (b, b)"""
     image_id, caption_id = batch["image_id"], batch["caption_id"]
     return (image_id[:, None] == image_id) | (caption_id[:, None] == caption_id)
 
 
 def other_positives(batch: dict[str, Tensor]) -> Tensor:
-    """The same among all processes, without each row's own partner -> bool (b, processes * b)"""
+    """The same over all processes, without each row's own partner -> bool (b, processes * b)"""
     image_id, caption_id = batch["image_id"], batch["caption_id"]
     same = (image_id[:, None] == gather(image_id)) | (caption_id[:, None] == gather(caption_id))
     own = torch.arange(len(image_id), device=image_id.device)
@@ -1006,7 +1006,7 @@ def other_positives(batch: dict[str, Tensor]) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier for linear layers, so that the variance of outputs does not depend on the width; words as positions."""
+    """Xavier for linear layers, so that the output variance does not depend on the width; words as initial_scale."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -1018,7 +1018,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class MAMO(VisionLanguageModel):
-    """Masked multimodal modelling: MRM, MIM and MLM beside ITC and ITM, with a moving-average teacher."""
+    """Masked multimodal modelling: MRM, MIM and MLM as well as ITC and ITM, with a moving-average teacher."""
 
     config_class = MAMOConfig
 
@@ -1026,9 +1026,9 @@ class MAMO(VisionLanguageModel):
         super().__init__(config)
         d = config.width
         if config.w_mrm > 0:
-            # g of the MRM equation, on the student's side only, as BYOL's predictor: one for patches, one for words.
+            # g in the MRM equation, one for patches and one for words. Like BYOL's predictor, only the student has it.
             self.mrm_image_head, self.mrm_text_head = predictor(d, d), predictor(d, d)
-        if config.w_mim > 0:  # a deeper decoder does not help: Table 10
+        if config.w_mim > 0:  # a deeper decoder does not help: the paper's Table 10
             self.mim_head = predictor(d, d if config.mim_target == "features" else 3 * config.patch_size**2)
         self.make_mlm_head()
         if config.needs_teacher:
@@ -1036,18 +1036,18 @@ class MAMO(VisionLanguageModel):
         self.queue = Queue(config.queue_size, config.embed_dim) if config.queue_size > 0 else None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of a batch: every distinct input is encoded once.                     Source: MAMO Eq. 6
+        """The losses of a batch. Every distinct input is encoded once.                     Source: MAMO Eq. 6
 
         Args:    batch   images (b, 3, height, width), or videos (b, f, 3, height, width); input_ids, attention_mask
                          (b, l); image_id, caption_id (b,); patch_noise (b, n); token_noise, replace_noise (b, l);
                          negative_noise (2, b, b)
         Returns: the losses by name, unweighted scalars; `total` weights and adds them
-        Raises:  ValueError for a batch that lacks something, or holds one pair
+        Raises:  ValueError for a batch that lacks something, or holds only one pair
         """
         self.check_batch(batch)
         config, input_ids, attention_mask = self.config, batch["input_ids"], batch["attention_mask"]
         losses, views, places, patch_mask, words = {}, {}, {}, None, None
-        frames = frames_of(batch["images"])  # f, of a batch of videos
+        frames = frames_of(batch["images"])  # f; 1 for pictures
 
         # 1. Joint masking: I' lacks 75 % of the patches, T' lacks 25 % of the words.
         if config.masks_patches:
@@ -1058,10 +1058,10 @@ class MAMO(VisionLanguageModel):
             words = mask_words(input_ids, attention_mask, *noise, config.mask_text, config)
             places["words"] = words.index
 
-        # 2. The student's unimodal encoders: I and I' in one call, T and T' in another.
+        # 2. The student's unimodal encoders: I and I' as one batch, T and T' as another.
         image, text = self.encode_whole_and_masked(batch, patch_mask, words)
 
-        # 3. The teacher sees the whole pair, without gradient: what MRM and MIM are to recover.
+        # 3. The teacher sees the whole pair, without gradient: the targets of MRM and MIM.
         seen = self.teach(batch, places)
         if config.w_mrm > 0:
             mrm_target = split_places(normalised(seen["fused"]), places)
@@ -1077,8 +1077,8 @@ class MAMO(VisionLanguageModel):
             queued = None if self.queue is None else self.queued(batch, seen)
             losses["itc"], similarity = self.contrast(image["whole"], text["whole"], batch, queued)
 
-        # 5. The student's fusion, up to five views of the pair in one call: one modality masked and the other whole,
-        #    and for matching the pair itself and its hard negatives.
+        # 5. The student's fusion, up to five views of the pair as one batch: with one modality masked and the other
+        #    whole, and for matching the pair itself and its two hard negatives.
         if config.mask_both:
             views["both"] = View(image["masked"], text["masked"], attention_mask, torch.cat([*places.values()], dim=1))
         else:
@@ -1094,7 +1094,7 @@ class MAMO(VisionLanguageModel):
         if config.mask_both:
             fused |= split_places(fused["both"], places)
 
-        # 6. Matching, and the recovery of what was masked: implicitly by MRM, explicitly by MIM and MLM.
+        # 6. Matching, and recovering what was masked: implicitly by MRM, explicitly by MIM and MLM.
         if config.w_itm > 0:
             negative = torch.cat([fused["wrong text"][:, 0], fused["wrong image"][:, 0]])
             losses["itm"] = self.loss_itm(fused["pair"][:, 0], negative, valid)
@@ -1109,20 +1109,20 @@ class MAMO(VisionLanguageModel):
 
     @property
     def contrasts_parts(self) -> bool:
-        """Not with a queue, whose candidates are the teacher's."""
+        """False with a queue, whose candidates are the teacher's."""
         return super().contrasts_parts and self.queue is None
 
     def mask_image(self, patch_noise: Tensor, frames: int = 1) -> tuple[Tensor, Tensor]:
-        """Which patches I' masks, see mask_patches; who shows what a model recovers asks here too."""
+        """The patches to mask in I', see mask_patches; also used to show what a model recovers."""
         return mask_patches(patch_noise, self.config.mask_image, frames)
 
     def encode_whole_and_masked(
         self, batch: dict[str, Tensor], patch_mask: Tensor | None, words: MaskedWords | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """I and I' (b, 1 + n, d), T and T' (b, l, d), as "whole" and "masked", as far as a loss asks for them."""
+        """I and I' (b, 1 + n, d), T and T' (b, l, d), as "whole" and "masked", if any loss needs them."""
         config, images, attention_mask = self.config, batch["images"], batch["attention_mask"]
         image_inputs, text_inputs, in_place = {}, {}, config.masks_patches and not config.drop_masked
-        if config.sees_image:  # a mask that masks nothing, to stand beside the other in one tensor
+        if config.sees_image:  # with a mask that masks nothing, so that both fit in one batch
             image_inputs["whole"] = images, torch.zeros_like(patch_mask) if in_place else None
         if in_place:
             image_inputs["masked"] = images, patch_mask
@@ -1140,8 +1140,8 @@ class MAMO(VisionLanguageModel):
 
     @torch.no_grad()
     def teach(self, batch: dict[str, Tensor], places: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the teacher sees of the whole pair, as far as a loss asks: "image" (b, 1 + n, d), "text" (b, l, d),
-        "fused" (b, m, d) at the places (b, m) of the fused sequence, one part behind the other."""
+        """The teacher's view of the whole pair, as far as losses need it: "image" (b, 1 + n, d), "text" (b, l, d), and
+        "fused" (b, m, d) at the given places (b, m) of the fused sequence, concatenated."""
         seen, config = {}, self.config
         if self.teacher is not None:
             seen["image"] = self.teacher.image(batch["images"])
@@ -1153,9 +1153,9 @@ class MAMO(VisionLanguageModel):
         return seen
 
     def queued(self, batch: dict[str, Tensor], seen: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates of ITC with a queue: the teacher's embeddings of this batch and of past ones, see loss_itc.
+        """ITC's candidates with a queue: the teacher's embeddings of this batch and of past ones, see loss_itc.
 
-        differs: the paper's queue is not known to us; off by default, as in-batch candidates suit small runs.
+        differs: the paper's queue is not known to us. Off by default: in-batch candidates suffice in small runs.
         """
         image = self.teacher.embed_image(seen["image"], frames_of(batch["images"]))
         keys = [gather(image), gather(self.teacher.embed_text(seen["text"]))]
@@ -1178,9 +1178,9 @@ class MAMO(VisionLanguageModel):
         Args:    at_patches (b, m, d), at_words (b, m', d)        student's fused vectors at the masked positions
                  patch_target (b, m, d), word_target (b, m', d)   teacher's, layer-normalised, no gradient
                  valid (b, m')                                    True = a word was chosen for the slot
-        Returns: scalar, each half a mean over positions and features; about 2 if the student knows nothing
+        Returns: scalar, each half a mean over positions and features; about 2 if the student has learned nothing
         """
-        # fp32: differences of near numbers, squared; the same holds for MIM.
+        # fp32: differences of similar numbers, squared; likewise in MIM.
         patches = (self.mrm_image_head(at_patches).float() - patch_target).square().mean(dim=-1)
         words = (self.mrm_text_head(at_words).float() - word_target).square().mean(dim=-1)
         return global_mean(patches) + global_mean(words, valid)
@@ -1191,9 +1191,9 @@ class MAMO(VisionLanguageModel):
         L = mean over M_I of |h(f(I', T)) - sg v_teacher(I)|
 
         Args:    at_patches (b, m, d)   student's fused vectors at the masked patches
-                 target (b, m, d)       teacher's image encoder there, layer-normalised, no gradient; or raw pixels,
-                                        which are a weaker target: Table 9
-        Returns: scalar, mean over positions and features; about 0.8 if the student knows nothing of the features
+                 target (b, m, d)       teacher's image features there, layer-normalised, no gradient; or raw pixels,
+                                        weaker according to the paper's Table 9, equal on the built-in world
+        Returns: scalar, mean over positions and features; about 0.8 if the student has learned nothing
         """
         return global_mean((self.mim_head(at_patches).float() - target).abs())
 
@@ -1205,7 +1205,7 @@ class MAMO(VisionLanguageModel):
             move_teacher(self.teacher, self.student, self.config.ema)
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """VisionLanguageModel.chance with the queue among the candidates, and the levels of the masked losses."""
+        """VisionLanguageModel.chance, with the queue among the candidates, and chance for the masked losses."""
         levels = super().chance(candidates + self.config.queue_size)
         if self.config.w_mrm > 0:
             levels["mrm"] = 2.0
@@ -1215,13 +1215,13 @@ class MAMO(VisionLanguageModel):
 
 
 def teacher_of(student: nn.Module) -> nn.Module:
-    """A copy of the student, or of a part of it, that takes no gradient and is in evaluation mode."""
+    """A copy of the student, or of a part of it, without gradients and in evaluation mode."""
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def move_teacher(teacher: nn.Module, student: nn.Module, ema: float) -> None:
-    """teacher <- ema * teacher + (1 - ema) * student        fp32: in bf16 a move of 0.5 % would be rounded away"""
+    """teacher <- ema * teacher + (1 - ema) * student        fp32: bf16 would round a step of 0.5 % to nothing"""
     for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
         ours.lerp_(theirs, 1 - ema)
 
@@ -1232,7 +1232,7 @@ def predictor(width: int, out: int) -> nn.Sequential:
 
 
 def normalised(target: Tensor) -> Tensor:
-    """Layer-norm without affine: targets keep one scale however the teacher drifts, as in data2vec.
+    """Layer norm without learned scale and shift, so that targets keep their scale as the teacher drifts. (data2vec)
 
     fp32: mean and variance are sums over the width.
     differs: whether the paper normalises its targets is not known to us.
@@ -1241,19 +1241,20 @@ def normalised(target: Tensor) -> Tensor:
 
 
 def split_places(vectors: Tensor, places: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors (b, m + m', d) at places that stand one behind the other -> by the name of the places"""
+    """Split vectors (b, m + m', d) at concatenated places -> by the name of the places"""
     return dict(zip(places, vectors.split([index.shape[1] for index in places.values()], dim=1), strict=True))
 
 
 def mean_cosine(target: Tensor) -> Tensor:
-    """Mean cosine of targets (b, m, d), pair by pair. Near 1 at first; if it rises there again, it has collapsed."""
+    """Mean cosine over all pairs of targets (b, m, d). In a healthy run it falls after the first steps; a value that
+    stays near 1 means collapse."""
     unit = F.normalize(rearrange(target, "b m d -> (b m) d"), dim=-1)
     count = len(unit)
     return (unit.sum(dim=0).square().sum() - count) / (count * (count - 1))
 
 
 class Queue(nn.Module):
-    """Ring of the last teacher embeddings with their ids, of any length, fed by batches of any size."""
+    """Ring buffer of the latest teacher embeddings with their ids, for batches of any size."""
 
     def __init__(self, size: int, embed_dim: int):
         super().__init__()
@@ -1266,7 +1267,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, image: Tensor, text: Tensor, image_id: Tensor, caption_id: Tensor) -> None:
-        """Write b rows over the oldest ones; of a batch longer than the queue, the last rows stay."""
+        """Write b rows over the oldest ones. Of a batch larger than the queue, the last rows are kept."""
         size = len(self.filled)
         rows = [part[-size:] for part in (image, text, image_id, caption_id)]
         slots = (self.next + torch.arange(len(rows[0]), device=image.device)) % size

@@ -2,22 +2,22 @@
 
     python train.py                                             the demo: the built-in world, preset nano
     python train.py --data my/pairs.jsonl --val my/val.jsonl --preset small --epochs 40 --augment photo --out runs/mine
-    python train.py --w-mrm 0                                   an ablation: a loss of weight 0 costs nothing
+    python train.py --w-mrm 0                                   an ablation: a loss of weight 0 is not computed
     python train.py --objective control                         ITC + ITM + MLM, no teacher
     python train.py --objective glscl --out runs/glscl          a sibling objective; --help then lists its options
-    python train.py --out runs/mine --resume                    go on after Ctrl-C or a crash
-    python train.py --config runs/mine/config.json --seed 1 --out runs/again        a run once more, with another seed
+    python train.py --out runs/mine --resume                    resume after Ctrl-C or a crash
+    python train.py --config runs/mine/config.json --seed 1 --out runs/again        repeat a run with another seed
     torchrun --nproc-per-node 8 train.py --preset base ...      the same run on eight GPUs
 
 A run folder holds config.json, log.csv and checkpoint.pt.
 
-How to read it: `Run.one_step` is one step of the optimiser, in the order of events: learning rate, forward, finite
-check, backward, clip, step, teacher. `Run.train`, right below, repeats it, logs, evaluates and saves. Before them come
-the options, and `start`, which makes all that the loop needs; finetune.py has a `start` of its own and the same loop.
+How to read it: `Run.one_step` is one optimiser step, in the order of events: learning rate, forward, finite check,
+backward, clip, step, teacher. `Run.train`, right below it, repeats it, logs, evaluates and saves. Before them come the
+options and `start`, which makes everything that the loop needs. finetune.py has its own `start` and the same loop.
 
-On several processes (torchrun, one node or many) the batch is shared, so the run is the same run: the same batches,
-masks and steps, the contrast over the whole batch, means over all its positions. Only ITM differs: a process draws
-negatives from its own pairs. A run may be taken up again by another number of processes.
+Several processes (torchrun, on one node or many) share each batch, so their number does not change the run: batches,
+masks and steps are the same, contrast is over the whole batch, and means are over all its positions. Only ITM differs:
+each process draws negatives from its own pairs. A run can be resumed with another number of processes.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from tools import weights
 
 @dataclass
 class TrainConfig:
-    """All of a run that is not the model's shape; with the objective's Config it makes up the command line."""
+    """The options of a run. Together with those of the objective's Config they make up the command line."""
 
     data: list[str] = field(default_factory=lambda: ["data/scenes/pairs_train.jsonl"])  # JSONL files or tar archives
     val: list[str] = field(default_factory=list)  # JSONL files to evaluate on; default: pairs_val.jsonl beside data
@@ -72,30 +72,30 @@ class TrainConfig:
     init: list[str] = field(default_factory=list)  # published encoders to start from, made by tools/weights.py
     freeze_text: bool = False  # do not train the text encoder; useful for one that --init loaded
     steps: int = 1600  # optimiser steps
-    epochs: float = 0.0  # passes over the data; when given, steps follow from it
-    batch_size: int = 64  # pairs per forward pass, of all processes together
-    parts: int = 0  # equal parts of a batch, for processes to share; 0 = 8, or fewer for a small batch
-    accumulate: int = 1  # forward passes per optimiser step; equals a batch this many times as large, see Run.parts
-    lr: float = 0.0  # peak learning rate; 0 = by the width of the model, see rate_for: 6e-3 for nano, 2e-3 for tiny
+    epochs: float = 0.0  # passes over the data; if given, steps follow from it
+    batch_size: int = 64  # pairs per forward pass, over all processes
+    parts: int = 0  # equal parts of a batch, which processes share; 0 = 8, or fewer for a small batch
+    accumulate: int = 1  # forward passes per optimiser step; like a batch this many times as large, see Run.parts
+    lr: float = 0.0  # peak learning rate; 0 = set by the width of the model: 6e-3 for nano, 2e-3 for tiny
     lr_end: float = 0.01  # learning rate at the last step, as a share of the peak
-    warmup: float = 0.05  # share of the steps used for warm-up
+    warmup: float = 0.05  # length of the warm-up, as a share of the steps
     optimizer: str = "muon"  # muon = Muon for the matrices in blocks and AdamW for the rest; or adamw for all
     weight_decay: float = 0.02  # not on norms, biases, positions and single tokens
     beta2: float = 0.98  # second-moment decay of AdamW
-    clip: float = 1.0  # largest norm of the gradient
-    augment: str = "none"  # none, photo = crop, light, aerial = turned too, drawing = moved, recoloured, boxes = NLVR's
+    clip: float = 1.0  # clip the gradient to this norm
+    augment: str = "none"  # none; photo = crops, light; aerial = and turns; drawing = shifts, colours; boxes = NLVR's
     seed: int = 0  # decides initial weights, order, masks and negatives
-    workers: int = 0  # processes that load data beside the training process
+    workers: int = 0  # worker processes that load data
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto = bf16 on a GPU that has it, else fp32; or fp32, bf16, fp16
     compile: bool = False  # compile the step with torch.compile; every batch is then padded to max_tokens
-    grad_checkpointing: bool = False  # keep only what enters each block and compute the rest again: less memory, slower
+    grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     log_every: int = 50  # steps between rows of log.csv
     eval_every: int = 500  # steps between evaluations on val
     save_every: int = 500  # steps between checkpoints
     check: str = "header"  # header, full = decode every picture before the first step, or none
     skip_bad: bool = False  # skip bad rows instead of stopping
-    resume: bool = False  # go on from the checkpoint in the run folder, if there is one
+    resume: bool = False  # continue from the checkpoint in the run folder, if there is one
 
     def __post_init__(self):
         if isinstance(self.data, str) or isinstance(self.val, str):
@@ -134,7 +134,7 @@ FROM_TOKENIZER = ("mask_id", "special_ids", "continuation_ids")  # fields of a C
 
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
-    """Command line -> the run's options, and the fields of the model's Config that override the preset's."""
+    """Command line -> options of the run, and fields of the model's Config that override the preset's."""
     config_class = model_of(objective_of(arguments)).config_class
     parser = runtime.Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runtime.add_options(parser, TrainConfig)
@@ -143,8 +143,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, dict]:
 
 
 def objective_of(arguments: list[str] | None) -> str:
-    """The objective that a command line names, or that of the run which it takes up or repeats: it decides what options
-    there are."""
+    """The objective on the command line, or that of the run to resume or repeat. It decides which options exist."""
     first = runtime.Parser(add_help=False)
     first.add_argument("--objective")
     first.add_argument("--config")
@@ -162,10 +161,10 @@ def objective_of(arguments: list[str] | None) -> str:
 
 
 def start(config: TrainConfig, overrides: dict, device: torch.device | None = None) -> "Run":
-    """Make a run, or take it up again where config.resume says so and its folder holds a checkpoint.
+    """Make a run, or resume it if config.resume is set and its folder holds a checkpoint.
 
     Args:    overrides   fields of the model's Config that override the preset's
-             device      this process's
+             device      of this process
     """
     saved = runtime.saved_run(config)
     rows = open_rows(config.data, "pairs", config.check, config.skip_bad)
@@ -187,7 +186,7 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
     device = device or runtime.pick_device(config.device)
     model = model.to(device)
 
-    length = model.config.max_tokens if config.compile else 0  # one shape for all batches: compiled once
+    length = model.config.max_tokens if config.compile else 0  # one shape for all batches, so it compiles once
     dataset = Pairs(rows, tokenizer, model.config, config.augment, config.seed)
     collate = Collate(tokenizer.pad_id, length)
     optimizer = make_optimizer(model, config)
@@ -200,7 +199,7 @@ def start(config: TrainConfig, overrides: dict, device: torch.device | None = No
 
 
 def make_order(config: TrainConfig, rows: Sequence[dict], saved: dict | None) -> TwinBatches:
-    """Which rows share a batch; config.parts and, from --epochs, config.steps are set here."""
+    """Decide which rows share a batch. Sets config.parts and, from --epochs, config.steps."""
     rank, processes = rank_and_size()
     config.parts = config.parts or parts_for(config.batch_size, processes)
     order = TwinBatches(rows, config.batch_size, config.seed, rank=rank, processes=processes, parts=config.parts)
@@ -210,20 +209,20 @@ def make_order(config: TrainConfig, rows: Sequence[dict], saved: dict | None) ->
 
 
 def parts_for(batch_size: int, processes: int) -> int:
-    """In how many parts to fill a batch: 8, or 4, 2, 1 where a part would be odd or smaller than 8 pairs; if the number
-    of processes does not divide that, one part for each process."""
+    """Number of equal parts in a batch: 8, or 4, 2, 1 if a part would be odd or smaller than 8 pairs. If the number of
+    processes does not divide it, one part per process."""
     parts = next(p for p in (8, 4, 2, 1) if p == 1 or (batch_size % (2 * p) == 0 and batch_size // p >= 8))
     return parts if parts % processes == 0 else processes
 
 
 def make_vocabulary(config: TrainConfig, texts: Iterable[str]) -> Tokenizer:
-    """From --vocab, else built from the training texts."""
+    """The vocabulary from --vocab, or one built from the training texts."""
     return Tokenizer.from_file(config.vocab) if config.vocab else Tokenizer.build(texts)
 
 
 def new_shape(config: TrainConfig, overrides: dict, tokenizer: Tokenizer, rows: Sequence[dict]) -> dict:
-    """Fields of the model's Config: the preset's, the objective's, the user's, and what follows from the tokenizer, the
-    length of the run, and whether there are videos."""
+    """Fields of the model's Config: from the preset, the objective, the user, the tokenizer, the length of the run (the
+    teacher's momentum), and whether there are videos."""
     shape = PRESETS[config.preset] | OBJECTIVES[config.objective][1] | {"frames": frames_for(rows)} | overrides
     shape["vocab_size"] = len(tokenizer)
     has = {field.name for field in dataclasses.fields(model_of(config.objective).config_class)}
@@ -234,14 +233,14 @@ def new_shape(config: TrainConfig, overrides: dict, tokenizer: Tokenizer, rows: 
 
 
 def frames_for(rows: Sequence[dict]) -> int:
-    """How many frames of a video a model looks at, unless it is told."""
+    """Default number of frames of a video that a model looks at."""
     return 4 if videos_of(rows).any() else 1
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale: Callable = lambda name: 1.0) -> "Muon":
-    """Matrices decay, while norms, biases, positions, single tokens and the temperature do not.
+    """Weight decay applies to matrices, but not to norms, biases, positions, single tokens and the temperature.
 
-    scale: the name of a parameter -> its learning rate as a multiple of the run's
+    scale: name of a parameter -> its learning rate as a multiple of the run's
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -250,7 +249,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale: Callable 
             by_muon = config.optimizer == "muon" and takes_muon(name, parameter)
             kind = scale(name), config.weight_decay if decays else 0.0, by_muon
             groups.setdefault(kind, []).append(parameter)
-    in_order = sorted(groups.items(), key=lambda item: item[0], reverse=True)  # what decays first
+    in_order = sorted(groups.items(), key=lambda item: item[0], reverse=True)  # groups with decay come first
     named = [
         {"params": group, "scale": times, "weight_decay": decay, "orthogonal": by_muon}
         for (times, decay, by_muon), group in in_order
@@ -259,22 +258,22 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, scale: Callable 
 
 
 def takes_muon(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a matrix inside a block, which Muon moves."""
+    """Whether Muon updates a parameter: a matrix inside a block."""
     return parameter.ndim == 2 and ".blocks." in name
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and for groups that are "orthogonal", matrices inside blocks, Muon: momentum, orthogonalised.
+    """AdamW, but for groups marked "orthogonal" (matrices inside blocks) Muon: orthogonalised momentum.
 
-    A gradient is mostly a few directions, and the model would move along them alone. With all singular values made
-    equal it learns along all others too: on the built-in world that takes about half the steps (docs/results.md).
-    Source: K. Jordan's Muon (2024), with the scale of Liu et al., arXiv 2502.16982: a step is as large as one of AdamW,
-    so that one learning rate and one weight decay serve both. differs: the paper's optimiser is AdamW, as ALBEF's.
+    A gradient is dominated by a few directions. Making all its singular values equal lets the model learn along the
+    others too: on the built-in world it needs about half the steps (docs/results.md).
+    Source: K. Jordan's Muon (2024), with the scale of Liu et al., arXiv 2502.16982: its steps are as large as AdamW's,
+    so one learning rate and one weight decay serve both. differs: the paper uses AdamW, as ALBEF does.
     """
 
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, **options)
-        self._step_supports_amp_scaling = False  # else fp16 would skip the part of AdamW alone
+        self._step_supports_amp_scaling = False  # otherwise fp16 would skip only AdamW's part of a step
 
     @torch.no_grad()
     def step(self) -> None:
@@ -283,13 +282,13 @@ class Muon(torch.optim.AdamW):
         super().step()
         self.param_groups = every
         for group in every:
-            alike = {}  # matrices of one shape are one batch
+            alike = {}  # matrices of the same shape are processed as a batch
             for matrix in group["params"] if group["orthogonal"] else ():
                 if matrix.grad is not None:
                     alike.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in alike.items():
                 for matrix in matrices:
-                    if not self.state[matrix]:  # AdamW asks for a step when the state is loaded
+                    if not self.state[matrix]:  # loading AdamW's state needs a "step"
                         self.state[matrix] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(matrix)}
                     self.state[matrix]["momentum"].mul_(0.95).add_(matrix.grad)
                 ahead = [matrix.grad + 0.95 * self.state[matrix]["momentum"] for matrix in matrices]  # Nesterov's
@@ -299,25 +298,25 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (k, rows, columns) with their singular values brought to about 1, by five steps of Newton-Schulz."""
+    """Bring the singular values of matrices (k, rows, columns) to about 1, by five Newton-Schulz iterations."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     near = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     near = near.bfloat16() if near.is_cuda else near
-    for _ in range(5):  # a polynomial that lifts small values fast and need not end at 1 exactly
+    for _ in range(5):  # this polynomial raises small values fast, at the price of ending only near 1
         gram = near @ near.mT
         near = 3.4445 * near + (2.0315 * gram @ gram - 4.775 * gram) @ near
     return near.to(matrices.dtype)
 
 
 def rate_for(width: int) -> float:
-    """Peak learning rate for a model of some width: 6e-3 up to 64, as was chosen on the built-in world, 2.1e-3 for 128,
-    4.1e-4 for 384, and 1.4e-4 for 768, which is near what is usual for ViT-B."""
+    """Peak learning rate by width: 6e-3 up to 64 (chosen on the built-in world), 2.1e-3 for 128, 4.1e-4 for 384, and
+    1.4e-4 for 768, close to what is common for ViT-B."""
     return 6e-3 * min(64 / width, 1) ** 1.5
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from lr to lr * lr_end at the last step; step counts from 0."""
+    """Linear warm-up, then a cosine from lr to lr * lr_end at the last step. Steps count from 0."""
     warm = max(round(config.warmup * config.steps), 1)
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -330,7 +329,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 @dataclass
 class Run:
-    """A training run: what `start` has made, and the loop."""
+    """A training run: everything that `start` made, and the loop."""
 
     config: TrainConfig
     device: torch.device  # this process's
@@ -343,16 +342,16 @@ class Run:
     dataset: Dataset
     collate: Callable
     saved: dataclasses.InitVar[dict | None]  # the checkpoint to go on from
-    script: str = "train.py"  # the command that takes the run up again
+    script: str = "train.py"  # the command that resumes the run
 
     def __post_init__(self, saved: dict | None):
         config, self.out = self.config, Path(self.config.out)
         self.rank, self.processes = rank_and_size()
         self.precision, self.why = runtime.pick_precision(config.precision, self.device)
-        # Small gradients underflow in fp16: the loss is scaled up for the backward pass, the gradients down after it.
+        # Small gradients underflow in fp16: the loss is scaled up before the backward pass, gradients down after it.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if not self.val_rows:
-            self.model.matching_weight = 0.0  # nothing held out says that matching ranks well
+            self.model.matching_weight = 0.0  # no held-out data show that matching ranks well
         self.step, self.meter = 0, {}  # meter: sums since the last row of the log
         self.stopped = False  # by Ctrl-C
         self.settled = False  # by --patience of finetune.py
@@ -364,7 +363,7 @@ class Run:
             runtime.compile_step(self.model)
         self.parallel = self.model
         if self.processes > 1:
-            # Queue and teacher are equal everywhere because what feeds them is: there is nothing to broadcast.
+            # Queue and teacher get the same input on every process, so there is nothing to broadcast.
             self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.rank == 0:
             self.log = runtime.CsvLog(self.out / "log.csv", self.step)
@@ -372,16 +371,16 @@ class Run:
                 runtime.write_json(self.out / "config.json", {"train": vars(config), "model": vars(self.model.config)})
 
     def one_step(self, batches: Iterator[dict]) -> float:
-        """One step of the optimiser -> the weighted total of the losses."""
+        """One optimiser step -> the weighted total of the losses."""
         config, model, summed = self.config, self.model.train(), 0.0
-        parts = self.parts(batches)  # first: if one is missing, nothing has changed
+        parts = self.parts(batches)  # comes first: if it fails, nothing has changed yet
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(self.step, config)
 
         for part, batch in enumerate(parts):
             batch = self.on_device(batch)
             batch["negative_noise"] = self.negative_noise(part, len(batch["images"]))
-            # Processes exchange gradients once per step, in the last of its backward passes.
+            # Processes exchange gradients once per step, in the last backward pass.
             waits = self.processes > 1 and part < config.accumulate - 1
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with runtime.autocast(self.device, self.precision):
@@ -398,7 +397,7 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         finite = bool(torch.isfinite(norm))
-        # In fp16 a gradient that is not finite is expected now and then: the step is skipped and the scale halved.
+        # In fp16 an infinite gradient is normal now and then: the step is skipped and the scale halved.
         if not finite and (not self.scaler.is_enabled() or self.scaler.get_scale() < 1):
             raise ValueError(f"the gradient is {self.not_finite()}")
         self.scaler.step(self.optimizer)
@@ -406,13 +405,13 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         self.count("steps", 1)
-        if finite:  # a skipped step changed no weight, so the teacher may not move either
+        if finite:  # a skipped step changes no weight, so the teacher must not move either
             self.count("grad_norm", norm)
             model.after_step(self.step / config.steps)
         return summed
 
     def train(self, stop_at: int | None = None) -> None:
-        """Train to the last step, or to stop_at, or until Ctrl-C; whichever it is, the checkpoint is saved."""
+        """Train to the last step, to stop_at, or until Ctrl-C. The checkpoint is saved in any case."""
         config, first = self.config, self.step
         last = min(stop_at or config.steps, config.steps)
         bar = tqdm(total=config.steps, initial=self.step, desc="training", dynamic_ncols=True, mininterval=0.5)
@@ -448,16 +447,16 @@ class Run:
             print(f"stopped at step {self.step} and saved; go on with: python {self.script} --out {self.out} --resume")
 
     def batches(self) -> Iterator[dict]:
-        """Endless batches from the current step on."""
+        """Endless batches, beginning at the current step."""
         self.order.first = self.step * self.config.accumulate
         pin_memory = self.device.type == "cuda"
         return training_batches(self.dataset, self.order, self.collate, self.config.workers, pin_memory)
 
     def parts(self, batches: Iterator[dict]) -> list[dict]:
-        """The batches of one step; of several, each with the features of all for contrast, see VisionLanguageModel.
+        """The batches of one step. If there are several, each has the features of all, see features in mamo.py.
 
-        The step is that of one large batch but for this: ITM draws negatives from a part, and means over masked words
-        are means of the parts' means. Features are computed without dropout.
+        The step then equals that of one large batch, with two exceptions: ITM draws negatives within a part, and means
+        over masked words are means of the parts' means. Features are computed without dropout.
         """
         parts = [next(batches) for _ in range(self.config.accumulate)]
         if len(parts) > 1 and self.model.contrasts_parts:
@@ -471,37 +470,37 @@ class Run:
         return parts
 
     def on_device(self, batch: dict) -> dict:
-        """A batch on this process's device."""
+        """Move a batch to this process's device."""
         return {
             name: value if name == "parts" else value.to(self.device, non_blocking=True)
             for name, value in batch.items()
         }
 
     def negative_noise(self, part: int, rows: int) -> torch.Tensor:
-        """Noise (2, rows, rows) for ITM's draws among this process's rows, from (seed, step, part, rank).
+        """Noise (2, rows, rows) for drawing ITM's negatives among this process's rows, from (seed, step, part, rank).
 
-        The generators are left seeded by that key, so that dropout follows from it too.
+        This also seeds the generators that dropout uses.
         """
         runtime.seed_everything(self.config.seed, self.step, part, self.rank)
         return torch.rand(2, rows, rows).to(self.device)
 
     def not_finite(self) -> str:
-        """The end of the sentence for a number that is not finite."""
+        """End of the error message for a number that is not finite."""
         return (
             f"not finite at step {self.step + 1}; the step was not made and the last checkpoint is whole: "
             "go on from it with --resume and a smaller --lr, or start again with that or a longer --warmup"
         )
 
     def count(self, name: str, value: torch.Tensor | int) -> None:
-        """Add to a sum since the last row of the log; tensors stay on the device, so that a GPU need not wait."""
+        """Add to a sum since the last row of the log. Tensors stay on the device, so that a GPU need not wait."""
         self.meter[name] = self.meter.get(name, 0) + value
 
     def share_meter(self) -> None:
-        """From the sums of this process to the mean over processes, as plain numbers."""
+        """Replace this process's sums by their mean over processes, as plain numbers."""
         self.meter = runtime.mean_over_processes({name: float(value) for name, value in self.meter.items()})
 
     def means(self, since: tuple[float, int]) -> dict:
-        """The log's row: means since the last one, so that a curve is smooth. since: its time and step"""
+        """A row of the log: means since the last row, which had the time and step `since`."""
         self.share_meter()
         steps = self.meter.pop("steps")
         row = {"lr": learning_rate(self.step - 1, self.config)}
@@ -514,8 +513,8 @@ class Run:
         return row | {"pairs_per_s": rate, "peak_memory_mb": runtime.peak_memory_mb(self.device)}
 
     def evaluate(self, bar: tqdm) -> dict:
-        """Zero-shot retrieval by contrast on val; the test set is not touched while training. After the last step val
-        decides how much matching weighs when both rank: nothing, where val is what the model has memorised."""
+        """Zero-shot retrieval by contrast on val; training never sees the test set. After the last step, val decides
+        the weight of matching in re-ranking. It is 0 if val is the training data, which may be memorised."""
         if self.model.config.w_itc <= 0:
             return {}
         k = 16 if self.step == self.config.steps else 0
@@ -527,14 +526,14 @@ class Run:
         return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
 
     def save(self) -> None:
-        """Everything that the next step depends on, as plain tensors and plain values; the first process writes it."""
+        """Save everything that the next step depends on, as plain tensors and values. The first process writes it."""
         self.share_meter()
         if self.rank == 0:
             runtime.save_checkpoint(self.out / "checkpoint.pt", self.state())
 
     def state(self) -> dict:
-        """The content of a checkpoint, which is what --resume keeps: weights of student and teacher, queue, optimiser,
-        step, vocabulary and all options. Order, masks and noise follow from the seed and the step."""
+        """The content of a checkpoint: weights of student and teacher, queue, optimiser, step, vocabulary, all options.
+        The order of rows, masks and noise follow from the seed and the step."""
         return {
             "objective": self.config.objective,
             "config": dataclasses.asdict(self.model.config),
@@ -551,14 +550,14 @@ class Run:
 
     @functools.cached_property
     def content(self) -> dict:
-        """What the run depends on and a checkpoint cannot hold: how many rows there are, and a digest of them.
+        """The number of training rows and a digest of them, so that a resumed run can check its data.
 
-        Read once: every checkpoint has it, and rows do not change while a run goes on.
+        Computed once, since rows do not change during a run.
         """
         return {"rows to train on": content_of(self.rows)}
 
     def load(self, saved: dict) -> None:
-        """Go on from the content of a checkpoint."""
+        """Continue from the content of a checkpoint."""
         for what, now in self.content.items():
             was = saved.get("data", {}).get(what, now)
             if "" in now or "" in was:
@@ -566,7 +565,7 @@ class Run:
             elif was[0] != now[0] or (len(was) == len(now) and was != now):  # one digest for each file, once for all
                 raise ValueError(
                     f"{self.out} began with {was[0]} {what}, and {now[0]} {'others ' * (was[0] == now[0])}are given "
-                    "now: give it what it began with, wherever that lies, or begin another run with another --out"
+                    "now: give it the same data (they may have moved), or start another run with another --out"
                 )
         runtime.load_weights(self.model, saved["model"], self.out / "checkpoint.pt")
         self.model.matching_weight = saved.get("matching_weight", 1.0)
@@ -583,7 +582,7 @@ class Run:
             )
 
     def announce(self, what: str, read_texts: Callable) -> None:
-        """Say what is about to run, and what a model that knows nothing would score. read_texts: row -> its texts"""
+        """Print what is about to run, and chance for each loss. read_texts: row -> its texts"""
         config, model = self.config, self.model
         millions = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         where = f"{self.device}, {self.processes} processes" if self.processes > 1 else f"{self.device}"
@@ -604,7 +603,7 @@ class Run:
 
 
 def main() -> None:
-    """Command line: make the run, or take it up again, and train."""
+    """Command line: make or resume a run, and train."""
     config, overrides = parse()
     runtime.keep_memory()
     with runtime.process_group(config.device) as device, runtime.sole_run(config.out):
