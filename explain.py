@@ -1,30 +1,30 @@
-"""Where does the model look for a phrase? Told by hiding parts of the picture, or by Grad-CAM on attention.
+"""Where does the model look for a phrase? Heat maps by hiding parts of the image, or by Grad-CAM on attention.
 
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
     python eval.py grounding --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
 
-Hiding asks the question that masked modelling asks: what can be told without this? Patches are hidden, some at a time,
-and the model says how much poorer its answer becomes:
+Hiding is an occlusion method in the spirit of masked modelling: hide some patches at a time, and measure by how much
+the model's score drops. The score is
 
-    of a whole text             the matching logit
-    of a phrase in a text       the log-probability of its words, masked, given the rest of the text (the head of MLM)
-    of vqa and its like         the logit of the answer that it gives to the whole picture
+    for a whole text            the matching logit
+    for a phrase in a text      the log-probability of its words, masked, given the rest of the text (MLM head)
+    for vqa etc.                the logit of the answer predicted from the whole image
 
 Each window of 2 x 2 patches is hidden in turn, then random 75 % of the patches, as often as the budget allows. A patch
-is worth the mean loss over the windows that hide it, and, of the random masks, the mean where it is seen minus the mean
-where it is hidden; both are standardised over the picture and added. No layer is chosen, and no gradient is needed.
+is scored by the mean drop over the windows that hide it plus, over the random masks, the mean where it is visible minus
+the mean where it is hidden, both standardised over the image. This needs no gradients and no choice of layer.
 
-Grad-CAM (--map gradcam) is what ALBEF grounds phrases with: attention says which patches a word looks at, the gradient
-of the logit says which of these looks speak for a match; their product, where it is positive, is the map:
+Grad-CAM (--map gradcam) is ALBEF's method for grounding: attention says which patches a word attends to, the gradient
+of the matching logit says which of these are evidence for a match, and their product, where positive, is the map:
 
     map[patch] = mean over heads, sum over the phrase's tokens, of attention * relu(d logit / d attention)
 
-differs: the matching logit is the difference of the head's two, of which ALBEF takes the second alone. [CLS] stands for
-the whole text and is counted where the phrase is the whole text. Of the last block only [CLS] has a map: the logit
-reads nothing else there.
+differs: the matching logit is the difference between the head's two logits; ALBEF uses only the second. [CLS] is
+included in the sum if the phrase is the whole text. In the last block only [CLS] has a map, because the logit depends
+on no other token there.
 
-A video has a map for each frame: a window is hidden in one frame at a time, random patches in all of them together.
-No box is ever trained on. A model that judges statements is asked for a phrase within one: --frame "there is a {}".
+A video gets one map per frame: windows hide patches of one frame at a time, random masks those of all frames at once.
+No boxes are used in training. For a model of statements, wrap the phrase in one: --frame "there is a {}".
 """
 
 import itertools
@@ -52,12 +52,12 @@ MAPS, FILLS = ("hiding", "gradcam"), ("colour", "blur", "token")
 
 @dataclass
 class How:
-    """How maps are made. Raises ValueError for options that do not fit together."""
+    """How maps are computed. Raises ValueError for invalid or conflicting options."""
 
     map: str = "hiding"  # hiding or gradcam
-    fill: str = "colour"  # what stands in a hidden place: the picture's most frequent colour, a blur or the mask token
-    passes: int = 128  # hidden pictures that are looked at, the budget of a map by hiding
-    layer: int | None = None  # fusion block of Grad-CAM, from 0 or from the end; None = the middle one
+    fill: str = "colour"  # what replaces hidden patches: colour (the most frequent in the image), blur or token (mask)
+    passes: int = 128  # number of masked images to evaluate for a map by hiding
+    layer: int | None = None  # fusion block for Grad-CAM, from 0, or negative from the end; None = the middle one
 
     def __post_init__(self):
         for name, allowed in (("map", MAPS), ("fill", FILLS)):
@@ -76,7 +76,7 @@ class How:
 
 @dataclass
 class Phrase:
-    """A picture, the text that is read beside it, and the phrase in it that is looked for."""
+    """An image, a text about it, and the phrase in the text to localise."""
 
     image: str
     text: str
@@ -84,9 +84,9 @@ class Phrase:
 
 
 def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -> tuple[list[int], list[bool]]:
-    """Ids of a text, and which of them are the phrase: where it stands first, or all, [CLS] too, if it is the text.
+    """The ids of a text, and which are the phrase's first occurrence: all, even [CLS], if it is the whole text.
 
-    Raises:  ValueError if the phrase is not in the text as the model reads it
+    Raises:  ValueError if the phrase is not in the text, as truncated to max_tokens
     """
     ids, wanted = tokenizer.encode(text, max_tokens), tokenizer.encode(phrase)[1:-1]
     for start in range(1, len(ids) - len(wanted)):
@@ -97,12 +97,12 @@ def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -
 
 
 def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device, how: How) -> Tensor:
-    """Heat maps of many phrases -> (phrases, n) on the CPU, values of 0 or more; of videos (phrases, f * n)"""
+    """Heat maps of many phrases -> (phrases, n), or (phrases, f * n) for videos, on the CPU, values >= 0"""
     model.eval()
     if how.map == "gradcam":
         return gradcam_maps(model, tokenizer, phrases, device)[check_layer(model, how.layer)]
     maps = []
-    for image, those in itertools.groupby(phrases, key=lambda one: one.image):  # hidden once for all of its phrases
+    for image, those in itertools.groupby(phrases, key=lambda one: one.image):  # mask an image once for all its phrases
         views, masks = hidden_views(model, pixels_of(image, model.config).to(device), how)
         for one in those:
             rows = phrase_rows(tokenizer, one.text, one.phrase, model.config.max_tokens)
@@ -111,7 +111,7 @@ def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device, how: How
 
 
 def pixels_of(image, config) -> Tensor:
-    """A picture -> (3, height, width), a video -> (f, 3, height, width), as the model sees them."""
+    """An image -> (3, height, width), a video -> (f, 3, height, width), preprocessed for the model."""
     return to_tensor(image, config.image_size, config.frames)
 
 
@@ -119,10 +119,10 @@ def pixels_of(image, config) -> Tensor:
 
 
 def hiding_masks(grid: tuple[int, int], passes: int, frames: int = 1) -> tuple[Tensor, Tensor]:
-    """What is hidden in turn -> windows (w, n) and random masks (r, n), True = hidden, of w + r = passes; of a video
+    """Masks of all passes -> windows (w, n) and random masks (r, n), True = hidden, w + r = passes; for a video,
     (w, f * n) and (r, f * n).
 
-    Windows of 2 x 2 patches at every place; where that would be more than half of the passes, larger ones and fewer.
+    Windows of 2 x 2 patches at every position; if that takes more than half of the passes, fewer and larger ones.
     """
     (rows, columns), step = grid, 0
     while True:
@@ -143,8 +143,8 @@ def hiding_masks(grid: tuple[int, int], passes: int, frames: int = 1) -> tuple[T
 
 @torch.no_grad()
 def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """image (3, height, width), or a video (f, 3, height, width) -> encoded (1 + passes, 1 + n, d), the whole picture
-    first; and what each pass hides"""
+    """image (3, height, width), or a video (f, 3, height, width) -> encoded views (1 + passes, 1 + n, d), the unmasked
+    one first, and the masks of hiding_masks"""
     config, frames = model.config, frames_of(image[None])
     masks = hiding_masks(config.grid, how.passes, frames)
     hidden, encoded = torch.cat([torch.zeros_like(masks[0][:1]), *masks]).to(image.device), []
@@ -152,7 +152,7 @@ def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[T
     if how.fill != "token":
         parts = [filling(one, how.fill, config.patch_size) for one in image.view(-1, *image.shape[-3:])]
         filled = torch.stack(parts).view_as(image)
-    for some in hidden.split(max(2**15 // (frames + hidden.shape[1]), 1)):  # which bounds the memory
+    for some in hidden.split(max(2**15 // (frames + hidden.shape[1]), 1)):  # to bound memory
         if filled is None:
             encoded.append(model.encode_masked(image.expand(len(some), *image.shape), some))
         else:
@@ -162,7 +162,7 @@ def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[T
 
 
 def filling(image: Tensor, fill: str, patch_size: int) -> Tensor:
-    """image (3, height, width) -> what stands in hidden places, of the same shape"""
+    """image (3, height, width) -> what replaces its hidden patches, of the same shape"""
     if fill == "blur":
         for _ in range(2):
             image = F.avg_pool2d(image[None], 2 * patch_size + 1, 1, patch_size, count_include_pad=False)[0]
@@ -174,11 +174,11 @@ def filling(image: Tensor, fill: str, patch_size: int) -> Tensor:
 
 @torch.no_grad()
 def watched(model: VisionLanguageModel, pictures: list[Tensor], ids: list[int], counted: list[bool]) -> Tensor:
-    """What is watched while patches are hidden -> (k,), see the head of the file.
+    """The score of each of k masked views -> (k,), see the module docstring.
 
-    Args:    pictures        of a row, each (k, 1 + n, d) in k views, or (1, 1 + n, d) if nothing is hidden in it
+    Args:    pictures        encoded images of one row, each (k, 1 + n, d), or (1, 1 + n, d) if never masked
              ids, counted    see phrase_rows
-    Raises:  ValueError for a model that lacks the head that is asked
+    Raises:  ValueError for a model without the head that this needs
     """
     k, device = max(map(len, pictures)), pictures[0].device
     input_ids, chosen = torch.tensor([ids], device=device), torch.tensor(counted, device=device).nonzero().T
@@ -196,7 +196,7 @@ def watched(model: VisionLanguageModel, pictures: list[Tensor], ids: list[int], 
             if model.config.w_mlm <= 0:
                 raise ValueError(
                     "this checkpoint was trained without words to recover (w_mlm 0): look for a whole text, not for a "
-                    "phrase within one, or take --map gradcam"
+                    "phrase within one, or use --map gradcam"
                 )
             view = View(image[some, 0], text[some], real[some], chosen.expand(len(some), -1))
             words = model.word_logits(model.fuse_views({"words": view})["words"]).log_softmax(dim=-1)
@@ -210,7 +210,7 @@ def watched(model: VisionLanguageModel, pictures: list[Tensor], ids: list[int], 
 
 
 def hiding_map(watched: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
-    """watched (1 + passes,), of the whole picture first; masks (w, n), (r, n) -> (n,), values of 0 or more"""
+    """watched (1 + passes,), scores, that of the whole image first; masks (w, n), (r, n) -> map (n,), values >= 0"""
     windows, randoms = (mask.to(watched).double() for mask in masks)
     whole, by_window, by_random = watched.double().split([1, len(windows), len(randoms)])
     lost = (whole - by_window) @ windows / windows.sum(dim=0)
@@ -220,7 +220,7 @@ def hiding_map(watched: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def standardised(values: Tensor) -> Tensor:
-    """values (n,) less their mean, over their standard deviation; of equal values zeros"""
+    """values (n,) -> (n,), with mean 0 and standard deviation 1; zeros if all values are equal"""
     away = values - values.mean()
     return away / away.square().mean().sqrt().clamp(min=1e-9)
 
@@ -229,14 +229,14 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def require_matching(model: VisionLanguageModel) -> None:
-    """Raise ValueError for a model without a matching head; tasks.py's models have a logit in its place."""
+    """Raise ValueError for a model trained without matching; classifiers from tasks.py have another logit instead."""
     if model.config.w_itm <= 0:
         raise ValueError("this checkpoint was trained without matching (w_itm 0): it has no logit to explain")
 
 
 def check_layer(model: VisionLanguageModel, layer: int | None) -> int:
-    """A fusion block counted from 0, or from the end if negative -> counted from 0; None = the third of six, as in
-    ALBEF, the first of two. Raises ValueError if it is not there."""
+    """A fusion block's index, possibly negative -> the index from 0; None = the middle one: the third of six, as in
+    ALBEF, the first of two. Raises ValueError if it is out of range."""
     depth = model.config.fusion_depth
     if layer is None:
         return (depth - 1) // 2
@@ -246,12 +246,12 @@ def check_layer(model: VisionLanguageModel, layer: int | None) -> int:
 
 
 def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """Grad-CAM of the matching logit for every token by itself.           Source: ALBEF's weakly supervised grounding
+    """Grad-CAM of the matching logit, for each token separately.          Source: ALBEF's weakly supervised grounding
 
     Args:    images (b, 3, height, width), or videos (b, f, 3, height, width)
              input_ids, attention_mask (b, l)   attention_mask: True = real token
-    Returns: per fusion block (b, l, n), values of 0 or more; of the last block (b, 1, n), [CLS] alone
-    Raises:  ValueError for a model without a matching head
+    Returns: per fusion block (b, l, n), values >= 0; for the last block (b, 1, n), [CLS] only
+    Raises:  ValueError for a model trained without matching
     """
     require_matching(model)
     fusion, length, frames = model.student.fusion, input_ids.shape[1], frames_of(images)
@@ -260,15 +260,14 @@ def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, at
     with torch.enable_grad(), record_attention(*fusion.text_attention) as recorded:
         logit = model.match(image, text, attention_mask)
         attention = [maps[0] for maps in recorded]
-        gradient = torch.autograd.grad(logit.sum(), attention)  # a row's logit depends on its own maps only
-    maps = [
-        fusion.text_to_patches(one * slope.relu(), length).mean(dim=1).detach()
+        gradient = torch.autograd.grad(logit.sum(), attention)  # a sample's logit depends only on its own maps
+    maps = [  # without the class tokens of a video's other frames
+        fusion.text_to_patches(one * slope.relu(), length).mean(dim=1).detach()[..., frames - 1 :]
         for one, slope in zip(attention, gradient, strict=True)
     ]
-    maps = [one[..., frames - 1 :] for one in maps]  # of a video without the class tokens of further frames
     if any(one.shape[-1] != frames * model.config.num_patches for one in maps):
         raise ValueError(
-            f"{type(fusion).__name__} gives maps of {[one.shape[-1] for one in maps]} places, one a block, "
+            f"{type(fusion).__name__} gives maps of {[one.shape[-1] for one in maps]} places, one per block, "
             f"where a picture has {model.config.num_patches} patches: see its text_to_patches"
         )
     return maps
@@ -277,10 +276,10 @@ def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, at
 def heat_maps(
     model: VisionLanguageModel, images: Tensor, input_ids: Tensor, attention_mask: Tensor, rows: Tensor
 ) -> Tensor:
-    """The maps of some tokens added up, on every fusion block; other arguments and errors as token_maps.
+    """The sum of the maps of selected tokens, per fusion block; other arguments and errors as in token_maps.
 
-    Args:    rows (b, l)   True = a token whose looks count, see phrase_rows
-    Returns: (fusion blocks, b, n), values of 0 or more
+    Args:    rows (b, l)   True = a token to include, see phrase_rows
+    Returns: (fusion blocks, b, n), values >= 0
     """
     layers = token_maps(model, images, input_ids, attention_mask)
     return torch.stack([(maps * rows[:, : maps.shape[1], None]).sum(dim=1) for maps in layers])
@@ -288,23 +287,21 @@ def heat_maps(
 
 def gradcam_maps(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> Tensor:
     """Grad-CAM of many phrases -> (fusion blocks, phrases, n) on the CPU"""
-    # A model that answers reads all pictures of a batch as those of one question.
+    # A classifier treats all images in a batch as belonging to one question.
     parts, batch = [], 1 if isinstance(model, Classifier) else 50
     for start in range(0, len(phrases), batch):
         chunk = phrases[start : start + batch]
         images = torch.stack([pixels_of(one.image, model.config) for one in chunk])
         found = [phrase_rows(tokenizer, one.text, one.phrase, model.config.max_tokens) for one in chunk]
         input_ids, attention_mask = pad([ids for ids, _ in found], tokenizer.pad_id)
-        rows = torch.zeros_like(attention_mask)
-        for number, (_, counted) in enumerate(found):
-            rows[number, : len(counted)] = torch.tensor(counted)
+        rows, _ = pad([counted for _, counted in found], False)
         batch_of = (part.to(device) for part in (images, input_ids, attention_mask, rows))
         parts.append(heat_maps(model, *batch_of).cpu())
     return torch.cat(parts, dim=1)
 
 
 def phrases_of(rows: list[dict], frame: str = "{}") -> list[Phrase]:
-    """Each `grounding` row's phrase as the whole text, or within a frame such as "there is a {}"."""
+    """The phrase of each `grounding` row, as the whole text or inside a frame such as "there is a {}"."""
     return [Phrase(row["image"], frame.replace("{}", row["text"]), row["text"]) for row in rows]
 
 
@@ -312,19 +309,19 @@ def phrases_of(rows: list[dict], frame: str = "{}") -> list[Phrase]:
 
 
 def ground(model, tokenizer: Tokenizer, rows: list[dict], device, how: How, frame: str = "{}") -> list[dict]:
-    """Where a phrase is, by its map: predictions for metrics.judge_grounding.
+    """Localise the phrase of each row by its heat map -> predictions for metrics.judge_grounding.
 
     point      centre of the hottest patch
     proposal   the row's proposal with the largest sum of the map inside it over area ** 0.5    (ALBEF, RefCOCO+)
-    box        around the connected region that holds the hottest point and is at least half as hot
-    A map of zeros says nothing: all three are None.
+    box        around the connected region that contains the peak and is at least half as hot
+    For a map of zeros, all three are None.
     """
     maps, predictions, grid = maps_of(model, tokenizer, phrases_of(rows, frame), device, how), [], model.config.grid
     for number, (row, heat) in enumerate(zip(rows, maps, strict=True)):
         width, height = size_of(row["image"])
         prediction = {"row": number, "point": None, "proposal": None, "box": None, "grid": list(grid)}
         if heat.any():
-            # One cell a pixel, but at most 512 a side: a huge picture must not cost more than its map is worth.
+            # One cell per pixel, but at most 512 per side, to bound the cost of huge images.
             cells = min(height, 512), min(width, 512)
             fine = F.interpolate(heat.view(1, 1, *grid), size=cells, mode="bicubic")[0, 0].clamp(min=0)
             y, x = cells[0] / height, cells[1] / width
@@ -338,18 +335,18 @@ def ground(model, tokenizer: Tokenizer, rows: list[dict], device, how: How, fram
 
 
 def warmth(heat: Tensor, box: list[float]) -> float:
-    """heat (height, width), box [x, y, width, height]: sum of the map in the box over the square root of its area."""
+    """heat (height, width), box [x, y, width, height] -> sum of the map in the box over the square root of its area"""
     x, y, w, h = box
     part = heat[round(y) : max(round(y + h), round(y) + 1), round(x) : max(round(x + w), round(x) + 1)]
     return part.sum().item() / (w * h) ** 0.5
 
 
 def hot_box(heat: Tensor, share: float = 0.5) -> list[int]:
-    """heat (height, width) -> [x, y, width, height] around what is connected to its peak and at least share as hot."""
+    """heat (height, width) -> [x, y, width, height] around the region connected to the peak and >= share as hot"""
     hot = (heat >= share * heat.max()).float()[None]
     region = torch.zeros_like(hot)
     region.view(-1)[heat.argmax()] = 1
-    while True:  # grow by one pixel on all sides, within what is hot
+    while True:  # dilate by one pixel within the hot area
         grown = F.max_pool2d(region, 3, stride=1, padding=1) * hot
         if torch.equal(grown, region):
             break
@@ -358,7 +355,7 @@ def hot_box(heat: Tensor, share: float = 0.5) -> list[int]:
     return [int(x.min()), int(y.min()), int(x.max() - x.min()) + 1, int(y.max() - y.min()) + 1]
 
 
-# ------------------------------------------------------------------------------------------------------------- to look
+# ------------------------------------------------------------------------------------------------------- visualisation
 
 
 LARGEST_MARK = 0.85  # side of the square of the hottest patch, as a share of the patch
@@ -366,15 +363,15 @@ LARGEST_MARK = 0.85  # side of the square of the hottest patch, as a share of th
 
 @dataclass
 class Heat:
-    """A heat map, and the picture that it belongs to."""
+    """A heat map and its image."""
 
-    values: Tensor  # (rows, columns) of patches, 0 or more
+    values: Tensor  # (rows, columns) of patches, >= 0
     picture: Image.Image
-    hottest: float  # value of the largest square: the largest of the picture, of a video that of all its frames
+    hottest: float  # the value drawn as the largest square: the maximum over the image, or over all frames of a video
 
     def image(self) -> Image.Image:
-        """The picture with a square in the middle of each patch; its area says how hot the patch is. So a map is read
-        on any picture, hides none of it, and shows no detail that it does not have."""
+        """The image with a square in the middle of each patch, its area proportional to the patch's value. This is
+        readable on any image, keeps the image visible, and suggests no finer resolution than the map has."""
         marks, (rows, columns) = Image.new("RGBA", self.picture.size), self.values.shape
         pen, width, height = ImageDraw.Draw(marks), self.picture.width / columns, self.picture.height / rows
         for (row, column), value in np.ndenumerate(self.values.numpy()):
@@ -386,21 +383,21 @@ class Heat:
         return Image.alpha_composite(self.picture.convert("RGBA"), marks).convert("RGB")
 
     def show(self) -> None:
-        """Open it in the system's viewer."""
+        """Open the image in the system's viewer."""
         self.image().show()
 
     def save(self, path: str | Path) -> None:
-        """Write it as a PNG."""
+        """Save the image as a PNG."""
         save_png(self.image(), Path(path))
 
 
 def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, how: How, device) -> list[Heat]:
-    """The map of a phrase, or of the whole text, over each of some pictures (paths or PIL images); of a video, over
-    each of its frames that the model sees.
+    """Heat maps of a phrase, or of the whole text, for each image (path or PIL image), or for each frame of a video
+    that the model sees.
 
-    Several pictures are those of one question where the model answers questions, else each is by itself.
+    For a classifier, all images belong to one question; otherwise each is processed by itself.
 
-    Raises:  ValueError for a map of zeros, which says nothing
+    Raises:  ValueError if a map is all zeros
     """
     config, heats = model.config, []
     tensors = torch.stack([pixels_of(image, config) for image in images]).to(device)
@@ -434,5 +431,5 @@ def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, 
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a picture as a PNG; an old one stays until the new one is whole."""
+    """Write an image as a PNG, atomically."""
     runtime.write_beside(path, lambda temporary: image.save(temporary, format="PNG"))

@@ -1,18 +1,18 @@
-"""Fine-tune a pre-trained checkpoint on a downstream task: one command and one loop for all five.
+"""Fine-tune a pre-trained checkpoint on a downstream task: one command and one training loop for all five.
 
     python finetune.py vqa --init runs/demo/checkpoint.pt --data data/scenes/vqa
     python finetune.py reasoning --init runs/demo/checkpoint.pt --data my/train.jsonl --val my/val.jsonl --out runs/mine
     python finetune.py vqa --init none --data data/scenes/vqa             from scratch, for comparison
-    python finetune.py vqa --init runs/demo/checkpoint.pt --freeze        a linear probe: the encoders stay as they are
+    python finetune.py vqa --init runs/demo/checkpoint.pt --freeze        a linear probe: the encoders are frozen
     python finetune.py retrieval --init runs/demo/checkpoint.pt --data data/full/pairs --image-size 64 64
     torchrun --nproc-per-node 8 finetune.py vqa ...                       the same run on eight GPUs
 
-The tasks and their losses: tasks.py. `--data data/scenes/vqa` stands for data/scenes/vqa_train.jsonl, and vqa_val.jsonl
-beside it is what the best step is chosen on; without such a file a part of the training rows is, whole groups of it.
+tasks.py defines the tasks and their losses. `--data data/scenes/vqa` is short for data/scenes/vqa_train.jsonl. The best
+step is selected on vqa_val.jsonl in the same folder or, if there is no such file, on held-out groups of training rows.
 
-The loop is train.py's: `start` below makes what it needs, and `FineTune` adds the choice of the best step. A run folder
-holds config.json, log.csv, checkpoint.pt to go on from, and best.pt: the weights of the step that was best on val,
-which is what to evaluate.
+The training loop is that of train.py: `start` below sets it up, and `FineTune` adds the selection of the best step. A
+run folder contains config.json, log.csv, checkpoint.pt to resume from, and best.pt, the weights of the step with the
+best score on val: this is the file to evaluate.
 """
 
 import argparse
@@ -64,21 +64,21 @@ from train import (
 
 @dataclass
 class FineConfig(TrainConfig):
-    """Everything about a run of fine-tuning; what train.py has too keeps its meaning."""
+    """All options of a fine-tuning run; those that train.py also has keep their meaning."""
 
     task: str = "vqa"  # retrieval, grounding, vqa, reasoning or entailment
-    init: str = "runs/demo/checkpoint.pt"  # checkpoint to start from, or none = from scratch
+    init: str = "runs/demo/checkpoint.pt"  # checkpoint to start from; none = train from scratch
     data: list[str] = dataclasses.field(default_factory=list)  # JSONL files, or X for X_train.jsonl and X_val.jsonl
-    out: str = ""  # run folder; without: runs/ and the name of the task
+    out: str = ""  # run folder; default: runs/ and the name of the task
     lr: float = 5e-4  # peak learning rate of the encoders
-    lr_head: float = 2e-3  # peak learning rate of the head, and of everything from scratch
+    lr_head: float = 2e-3  # peak learning rate of the head, and of all parameters when training from scratch
     steps: int = 2000  # optimiser steps
-    val_share: float = 0.1  # share of the training rows to choose on where there is no val file, split by `group`
-    freeze: bool = False  # keep the encoders as they are and train one linear layer: a linear probe
-    new_head: bool = False  # begin with a fresh head although the checkpoint has one of this task
-    answers: int = 3129  # longest list of answers of vqa, built from the training rows
-    new_words: int = 1000  # most words of the training rows that are added to a vocabulary of less than 8,000
-    patience: int = 0  # evaluations on val without a better one after which the run ends; 0 = all steps
+    val_share: float = 0.1  # fraction of training rows held out if there is no val file, split by `group`
+    freeze: bool = False  # freeze the encoders and train a single linear layer: a linear probe
+    new_head: bool = False  # start with a fresh head even if the checkpoint has one for this task
+    answers: int = 3129  # maximum number of answers for vqa, taken from the training rows
+    new_words: int = 1000  # maximum number of words from the training rows to add to a vocabulary of less than 8,000
+    patience: int = 0  # stop after this many evaluations on val without improvement; 0 = run all steps
     eval_every: int = 250  # steps between evaluations on val
 
     def __post_init__(self):
@@ -89,26 +89,20 @@ class FineConfig(TrainConfig):
             raise ValueError(f"{self.task} has no head of its own to train while the encoders stay: leave out --freeze")
         if self.compile and (issubclass(TASKS[self.task], TASKS["retrieval"]) or TASKS[self.task].pictures > 1):
             raise ValueError(f"batches of {self.task} have no one shape to compile a step for: leave out --compile")
-        bounds = {
-            "lr": POSITIVE,
-            "lr_head": POSITIVE,
-            "patience": (0, math.inf),
-            "val_share": (0, 0.99),
-            "answers": (2, math.inf),
-        }
-        runtime.check_bounds(self, bounds | {"new_words": (0, math.inf)})
+        bounds = {"lr": POSITIVE, "lr_head": POSITIVE, "val_share": (0, 0.99), "answers": (2, math.inf)}
+        runtime.check_bounds(self, bounds | dict.fromkeys(("patience", "new_words"), (0, math.inf)))
 
 
-HEAD_PARAMETERS = ("head.", "absent")  # how the names of a task's own parameters begin
+HEAD_PARAMETERS = ("head.", "absent")  # name prefixes of a task's own parameters
 
-# -------------------------------------------------------------------------------------------- before the first step
+# --------------------------------------------------------------------------------------------------------------- setup
 
 
 def start(config: FineConfig, overrides: dict, device: torch.device | None = None) -> "FineTune":
-    """Make a run, or take it up again where config.resume says so and its folder holds a checkpoint.
+    """Set up a run, or resume it if config.resume is set and its folder contains a checkpoint.
 
-    Args:    overrides   fields of the model's Config that may be others than the checkpoint's
-             device      this process's
+    Args:    overrides   fields of the model's Config that replace the checkpoint's
+             device      of this process; None = chosen from config.device
     """
     saved = runtime.saved_run(config)
     rows, val_rows = read(config)
@@ -132,7 +126,7 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
     captions = min(max(len(texts_of(row, schema)) for row in rows), CAPTIONS)
     length = model.config.max_tokens if config.compile else 0
     collate = TaskCollate(tokenizer.pad_id, TASKS[config.task].pictures, captions, length)
-    # The encoders learn at --lr and the head at --lr-head; from scratch everything at --lr-head.
+    # The encoders use --lr and the head --lr-head; from scratch, everything uses --lr-head.
     times, heads = config.lr_head / config.lr, HEAD_PARAMETERS if config.init != "none" else ("",)
     optimizer = make_optimizer(model, config, lambda name: times if name.startswith(heads) else 1.0)
     script = f"finetune.py {config.task}"
@@ -154,8 +148,8 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
 
 
 def read(config: FineConfig) -> tuple[list[dict], list[dict]]:
-    """Training rows and rows to choose on: --val, or the file beside, or a part of the training rows. Of many a sample:
-    2,000, or 500 pictures where each is set against all texts."""
+    """Training and validation rows; the latter from --val, else the val file next to --data, else held-out training
+    rows, subsampled to 2,000, or to 500 images for retrieval and grounding, which rank every text for each image."""
     schema = TASKS[config.task].schema
     if not config.data:
         raise ValueError(f"--data is missing: give JSONL files, such as data/scenes/{config.task}_train.jsonl")
@@ -175,7 +169,7 @@ def read(config: FineConfig) -> tuple[list[dict], list[dict]]:
 def adapted(
     config: FineConfig, overrides: dict, rows: list[dict], texts: list[str]
 ) -> tuple[Tokenizer, torch.nn.Module, list[str]]:
-    """The tokenizer, the model of the task from a pre-trained checkpoint or from nothing, and what of it is fresh."""
+    """The tokenizer, the task's model (from a checkpoint or from scratch), and the names of its fresh parameters."""
     if config.init == "none":
         tokenizer = make_vocabulary(config, texts)
         shape, kept, answers = new_shape(config, overrides, tokenizer, rows), False, None
@@ -185,7 +179,7 @@ def adapted(
         tokenizer = with_new_words(Tokenizer(start["vocab"]), texts, config.new_words)
         frames = {"frames": max(start["config"].get("frames", 1), frames_for(rows))}
         shape = shape_from(start, config, frames | overrides) | {"vocab_size": len(tokenizer)}
-        # A head that was trained for this task is kept, with the answers that it knows.
+        # A head that was already trained for this task is kept, along with its list of answers.
         before = start["head"] if "head" in start and not config.new_head else {}
         kept = before.get("task") == config.task
         answers = before["answers"] if kept else None
@@ -199,11 +193,9 @@ def adapted(
 
 
 def check_labels(task: str, rows: list[dict], answers: list[str]) -> None:
-    """Raise ValueError for a row to learn from whose label a head that is kept does not know."""
-    unknown = (
-        sorted({right_label(row) for row in rows} - set(answers)) if "label" in SCHEMAS[TASKS[task].schema] else []
-    )
-    if unknown:
+    """Raise ValueError if a training row has a label that a head kept from the checkpoint cannot predict."""
+    labels = {right_label(row) for row in rows} if "label" in SCHEMAS[TASKS[task].schema] else set()
+    if unknown := sorted(labels - set(answers)):
         raise ValueError(
             f"{len(unknown)} labels of the training rows, {unknown[0]!r} first, are none of the {len(answers)} "
             "that the head of --init knows: pass --new-head"
@@ -211,7 +203,7 @@ def check_labels(task: str, rows: list[dict], answers: list[str]) -> None:
 
 
 def with_new_words(old: Tokenizer, texts: list[str], most: int) -> Tokenizer:
-    """The vocabulary of a checkpoint, with new words of the training rows where it is a small one."""
+    """A checkpoint's vocabulary; if it is small, extended by up to `most` new words from the training rows."""
     new = old.extended(texts, most if len(old) < 8000 else 0)
     if len(new) > len(old):
         print(f"{len(new) - len(old)} words of the training rows are added to the vocabulary of {len(old)}")
@@ -219,7 +211,7 @@ def with_new_words(old: Tokenizer, texts: list[str], most: int) -> Tokenizer:
 
 
 def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
-    """Fields of mamo.Config: the checkpoint's, in which resolution, frames, text length and dropout may be others."""
+    """The checkpoint's fields of mamo.Config, in which image size, frames, text length and dropout may be replaced."""
     other = [name for name in overrides if name not in ("image_size", "frames", "max_tokens", "dropout")]
     default = FineConfig()
     other += [name for name in ("preset", "vocab") if getattr(config, name) != getattr(default, name)]
@@ -232,8 +224,8 @@ def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
 
 
 def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
-    """--data -> training files, and the val files beside them that are there: X stands for X_train.jsonl, and "val" for
-    the last word "train" of a name; "constrained" has none."""
+    """--data -> training files, and the val files that exist next to them. X is short for X_train.jsonl. In the name,
+    "val" replaces the last "train" that is a word of its own, unlike that in "constrained"."""
     train = [Path(path) if path.endswith((".jsonl", ".tar")) else Path(f"{path}_train.jsonl") for path in paths]
     words = [re.match(r"(.*)(?<![^\W\d_])train(?![^\W\d_])(.*)", path.name) for path in train]
     beside = [path.with_name("val".join(word.groups())) for path, word in zip(train, words, strict=True) if word]
@@ -241,7 +233,7 @@ def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
 
 
 def split_by_group(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Rows -> those to train on, those to choose on: whole groups, or where there are none all rows of a picture."""
+    """Rows -> training rows, held-out rows; all rows of a group, or else of an image, are on the same side."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(cluster_of(row), []).append(row)
@@ -254,25 +246,24 @@ def split_by_group(rows: list[dict], share: float, seed: int) -> tuple[list[dict
     return [row for part in groups.values() for row in part], val
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# ------------------------------------------------------------------------------------------------------- training loop
 
 
 class FineTune(Run):
-    """The loop of train.py on a task; the best step on val is kept."""
+    """The training loop of train.py for a task; the weights of the best step on val are saved."""
 
-    best, best_step, worse = -1.0, 0, 0  # on val: best score, its step, evaluations since
-    fresh: tuple[str, ...] = ()  # names of the parameters that the checkpoint of --init does not have
+    best, best_step, worse = -1.0, 0, 0  # best score on val, its step, evaluations since then
+    fresh: tuple[str, ...] = ()  # names of the parameters that are not in the --init checkpoint
 
     def evaluate(self, bar: tqdm) -> dict:
-        """The task's score on val; the best weights so far are kept in best.pt, without the optimiser."""
+        """The task's score on val; if it is the best so far, save best.pt, without the optimiser's state."""
         score = self.score()
         bar.write(f"step {self.step}: val {score:.1f} %")
         if score > self.best:
             self.best, self.best_step, self.worse = score, self.step, 0
             if self.rank == 0:
-                state = {
-                    name: part for name, part in self.state().items() if name not in ("optimizer", "scaler", "meter")
-                }
+                left_out = ("optimizer", "scaler", "meter")
+                state = {name: part for name, part in self.state().items() if name not in left_out}
                 runtime.save_checkpoint(self.out / "best.pt", state)
         else:
             self.worse += 1
@@ -280,7 +271,7 @@ class FineTune(Run):
         return {"val": score}
 
     def score(self) -> float:
-        """Accuracy in percent; of retrieval and grounding R@1 re-ranked, the mean of both ways."""
+        """Accuracy in percent; for retrieval and grounding, re-ranked R@1 averaged over both directions."""
         if isinstance(self.model, TASKS["retrieval"]):
             found = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k=16, weights=WEIGHTS)
             self.model.matching_weight = found["weight"]
@@ -289,30 +280,28 @@ class FineTune(Run):
         return 100 * sum(score_answers(self.config.task, self.val_rows, given)) / len(self.val_rows)
 
     def state(self) -> dict:
-        """As in train.py, with the head and what was best so far."""
-        return super().state() | {
-            "head": dataclasses.asdict(self.model.head_config),
-            "best": [self.best, self.best_step, self.worse],
-        }
+        """As in train.py, plus the head config and the best score so far."""
+        best = [self.best, self.best_step, self.worse]
+        return super().state() | {"head": dataclasses.asdict(self.model.head_config), "best": best}
 
     @functools.cached_property
     def content(self) -> dict:
-        """As in train.py, with what is chosen on."""
+        """As in train.py, plus the validation rows."""
         return super().content | {"rows to choose on": content_of(self.val_rows)}
 
     def load(self, saved: dict) -> None:
-        """Go on, with what was best so far."""
+        """As in train.py, plus the best score so far. Raises ValueError if --lr and --lr-head swapped their order."""
         rates = ((one["lr"], one["lr_head"]) for one in (saved["train"], vars(self.config)))
         was, now = ((rate < head, rate > head) for rate, head in rates)
-        if was != now and self.config.init != "none":  # the optimiser's groups are in this order
-            raise ValueError("of --lr and --lr-head the larger one stays the larger when a run goes on: lower both")
+        if was != now and self.config.init != "none":  # it is the order of the optimiser's groups
+            raise ValueError("of --lr and --lr-head, the larger one must stay the larger on resume: lower both")
         super().load(saved)
         self.best, self.best_step, self.worse = saved["best"]
         self.settled = 0 < self.config.patience <= self.worse
 
 
 def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
-    """Command line -> the run's options and the model's sizes that may be others than the checkpoint's."""
+    """Command line -> the run's options, and fields of the model's Config that replace the checkpoint's."""
     parser = runtime.Parser(
         prog="finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -325,7 +314,7 @@ def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
 
 
 def main() -> None:
-    """Command line: make the run, or take it up again, and train."""
+    """Command line: set up or resume a run, and train."""
     config, overrides = parse()
     runtime.keep_memory()
     with runtime.process_group(config.device) as device, runtime.sole_run(config.out):
@@ -334,7 +323,7 @@ def main() -> None:
         if run.best_step:
             print(f"best on val: {run.best:.1f} % at step {run.best_step}, kept in {run.out / 'best.pt'}")
         else:
-            print(f"nothing was chosen on val: evaluate the last step, {run.out / 'checkpoint.pt'}")
+            print(f"there was no evaluation on val: use the last step, {run.out / 'checkpoint.pt'}")
     runtime.end(run.stopped)
 
 

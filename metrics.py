@@ -1,15 +1,15 @@
-"""Predictions and what they are worth: files of predictions, scores, chance levels, intervals.
+"""Scoring of predictions: prediction files, metrics, random baselines, confidence intervals.
 
-A prediction is a dictionary, one line of a JSONL file; eval.py writes them and scores from them, so a file that another
-program wrote, or that was mended by hand, is scored by the same code; answers may be spelled otherwise, see `named`.
+A prediction is a dictionary, one line of a JSONL file. eval.py writes such files and computes its scores from them, so
+files from other programs, or edited by hand, are scored by the same code. For spellings of answers, see `named`.
 
-    vqa, reasoning, entailment   {"row": 0, "answer": "red"}      of reasoning "true" or "false"
+    vqa, reasoning, entailment   {"row": 0, "answer": "red"}      for reasoning "true" or "false"
     grounding                    {"row": 0, "point": [x, y], "proposal": [x, y, w, h], "box": [...], "grid": [4, 4]}
-    retrieval                    {"way": "contrast", "direction": "image_to_text", "query": ..., "found": [ten best]}
-                                 and "also": [other names of the query in the data] where the model sees no difference
+    retrieval                    {"way": "contrast", "direction": "image_to_text", "query": ..., "found": [top ten]}
+                                 and "also": [other names of the query in the data], if the model cannot tell them apart
 
-Every estimate comes with n, with chance, and with a 95 % interval: the middle 95 % of 1,000 resamples, in which what
-belongs together (a group, or else a picture) is drawn together.
+Every estimate comes with n, the random baseline ("chance") and a 95 % confidence interval: percentiles of a cluster
+bootstrap with 1,000 resamples, where a cluster is a group of rows, or else the rows of an image.
 """
 
 import json
@@ -27,7 +27,7 @@ from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, resolv
 from tokenizer import bare_words
 
 RESAMPLES = 1000
-# Labels that a task always has, in the order of its classes; another task with labels takes those of its training rows.
+# Tasks with fixed labels, in class order; any other task with labels takes those of its training rows.
 LABELS = {"reasoning": ("false", "true"), "entailment": ENTAILMENT_LABELS}
 
 
@@ -35,12 +35,12 @@ LABELS = {"reasoning": ("false", "true"), "entailment": ENTAILMENT_LABELS}
 
 
 def write_predictions(path: Path, rows: list[dict], predictions: list[dict]) -> None:
-    """One line each; where it belongs to a row, the row's text goes with it, for a reader and as a check. A path that
-    ends in .json gets answers in the form of VQA's own server: [{"question_id", "answer"}, ...]"""
+    """Write one prediction per line, with the text of its row, if any, for readability and as a check. If path ends in
+    .json, write answers in the format of the VQA evaluation server: [{"question_id", "answer"}, ...]"""
     if path.suffix == ".json":
         if any("question_id" not in row for row in rows) or any("answer" not in one for one in predictions):
             raise ValueError(
-                f"{path}: the form of VQA's server needs answers, and a question_id in each row; use .jsonl"
+                f"{path}: the VQA server's format needs answers, and a question_id in each row; use .jsonl"
             )
         said = [{"question_id": rows[one["row"]]["question_id"], "answer": one["answer"]} for one in predictions]
         runtime.write_json(path, said)
@@ -54,14 +54,14 @@ def write_predictions(path: Path, rows: list[dict], predictions: list[dict]) -> 
 
 
 def text_of(row: dict) -> str:
-    """What a row asks; a task without text asks nothing."""
+    """The question or text of a row, or "" if its task has none."""
     return row.get("question", row.get("text", ""))
 
 
 def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
-    """Predictions for rows, in their order.
+    """The predictions for rows, in the order of the rows.
 
-    Raises:  ValueError for a line that is none, for rows missing or predicted twice, and where a text is another
+    Raises:  ValueError for an invalid line, a row with no or two predictions, or a text that differs from the row's
     """
     found: dict[int, dict] = {}
     for place, prediction in read_lines(path):
@@ -90,7 +90,7 @@ def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
 
 
 def check_prediction(row: dict, prediction: dict) -> None:
-    """An answer that is a text; of grounding places that are numbers, or None."""
+    """Raise ValueError unless the answer is a string or, for grounding, points and boxes are numbers or None."""
     if "boxes" not in row:
         if not isinstance(prediction.get("answer"), str):
             raise ValueError(f"answer is {prediction.get('answer')!r}: expected a text")
@@ -105,52 +105,47 @@ def check_prediction(row: dict, prediction: dict) -> None:
 
 
 def is_finite(value) -> bool:
-    """Whether a value is a number that a picture's place can have."""
-    return type(value) in (int, float) and abs(value) < 2**31  # which NaN is not either
+    """Whether a value is a number that can be a pixel coordinate."""
+    return type(value) in (int, float) and abs(value) < 2**31  # False for NaN
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) of a file of predictions."""
+    """Yield ("file:line", object) from a file of predictions. Raises ValueError if there is no such file."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: write it with --checkpoint first, or give another --predictions")
     return json_lines(path)
 
 
-# ------------------------------------------------------------------------------------------------ estimate and interval
+# ------------------------------------------------------------------------------------------------ confidence intervals
 
 
 def estimate(values, clusters: list, chance: float) -> dict:
-    """Mean of values in [0, 1] as percent -> {"n", "value", "low", "high", "chance"}
+    """Mean of values in [0, 1], and chance, in percent -> {"n", "value", "low", "high", "chance"}
 
-    low and high: the middle 95 % of means over resampled clusters.
+    low, high: 95 % confidence interval, by bootstrap over clusters (one cluster name per value).
     """
     values = np.asarray(values, dtype=float)
     _, which = np.unique(np.asarray(list(map(str, clusters))), return_inverse=True)
     sums, counts = np.bincount(which, values), np.bincount(which)
     draw, means = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):  # one at a time: all at once would take 600 MB for 25,000 clusters
+    for _ in range(RESAMPLES):  # one at a time: vectorised, 25,000 clusters would take 600 MB
         drawn = draw.integers(len(sums), size=len(sums))
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.percentile(means, (2.5, 97.5))
-    return {
-        "n": len(values),
-        "value": 100 * values.mean(),
-        "low": 100 * low,
-        "high": 100 * high,
-        "chance": 100 * chance,
-    }
+    percent = {"value": values.mean(), "low": low, "high": high, "chance": chance}
+    return {"n": len(values)} | {name: 100 * share for name, share in percent.items()}
 
 
 def cluster_of(row: dict) -> str:
-    """What a row is drawn together with: its group, or else its picture."""
+    """The bootstrap cluster of a row: its group, or else its first image."""
     return str(pictures_of(row)[0] if row.get("group") is None else row["group"])
 
 
-# ------------------------------------------------------------------------------------------ the rules of answers to vqa
+# --------------------------------------------------------------------------------------------- vqa answer normalisation
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(NUMBERS)}
-# differs: the official list takes the apostrophe of "somebody'd" away where it gives it to all others.
+# differs: the official list removes the apostrophe of "somebody'd", although it adds one to all other words.
 FULL = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't
 not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
@@ -159,16 +154,16 @@ there'd've there're there's they'd they'd've they'll they're they've 'twas wasn'
 what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
 SIGNS = [(word, i) for word in FULL.split() for i, letter in enumerate(word) if letter == "'"]
-CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word, i in SIGNS}  # written without one of its apostrophes
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word, i in SIGNS}  # without one of the apostrophes -> in full
 
 
 @lru_cache(maxsize=1 << 16)  # a few answers make up most of the data
 def normalise(answer: str) -> str:
-    """An answer as VQA's official evaluation compares it: in lower case, without punctuation and articles, numbers as
-    digits, contractions with their apostrophe.
+    """An answer normalised as in the official VQA evaluation: lower case, no punctuation or articles, digits for
+    numbers, contractions with their apostrophe.
 
-    A punctuation mark is deleted where it touches a space, or where the answer has a comma between digits; elsewhere it
-    becomes a space. Full stops are deleted unless a digit follows. Colons and apostrophes stay.
+    A punctuation mark is deleted if anywhere in the answer it touches a space, or if the answer has a comma between
+    digits; otherwise it becomes a space. Full stops are deleted unless a digit follows. Colons and apostrophes stay.
     """
     answer = " ".join(answer.split())
     text, thousands = answer, re.search(r"\d,\d", answer)
@@ -178,12 +173,12 @@ def normalise(answer: str) -> str:
     text = re.sub(r"\.(?!\d)", "", text)
     words = [DIGITS.get(word, word) for word in text.lower().split()]
     words = [CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the")]
-    # differs: an answer of which nothing would be left, such as "A", stays, so that a model can give it.
+    # differs: an answer that would become empty, such as "A", is kept, so that a model can predict it.
     return " ".join(words) or answer.lower()
 
 
 def worths(row: dict) -> dict[str, float]:
-    """The normalised answers of a vqa row and what each is worth; two spellings of one add up, to 1 at most."""
+    """The normalised answers of a vqa row and the score of each; spellings of the same answer add up, to at most 1."""
     found = Counter()
     for answer, score in row["answers"].items():
         found[normalise(answer)] += score
@@ -194,7 +189,7 @@ def worths(row: dict) -> dict[str, float]:
 
 
 def score_answers(task: str, rows: list[dict], answers: list[str]) -> list[float]:
-    """What each answer is worth, from 0 to 1; of vqa the score that the row gives it."""
+    """The score of each answer, from 0 to 1: for vqa the row's own soft score, otherwise 1 if it is right."""
     said = [named(task, answer) for answer in answers]
     if task == "vqa":
         return [float(worths(row).get(answer, 0.0)) for row, answer in zip(rows, said, strict=True)]
@@ -202,20 +197,20 @@ def score_answers(task: str, rows: list[dict], answers: list[str]) -> list[float
 
 
 def named(task: str, answer: str) -> str:
-    """An answer as it is compared, however a program spells it: of vqa normalised, a label that a task always has in
-    lower case, any other as it is."""
+    """An answer in the spelling used for comparison: normalised for vqa, in lower case for a task with fixed labels,
+    otherwise unchanged."""
     if task == "vqa":
         return normalise(answer)
     return answer.strip().lower() if task in LABELS else answer
 
 
 def right_label(row: dict) -> str:
-    """The label as an answer: true and false in lower case."""
+    """The label of a row as an answer; booleans become "true" and "false"."""
     return str(row["label"]).lower() if isinstance(row["label"], bool) else row["label"]
 
 
 def constant(task: str, rows: list[dict]) -> float:
-    """Chance: the best that one and the same answer to all rows is worth, from 0 to 1."""
+    """The mean score, from 0 to 1, of the best constant answer: the majority baseline, used as chance level."""
     scores = Counter()
     for row in rows:
         scores.update(worths(row) if task == "vqa" else {right_label(row): 1.0})
@@ -223,12 +218,12 @@ def constant(task: str, rows: list[dict]) -> float:
 
 
 def judge_answers(task: str, rows: list[dict], answers: list[str]) -> dict:
-    """The estimates of vqa, reasoning or entailment.
+    """The metrics of vqa, reasoning or entailment.
 
-    Returns: {"accuracy": estimate, "types": {type: the same}}; chance of a type is its best constant answer, and chance
-             over all is that of one who knows the types. Reasoning with groups: {"consistency": estimate}, all rows of
-             a group right; chance is a coin for each row. Entailment: {"confusion": {label: {answer: rows}}}
-    Raises:  ValueError for an answer that is no label
+    Returns: {"accuracy": estimate, "types": {type: estimate}}; chance of a type is its best constant answer; overall,
+             the best constant answer of each type. Reasoning with groups: also {"consistency": estimate}, all rows of a
+             group right; chance is a coin flip per row. Entailment: also {"confusion": {label: {answer: rows}}}
+    Raises:  ValueError for an answer that is not one of the task's fixed labels
     """
     answers = [named(task, answer) for answer in answers]
     if labels := LABELS.get(task):
@@ -270,17 +265,17 @@ def iou(a: list[float], b: list[float]) -> float:
 
 
 def fits(box: list[float] | None, boxes: list[list[float]]) -> bool:
-    """Whether a box, if there is one, overlaps any right one by at least half of their union."""
+    """Whether a box has an IoU of at least 0.5 with any ground-truth box; False for None."""
     return box is not None and any(iou(box, right) >= 0.5 for right in boxes)
 
 
 def points_into(point: list[float] | None, boxes: list[list[float]]) -> bool:
-    """Whether a point, if there is one, lies in any right box."""
+    """Whether a point lies in any ground-truth box; False for None."""
     return point is not None and inside([tuple(point)], boxes)[0]
 
 
 def patch_centres(grid: tuple[int, int], width: int, height: int) -> list[tuple[float, float]]:
-    """The centre (x, y) of each patch in pixels of a picture of that size, row by row."""
+    """The centre (x, y) of each patch, in pixels of an image of the given size, row by row."""
     rows, columns = grid
     return [((x + 0.5) * width / columns, (y + 0.5) * height / rows) for y in range(rows) for x in range(columns)]
 
@@ -291,12 +286,12 @@ def inside(centres: list[tuple[float, float]], boxes: list[list[float]]) -> list
 
 
 def judge_grounding(rows: list[dict], predictions: list[dict]) -> dict:
-    """The estimates of grounding, none of which counts a row without a prediction as anything but wrong.
+    """The metrics of grounding; a missing point, box or proposal counts as wrong.
 
-    Returns: {"pointing": estimate, "ceiling", "box": estimate} and where rows have proposals {"proposals": estimate}
-             pointing    the point lies in a right box; chance: a patch at random; ceiling: the best patch
-             proposals   the chosen proposal fits a right box (IoU >= 0.5); chance: a proposal at random
-             box         the box fits a right one; chance: the same box anywhere in the picture
+    Returns: {"pointing": estimate, "ceiling", "box": estimate}, and {"proposals": estimate} if all rows have proposals
+             pointing    the point lies in a ground-truth box; chance: a random patch; ceiling: the best patch
+             proposals   IoU >= 0.5 of the chosen proposal with a ground-truth box; chance: a random proposal
+             box         IoU >= 0.5 of the box with a ground-truth box; chance: the same box at a random position
     """
     sizes = {path: size_of(path) for path in dict.fromkeys(row["image"] for row in rows)}
     clusters, draw = list(map(cluster_of, rows)), np.random.default_rng(0)
@@ -332,9 +327,9 @@ SIDES = ("image_to_text", "text_to_image")
 
 
 def right_answers(rows: list[dict], lists: Iterable[dict] = ()) -> tuple[dict[str, dict[str, set[str]]], dict]:
-    """Of each direction and query, its right answers among pictures and captions of pairs rows; and of each direction
-    what names a query and an answer as they are named there: paths to one file, texts of the same words and what a list
-    has under "also" are one."""
+    """Rows of pairs -> ({direction: {query: set of right answers}}, {direction: (name a query, name an answer)}).
+
+    The two functions map equivalent names to one: paths of one file, texts of the same words, and those in "also"."""
     also = {other: one.get("query") for one in lists for other in one.get("also", ())}
     first, right = {}, {side: {} for side in SIDES}
 
@@ -350,12 +345,12 @@ def right_answers(rows: list[dict], lists: Iterable[dict] = ()) -> tuple[dict[st
 
 
 def recalls(rank: np.ndarray) -> dict[str, float]:
-    """Places of the first right answers (queries,), 0 = first -> R@1, R@5 and R@10 in percent."""
+    """Ranks of the first right answers (queries,), 0 = top -> R@1, R@5 and R@10 in percent."""
     return {f"R@{k}": 100 * float((rank < k).mean()) for k in (1, 5, 10)}
 
 
 def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
-    """R@1/5/10 in percent of a ranking drawn at random: the first k of g places hold none of a query's r right answers
+    """R@1/5/10 in percent of a random ranking: the top k of a gallery of g contain none of a query's r right answers
     with probability C(g - r, k) / C(g, k). counts: r of each query; gallery: g."""
     levels = {}
     for k in (1, 5, 10):
@@ -366,13 +361,13 @@ def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
 
 
 def recall_intervals(rank: np.ndarray) -> dict[str, list[float]]:
-    """Places of the first right answers (queries,) -> 95 % intervals of R@1, R@5 and R@10 in percent."""
+    """Ranks of the first right answers (queries,) -> 95 % confidence intervals of R@1, R@5 and R@10 in percent."""
     found = {k: estimate(rank < k, range(len(rank)), 0.0) for k in (1, 5, 10)}
     return {f"R@{k}": [one["low"], one["high"]] for k, one in found.items()}
 
 
 def judge_retrieval(rows: list[dict], path: Path) -> dict:
-    """Recalls from a file of ranked lists, as eval.retrieval gives them.
+    """Recalls from a file of ranked lists, in the format of eval.retrieval.
 
     Raises:  ValueError for a query that is missing, ranked twice or not in the data
     """
@@ -396,7 +391,7 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
             raise ValueError(f"{where}: the query {query!r} is ranked twice: keep one line for each query")
         answers = right[key[1]][asked(query)]
         hits = [at for at, name in enumerate(one["found"]) if isinstance(name, str) and answer(name) in answers]
-        place[key][asked(query)] = hits[0] if hits else 10  # beyond the ten best
+        place[key][asked(query)] = hits[0] if hits else 10  # outside the top ten
     result = {"images": len(right[SIDES[0]]), "texts": len(right[SIDES[1]]), "k": "as predicted"}
     result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
     for (way, side), found in place.items():

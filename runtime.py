@@ -1,4 +1,4 @@
-"""What every command needs around the method: options, processes, device, precision, files, log, how a run ends."""
+"""Infrastructure shared by all commands: options, processes, device, precision, files, logging, clean shutdown."""
 
 import argparse
 import atexit
@@ -47,17 +47,17 @@ from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose error for an unknown option names the nearest one, and whose errors are one sentence."""
+    """ArgumentParser with one-sentence errors; the error for an unknown option suggests the closest match."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> typing.NoReturn:
-        """One sentence in place of the whole usage."""
+        """Print one sentence instead of the full usage, and exit."""
         fail(message)
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse, but an unknown option is answered with the nearest that exists."""
+        """As in argparse, but the error for an unknown option suggests the closest existing one."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
@@ -66,25 +66,25 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def parse_run(self, arguments: list[str] | None = None) -> dict:
-        """The options of a run that are given, and where they are not, those in the config.json that --config names."""
+        """The options given on the command line; with --config, the others come from that config.json."""
         self.add_argument(
-            "--config", help="config.json of a run to repeat; options that are given beside it override it"
+            "--config", help="config.json of a run to repeat; options given on the command line override it"
         )
         given = vars(self.parse_args(arguments))
         if not (path := given.pop("config")):
             return given
         before = read_config(path)
         if before.get("task") != given.get("task"):
-            raise ValueError(f"{path} is of a run of {before.get('task', 'train.py')}: repeat it with that")
+            raise ValueError(f"{path} is from a run of {before.get('task', 'train.py')}: repeat it with that command")
         if "preset" in given:
             raise ValueError(f"{path} names every size of the model: leave --preset out, or give sizes such as --width")
-        mine = {"out", "resume"} | ({"epochs"} if "steps" in given else set())  # steps would follow from the old epochs
+        mine = {"out", "resume"} | ({"epochs"} if "steps" in given else set())  # the old epochs would override --steps
         known = {action.dest for action in self._actions} - mine
         return {name: value for name, value in before.items() if name in known} | given
 
 
 def read_config(path: str) -> dict:
-    """The options in a run's config.json. Raises ValueError for a file that is none"""
+    """The options in a run's config.json. Raises ValueError if the file is not one."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file: give the config.json of a run folder")
     try:
@@ -95,7 +95,7 @@ def read_config(path: str) -> dict:
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:
-    """One option per field of a dataclass: its name, type and default, and its comment's words as help.
+    """Add one option per dataclass field, with its name, type and default; the field's comment is the help text.
 
     Options that are not given are absent from the result, so that presets and checkpoints can supply them.
     """
@@ -118,13 +118,13 @@ def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple
 
 
 def shown(default) -> str:
-    """A default as it would be typed."""
+    """A default value as it would be typed on the command line."""
     return " ".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
 
 
 @functools.cache
 def field_comments(config_class: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass: it is written once, beside the field, and is the help text too."""
+    """The trailing comment of each dataclass field, by name: it doubles as the --help text."""
     comments = {}
     classes = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
     for line in "".join(map(inspect.getsource, classes)).splitlines():
@@ -134,18 +134,18 @@ def field_comments(config_class: type) -> dict[str, str]:
     return comments
 
 
-# Options that may change when a run goes on, because they do not change what it computes, up to rounding. Data may lie
-# elsewhere: Run.load in train.py holds their content to what it was.
+# Options that may change on resume, because they do not affect what is computed, up to rounding. Data files may have
+# moved: Run.load in train.py checks that their content is the same.
 FREE_ON_RESUME = {"out", "workers", "device", "precision", "compile", "grad_checkpointing", "check", "resume"}
 FREE_ON_RESUME |= {"log_every", "eval_every", "save_every", "data", "val"}
-# A run may be made longer, and one that diverged may go on more slowly: what is new counts from the next step on.
+# On resume a run may be extended, or its learning rate lowered after it diverged; both apply from the next step on.
 MAY_GROW, MAY_SHRINK = {"steps", "epochs"}, {"lr", "lr_head"}
 
 
 def resolve(given: dict, config_class: type, model_class: type) -> tuple:
-    """What was given on the command line -> the run's options, and fields of the model's Config that override others.
+    """Command-line options -> the run's options, and the given fields of the model's Config.
 
-    A resumed run takes its options from its checkpoint.
+    A resumed run takes its options from its checkpoint. Raises ValueError for an option that may not change on resume.
     """
     run_fields = {field.name for field in dataclasses.fields(config_class)}
     options = {name: value for name, value in given.items() if name in run_fields}
@@ -158,17 +158,17 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
         saved = load_checkpoint(path)
         if ("task" in saved["train"]) != ("task" in run_fields):
             command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
-            raise ValueError(f"{path} is a run of {command}: take it up with that, or give another --out")
+            raise ValueError(f"{path} is a run of {command}: resume it with that command, or give another --out")
         check_fields(config_class, saved["train"], str(path))
-        saved["train"] = {"optimizer": "adamw"} | saved["train"]  # as it was before there was a choice
-        # The defaults come first, for options that are younger than the checkpoint.
+        saved["train"] = {"optimizer": "adamw"} | saved["train"]  # the only one when old checkpoints were saved
+        # Defaults come first, for options that were added after the checkpoint was saved.
         before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
         changed = [name for name in given if not may_become(name, before[name], given[name])]
         if changed:
             was = ", ".join(f"{name} (was {before[name]}, now {given[name]})" for name in changed)
             raise ValueError(
                 f"a resumed run keeps its options, and these differ: {was}; leave them out or use another --out "
-                "(only --steps and --epochs may grow, and --lr and --lr-head shrink)"
+                "(only --steps and --epochs may increase, and --lr and --lr-head decrease)"
             )
         free = FREE_ON_RESUME | MAY_GROW | MAY_SHRINK
         options = saved["train"] | {name: value for name, value in options.items() if name in free}
@@ -176,12 +176,12 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
         runs = [run.parent.name for run in path.parent.parent.glob("*/checkpoint.pt")]
         near = difflib.get_close_matches(path.parent.name, runs, n=1)
         hint = f"did you mean {path.parent.with_name(near[0])}?" if near else "is --out right?"
-        raise ValueError(f"there is no {path} to go on from: {hint} A new run also needs --data")
+        raise ValueError(f"there is no {path} to resume from: {hint} A new run also needs --data")
     return config_class(**options), overrides
 
 
 def check_bounds(config, bounds: dict[str, tuple[float, float]]) -> None:
-    """Raise ValueError for the first option outside its (least, largest) value."""
+    """Raise ValueError for the first option outside its (minimum, maximum)."""
     for name, (least, most) in bounds.items():
         if not least <= getattr(config, name) <= most:
             upper = "or more" if most == math.inf else f"to {most}"
@@ -189,36 +189,36 @@ def check_bounds(config, bounds: dict[str, tuple[float, float]]) -> None:
 
 
 def may_become(name: str, was, now) -> bool:
-    """Whether a resumed run may be given this value of an option."""
-    if name in ("vocab", "init"):  # their content is in the checkpoint, and a place has many names
+    """Whether an option of a resumed run may change to this value."""
+    if name in ("vocab", "init"):  # the checkpoint has their content, and different paths may be the same file
         was, now = ([value] if isinstance(value, str) else value for value in (was, now))
         return list(map(os.path.realpath, was)) == list(map(os.path.realpath, now))
     grown, shrunk = name in MAY_GROW and now > was, name in MAY_SHRINK and 0 < now < was
-    equal = now == (list(was) if isinstance(was, tuple) else was)  # a list on the command line
+    equal = now == (list(was) if isinstance(was, tuple) else was)  # the command line gives lists
     return name in FREE_ON_RESUME or equal or grown or shrunk
 
 
 def fail(message: object) -> typing.NoReturn:
-    """End the program with one clear sentence and exit status 2."""
+    """Print a one-sentence error message and exit with status 2."""
     print(f"error: {readable(str(message))}", file=sys.stderr)
     sys.exit(2)
 
 
 def readable(sentence: str) -> str:
-    """A sentence in which nothing that is quoted fills the screen, or steers the terminal."""
+    """An error message with long quoted values truncated and control characters escaped."""
     short = re.sub(r"'([^']{300,})'", lambda quoted: f"'{quoted[1][:120]}...'", sentence)
     short = re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", short)
     return "".join(letter if letter in "\n\t" or letter.isprintable() else repr(letter)[1:-1] for letter in short)
 
 
 def end(stopped: bool) -> None:
-    """End an interrupted run as a shell expects, with 130, so that a script does not go on after half a training."""
+    """Exit with status 130 after an interrupted run, as shells expect, so that a calling script stops too."""
     if stopped and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun would report it as a failure
         sys.exit(130)
 
 
 def guarded(main) -> None:
-    """Run main(); a mistake in the user's input ends with its sentence, not with a traceback."""
+    """Run main(); invalid input ends with a one-sentence error instead of a traceback."""
     Output.gone, streams = False, (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = Output(sys.stdout, plain=True), Output(sys.stderr)
     try:
@@ -236,11 +236,10 @@ def guarded(main) -> None:
 
 @contextlib.contextmanager
 def process_group(device_name: str):
-    """Around a whole command: join the other processes if torchrun started this one, and say which device is ours.
+    """Context manager around a whole command: joins the process group under torchrun, yields this process's device.
 
-    Yields the device. Only the first process speaks: the others print nothing and draw no bars, but every process
-    reports its own error. When one ends early, the next exchange with it fails in all others, and each ends with a
-    sentence; torchrun then ends what is left.
+    Only rank 0 prints and draws progress bars, but every process reports its own errors. If one process exits early,
+    the next collective fails in all others, and each exits with an error message; torchrun then terminates the rest.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield pick_device(device_name)
@@ -250,10 +249,10 @@ def process_group(device_name: str):
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # Both kinds of tensor can be exchanged: gradients on the GPU, counts and evaluation on the CPU.
+    # Collectives are needed on both devices: gradients on the GPU, counts and evaluation on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than torch 2.6
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 lacks its replacement
     with contextlib.ExitStack() as stack:
         if rank > 0:
             tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
@@ -267,13 +266,13 @@ def process_group(device_name: str):
                 raise
             raise ValueError(
                 f"process {rank} of {os.environ['WORLD_SIZE']} stops at once, because another process of this run "
-                "ended: see its error; the last checkpoint is whole, go on from it with --resume"
+                "ended: see its error; the last checkpoint is intact, continue from it with --resume"
             ) from error
     dist.destroy_process_group()
 
 
 def pick_device(name: str) -> torch.device:
-    """auto = cuda, else mps, else cpu."""
+    """The device of that name; auto = cuda, else mps, else cpu. Raises ValueError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -285,24 +284,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_memory() -> None:
-    """Let the process keep freed memory for its next step, on a CPU under Linux: 11 to 14 % more pairs/s in `nano`.
+    """Keep freed memory in the process for the next step (CPU, Linux): 11 to 14 % more pairs/s in `nano`.
 
-    glibc gives large blocks back to the system at once, which then clears every page of them anew, step by step.
+    By default glibc returns large blocks to the system at once, which then has to zero their pages again in every step.
     """
     try:
         allocator = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return  # another system, another allocator
-    mmap_threshold, trim_threshold = -3, -1  # their numbers in malloc.h
-    if allocator(mmap_threshold, 2**30) or allocator(mmap_threshold, 2**25):  # older versions allow 32 MB at most
-        allocator(trim_threshold, 2**31 - 1)  # only beside the other: alone it made a step 1.6 times slower
+        return  # not glibc
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
+    if allocator(mmap_threshold, 2**30) or allocator(mmap_threshold, 2**25):  # older versions allow at most 32 MB
+        allocator(trim_threshold, 2**31 - 1)  # only with the other: alone it made a step 1.6 times slower
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """auto = bf16 on a GPU that computes in it, else fp32 -> the precision, and why it was chosen."""
+    """Name -> the precision, and why it was chosen; auto = bf16 on a GPU with native bf16 support, else fp32."""
     if name == "auto":
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has it"
@@ -314,21 +313,21 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(device: torch.device, precision: str):
-    """Around a forward pass: products in bf16 or fp16, where that is asked for; mamo.py marks what stays in fp32."""
+    """Autocast to bf16 or fp16 for a forward pass, disabled for fp32; mamo.py marks what always stays in fp32."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def recompute_blocks(model: torch.nn.Module) -> None:
-    """Gradient checkpointing: each block but the teacher's keeps its input only and runs again in the backward pass.
+    """Gradient checkpointing: every block except the teacher's stores only its input and is recomputed in backward.
 
-    Blocks are what an encoder holds in its list `blocks`. Raises ValueError for an encoder without one.
+    Blocks are the modules in an encoder's list `blocks`. Raises ValueError for an encoder without one.
     """
     for name, encoder in model.student.named_children():
         if isinstance(encoder, torch.nn.Linear):
             continue  # a projection
         if not len(getattr(encoder, "blocks", [])):
-            raise ValueError(f"grad_checkpointing: the {name} encoder has no list `blocks` of what could be run again")
+            raise ValueError(f"grad_checkpointing: the {name} encoder has no list `blocks` of modules to recompute")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "blocks" and not name.startswith("teacher."):
             for block in module:
@@ -336,8 +335,8 @@ def recompute_blocks(model: torch.nn.Module) -> None:
 
 
 def compile_step(model: torch.nn.Module) -> None:
-    """Compile the model's forward pass, and with it the backward pass, for batches of one shape."""
-    # einops keeps a list of the kinds of tensor it has met, and a list that grows would compile the step twice.
+    """Compile the model's forward pass, and with it the backward pass, for batches of a fixed shape."""
+    # einops caches the tensor types it has seen; fill the cache first, or its growth would cause a recompilation.
     for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
         einops.rearrange(known, "d -> d")
     model.compile(dynamic=False)
@@ -345,7 +344,7 @@ def compile_step(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def first_process_first():
-    """The block runs in the first process, then in all others, which find what the first one wrote."""
+    """Run the block on rank 0 first, then on all other ranks, which find the files that rank 0 wrote."""
     if not dist.is_initialized():
         yield
         return
@@ -358,7 +357,7 @@ def first_process_first():
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so. All processes must ask at the same point."""
+    """Whether the flag is set on any rank. A collective: all processes must call it at the same point."""
     if not dist.is_initialized():
         return flag
     said = torch.tensor(float(flag))
@@ -367,7 +366,7 @@ def any_process(flag: bool) -> bool:
 
 
 def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
-    """Each value's mean over all processes, which hold the same names."""
+    """The mean of each value over all processes, which must pass the same names."""
     if not dist.is_initialized():
         return values
     mean = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -376,7 +375,7 @@ def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
 
 
 def seed_everything(*key: int) -> None:
-    """Seed every generator from a key such as (seed, step, rank): the same key gives the same draws."""
+    """Seed the generators of Python, NumPy and torch from a key such as (seed, step, rank)."""
     value = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
@@ -384,10 +383,10 @@ def seed_everything(*key: int) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MB: of the GPU where there is one, else of the process. nan where the system does not tell."""
+    """Peak memory in MB, of the GPU for a CUDA device, else of the process. NaN if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")  # of Linux, whose getrusage gives a process the peak of the one that started it
+    status = Path("/proc/self/status")  # Linux, where getrusage would include the peak of the parent process
     for line in status.read_text().splitlines() if status.is_file() else []:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**10
@@ -399,66 +398,66 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-# ---------------------------------------------------------------------------------------- files: nothing is ever lost
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def write_beside(path: Path, write, size: int = 0) -> None:
-    """write(temporary path), then rename: whoever reads path, whenever, finds a whole file, the old or the new.
+    """Atomic write: write(temporary path), then rename, so that path always holds a complete file, old or new.
 
-    size: bytes that will be written, if they are known. Whatever fails, nothing half written is left behind.
+    size: bytes to be written, if known. A failed write leaves no partial file. Raises OSError if the disk is full.
     """
-    path = Path(os.path.realpath(path))  # a link stays one, and what it shows is replaced
+    path = Path(os.path.realpath(path))  # a symlink is kept and its target replaced
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file that could be replaced: give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # it could be a link to somebody's file
+    temporary.unlink(missing_ok=True)  # it could be a symlink to another file
     try:
         write(temporary)
-        with open(temporary, "r+b") as file:  # + because Windows flushes only what is open for writing
+        with open(temporary, "r+b") as file:  # r+ because Windows only syncs files open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         free, written = shutil.disk_usage(path.parent).free, temporary.stat().st_size if temporary.is_file() else 0
         temporary.unlink(missing_ok=True)
-        # torch says no word of a full disk: its errors are about positions in a file.
+        # On a full disk torch raises a RuntimeError about file positions that does not mention the disk.
         full = isinstance(error, RuntimeError) and (free < 2**20 or free + written < size)
         if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 f"the disk is full: {path} needs {max(size, written) / 2**20:.1f} MB or more, and {path.parent} has "
-                f"{(free + written) / 2**20:.1f} MB left for it; what was there before is whole: make room"
+                f"{(free + written) / 2**20:.1f} MB left for it; any previous file is kept: free some space"
             ) from error
         raise
 
 
 @contextlib.contextmanager
 def side_file(path: Path):
-    """Around the writing of a file that the work can do without: where it cannot be written, a warning says so."""
+    """Context manager for writing an optional file: if it cannot be written, print a warning and continue."""
     try:
         yield
     except OSError as error:
         UNWRITTEN.add(path)
-        warn(f"{path} cannot be written ({error}); the work goes on without it")
+        warn(f"{path} cannot be written ({error}); continuing without it")
 
 
-UNWRITTEN: set[Path] = set()  # what side_file has warned of
+UNWRITTEN: set[Path] = set()  # files that side_file has warned about
 
 
 @functools.cache
 def warn(sentence: str) -> None:
-    """Say something once, below a progress bar."""
+    """Print a warning to stderr, each text once, without breaking a progress bar."""
     tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Save plain tensors and plain Python values. Raises ValueError if a number in them is not finite."""
+    """Save tensors and plain Python values atomically. Raises ValueError if a tensor is not finite."""
     check_finite(state, f"at step {state.get('step')}", f"{path} was not written")
     size = sum(value.nbytes for _, value in tensors_of(state))
     write_beside(path, lambda temporary: torch.save(state, temporary), size)
 
 
-def tensors_of(value, name: str = "") -> typing.Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested dicts, with its name."""
+def tensors_of(value, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) for every tensor in nested dicts."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict):
@@ -467,20 +466,20 @@ def tensors_of(value, name: str = "") -> typing.Iterator[tuple[str, torch.Tensor
 
 
 def check_finite(state: dict, when: str, so: str) -> None:
-    """Raise ValueError where a tensor is not finite: a run that diverged has no result."""
+    """Raise ValueError if a tensor is not finite, i.e. the run diverged; `when` and `so` complete the message."""
     bad = [name for name, value in tensors_of(state) if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise ValueError(
-            f"{len(bad)} tensors are not finite {when} ({bad[0]} first): the run diverged, and {so}; go on "
-            "from its last good checkpoint, if there is one, with --resume and a smaller --lr, or start again with that"
+            f"{len(bad)} tensors are not finite {when} ({bad[0]} first): the run diverged, and {so}; continue "
+            "from its last good checkpoint, if any, with --resume and a smaller --lr, or start over with a smaller --lr"
         )
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Load what save_checkpoint wrote, on the CPU.
+    """Load a checkpoint written by save_checkpoint onto the CPU.
 
-    Raises: ValueError if there is no such file, if it is not a checkpoint, or if it holds more than plain data: such a
-            file could run code while it is read, so it is refused
+    Raises:  ValueError if the file is missing, damaged, not a checkpoint, or contains more than tensors and plain
+             values: unpickling such a file could execute arbitrary code
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file: give the checkpoint.pt of a run folder")
@@ -491,26 +490,26 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path} is refused: it is damaged or holds more than plain tensors and plain values, which could run code "
             "while it is read; use a checkpoint that train.py wrote"
         ) from error
-    except Exception as error:  # torch raises many kinds for damaged files, some of them without a word
+    except Exception as error:  # torch raises many types for damaged files, some with an empty message
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a whole checkpoint ({reason}): use another") from error
     if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
     damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
     if damaged:
-        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is another; use another checkpoint")
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it does not match; use another checkpoint")
     check_fields(Content, state, str(path))
     if any(not isinstance(rows, list) or not rows for rows in state.get("data", {}).values()):
         raise ValueError(f"{path} does not say what rows it was trained on: use a checkpoint that train.py wrote")
     if any(not isinstance(value, torch.Tensor) for value in state["model"].values()):
-        raise ValueError(f"{path} holds weights that are no tensors: use a checkpoint that train.py wrote")
-    check_finite(state["model"], f"in {path}", "it is of no use")
+        raise ValueError(f"{path} contains weights that are not tensors: use a checkpoint that train.py wrote")
+    check_finite(state["model"], f"in {path}", "its weights are unusable")
     return state
 
 
 @dataclass
 class Content:
-    """What a checkpoint holds, see Run.state in train.py; only the first four are always there."""
+    """The fields of a checkpoint, see Run.state in train.py; only the first four are always present."""
 
     objective: str
     config: dict
@@ -528,10 +527,10 @@ class Content:
 
 
 def check_fields(config_class: type, values: dict, where: str) -> None:
-    """Raise ValueError for a value under a name that a dataclass does not have, or of another kind than it says."""
+    """Raise ValueError for a name that is not a field of the dataclass, or a value of the wrong type."""
     hints = typing.get_type_hints(config_class)
     if strange := ", ".join(sorted(map(str, values.keys() - hints.keys()))):
-        raise ValueError(f"{strange} is no field of {where}: it is another one's")
+        raise ValueError(f"{strange} is no field of {where}: it was saved by other code or for another model")
     for name, value in values.items():
         kind, inner = typing.get_origin(hints[name]) or hints[name], typing.get_args(hints[name])
         right = is_a(value, kind) if not inner else isinstance(value, list | tuple)
@@ -542,14 +541,14 @@ def check_fields(config_class: type, values: dict, where: str) -> None:
 
 
 def is_a(value: object, kind: type) -> bool:
-    """Whether a value is of a kind; whole numbers are numbers, True and False are not."""
+    """isinstance, except that an int counts as a float, and a bool as nothing but a bool."""
     return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 
 def saved_run(config) -> dict | None:
-    """The checkpoint in the folder of a run that goes on, or None for a new one.
+    """The checkpoint to resume from, or None for a new run.
 
-    Raises:  ValueError if there is one and config.resume is not given: hours of work are in it
+    Raises:  ValueError if there is one but config.resume is not set (it would be overwritten), or it cannot be resumed
     """
     path = Path(config.out) / "checkpoint.pt"
     if not path.is_file():
@@ -557,16 +556,16 @@ def saved_run(config) -> dict | None:
             print(f"there is no {path} to go on from: a new run begins")
         return None
     if not config.resume:
-        raise ValueError(f"{path} exists: pass --resume to go on from it, or give another --out")
+        raise ValueError(f"{path} exists: pass --resume to continue from it, or give another --out")
     saved = load_checkpoint(path)
     if missing := ", ".join(sorted({"train", "step", "optimizer", "scaler", "meter"} - saved.keys())):
         raise ValueError(f"{path} holds no run to go on from, {missing} are missing: is it a copy of best.pt?")
-    saved["config"].setdefault("albef_negatives", True)  # which is what a run did before there was the option
+    saved["config"].setdefault("albef_negatives", True)  # the behaviour before this option was added
     return saved
 
 
 def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> None:
-    """Load weights exactly; else one sentence that names the first differences."""
+    """Load weights strictly. Raises ValueError naming the first missing, unexpected or mismatched weights."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = [f"{name} is {found.get(name, 'missing')} where {expected.get(name, 'nothing')} is expected"
@@ -580,13 +579,13 @@ def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> Non
     model.load_state_dict(weights)
 
 
-# What AdamW and Muon keep of a parameter.
+# Per-parameter state of AdamW and of Muon.
 OPTIMIZER_STATES = {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("step", "momentum"))}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
-    """Load the state of an optimiser; its options are those of the run. torch itself takes moments of another length,
-    and then reads beyond their end."""
+    """Load an optimiser's state, but keep this run's hyperparameters. Raises ValueError if it does not fit the model:
+    torch would accept moments of the wrong shape and read past their end."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states, whole = saved.get("state"), isinstance(saved.get("state"), dict)
@@ -604,12 +603,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Pa
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON that a person can read."""
+    """Write indented JSON atomically."""
     write_beside(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def how_made(script: str) -> dict[str, str]:
-    """What a file of results says of itself: command, hardware, date."""
+    """The provenance recorded in a results file: command, hardware, date."""
     hardware = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
@@ -618,7 +617,7 @@ def how_made(script: str) -> dict[str, str]:
 
 
 class CsvLog:
-    """log.csv: one row per logging step. On resume, rows past the checkpoint's step are dropped and written anew."""
+    """log.csv: one row per logging step. On resume, rows past the checkpoint's step are dropped."""
 
     def __init__(self, path: Path, first_step: int):
         self.path, self.rows, self.columns = path, [], []
@@ -626,7 +625,7 @@ class CsvLog:
             with open(path, newline="", encoding="utf-8", errors="replace") as file:
                 for row in csv.DictReader(file):
                     whole = None not in row and None not in row.values() and row.get("step", "").isdecimal()
-                    if whole and int(row["step"]) <= first_step:  # half a line is what a kill may leave
+                    if whole and int(row["step"]) <= first_step:  # a killed run may leave a partial line
                         self.rows.append(row)
         path.parent.mkdir(parents=True, exist_ok=True)
         with side_file(path):
@@ -642,10 +641,10 @@ class CsvLog:
         self.columns = columns
 
     def write(self, row: dict) -> None:
-        """Append one row; a column that is new, or a row that could not be written, makes the file be written anew."""
+        """Append one row; rewrite the file if there is a new column or an earlier row could not be written."""
         row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
         self.rows.append(row)
-        columns, self.columns = self.columns, []  # until it is written
+        columns, self.columns = self.columns, []  # forces a rewrite next time if this one fails
         with side_file(self.path):
             if not row.keys() <= set(columns):
                 write_beside(self.path, self.rewrite)
@@ -657,17 +656,16 @@ class CsvLog:
 
 # ------------------------------------------------------------------------------------------------------ how a run ends
 #
-# Signals, readers that go away, workers that load data, one run in a folder at a time. However a run ends, its state is
-# whole: a stop that was asked for waits for the end of a step, and what may fail by itself, the next batch, is had
-# before the step begins.
+# Signals, closed pipes, data-loading workers, one run per folder. However a run ends, its state is consistent: a stop
+# request takes effect at the end of a step, and the next batch, which may fail to load, is fetched before the step.
 
-# Ctrl-C, a polite kill, a terminal that closes (not on Windows)
+# Ctrl-C, kill, a closed terminal (not on Windows)
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupt:
-    """A signal, or an output that nobody reads any more, asks the loop to save and stop at the end of the step; a
-    second Ctrl-C stops at once. What `nohup` ignores stays ignored."""
+    """Signal handler: a stop signal, or a closed output pipe, makes the training loop save and stop at the end of the
+    step; a second Ctrl-C stops at once. Signals that are ignored, as under `nohup`, stay ignored."""
 
     def __init__(self):
         self.heard, self.before = set(), {}
@@ -683,13 +681,13 @@ class Interrupt:
         return self
 
     def __exit__(self, *_) -> None:
-        """Give the signals back, but for a kill that was heard: it often comes twice, and the program is ending."""
+        """Restore the handlers, except for a received SIGTERM or SIGHUP, which often comes twice while the run ends."""
         for number, handler in self.before.items():
             if number == signal.SIGINT or number not in self.heard:
                 signal.signal(number, handler)
 
     def ask(self, number: int, frame) -> None:
-        # Others than a hand on a keyboard often send a signal twice: to the group, and to each process of it.
+        # Only Ctrl-C is repeated on purpose: a scheduler may signal both the process group and each process in it.
         if self.heard and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
@@ -697,28 +695,28 @@ class Interrupt:
 
 
 class DataFailed(ValueError):
-    """No next batch can be had. The step before is whole, so it can be saved."""
+    """The next batch could not be loaded. The last step is complete, so the run can still be saved."""
 
 
 def batches_of(loader) -> Iterator[dict]:
-    """The batches of a loader. Raises DataFailed, in one sentence, where the next one cannot be had."""
+    """The batches of a loader. Raises DataFailed, with a one-sentence message, if the next one cannot be loaded."""
     try:
         yield from without_alarm(loader)
     except (ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:
-        # A worker that lives puts its whole traceback around the sentence: "Caught ValueError in DataLoader worker".
+        # A live worker wraps the message in its whole traceback: "Caught ValueError in DataLoader worker".
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("ValueError: ")
         if loader.num_workers and "Caught" not in str(error):
-            sentence = "a process that loads data was killed, as a system short of memory does: take fewer --workers"
+            sentence = "a process that loads data was killed, probably for lack of memory: use fewer --workers"
         elif "shared memory" in sentence:
-            sentence = "/dev/shm has no room for the batches of --workers: take fewer, or 0, or a smaller --batch-size"
+            sentence = "/dev/shm has no room for the batches of --workers: use fewer, or 0, or a smaller --batch-size"
         raise DataFailed(sentence) from error
 
 
 @dataclass
 class Shared:
-    """A collate in a worker process whose batch lies in shared memory: where that is full, the worker can say so.
+    """Collate wrapper that moves the batch to shared memory in the worker, which can then report that it is full.
 
-    Left to torch, a batch that does not fit is dropped in a thread of its own, and training waits for it for ever.
+    Left to torch, this happens in a background thread, where a batch that does not fit is lost and training hangs.
     """
 
     collate: Callable
@@ -728,9 +726,9 @@ class Shared:
 
 
 def without_alarm(loader) -> Iterator:
-    """The batches of a loader without torch's alarm for a worker that dies: it may ring in the middle of a step.
+    """The batches of a loader, without torch's SIGCHLD handler, which would raise in mid-step when a worker dies.
 
-    Its death is noticed all the same, within seconds, where its next batch is waited for.
+    A dead worker is still detected, within seconds, when the loop waits for its next batch.
     """
     alarms = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before, batches = alarms and signal.getsignal(signal.SIGCHLD), iter(loader)
@@ -740,31 +738,31 @@ def without_alarm(loader) -> Iterator:
 
 
 def in_worker(_: int) -> None:
-    """In a process that loads data: whoever stops the run stops the process that trains, which ends this one."""
+    """Worker init function: ignore stop signals, because the training process handles them and ends its workers."""
     for lock in LOCKS:
-        os.close(lock)  # else the folder stays locked until the workers of a killed run have ended
+        os.close(lock)  # else the folder stays locked until the workers of a killed run have exited
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers() -> None:
-    """What is left of them at the end: they ignore multiprocessing's SIGTERM, which would wait for them for ever."""
+    """Kill remaining workers at exit: they ignore SIGTERM, so multiprocessing would wait for them forever."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
 class Output:
-    """Standard output or error whose reader may go away (`| head`, a closed terminal): that nobody listens is no error.
+    """Standard output or error for which a closed pipe or terminal (`| head`) is not an error.
 
-    What is said from then on goes nowhere, and a run that trains saves and stops, see Interrupt.
+    Later output is discarded, and a training run saves and stops, see Interrupt.
     """
 
-    gone = False  # whether a reader of this process has gone
+    gone = False  # whether an output stream of this process has been closed
 
     def __init__(self, stream, plain: bool = False):
-        """plain: no caption and no file name may steer the terminal; a progress bar does"""
+        """plain: escape terminal control sequences, e.g. in captions; not for a progress bar, which needs them"""
         self.stream, self.plain = stream, plain
 
     def __getattr__(self, name: str):
@@ -772,9 +770,9 @@ class Output:
 
     def write(self, text: str) -> int:
         said = text.replace("\x1b", "\\x1b") if self.plain else text
-        code = getattr(self.stream, "encoding", None) or "utf-8"  # of an old console it may lack letters
+        code = getattr(self.stream, "encoding", None) or "utf-8"  # an old console's may lack characters
         self.attempt(self.stream.write, said.encode(code, "backslashreplace").decode(code))
-        if "\n" in text:  # a reader behind a pipe sees each line when it is said
+        if "\n" in text:  # pipes get each line at once
             self.flush()
         return len(text)
 
@@ -785,16 +783,16 @@ class Output:
         try:
             do(*what)
         except OSError as error:
-            Output.gone |= error.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)  # and not where a disk is full
+            Output.gone |= error.errno in (errno.EPIPE, errno.EIO, errno.EINVAL)  # not for a full disk
             with open(os.devnull, "w") as nobody:
                 os.dup2(nobody.fileno(), self.stream.fileno())
 
 
 @contextlib.contextmanager
 def sole_run(folder: str | Path):
-    """Around a command that trains: a second one in the same run folder is refused, as each would write over the other.
+    """Context manager around training: locks the run folder. Raises ValueError if another process is training in it.
 
-    The lock is on the folder itself and ends with the process, however that ends; on Windows there is none.
+    The lock is on the folder itself and is released when the process exits, for whatever reason. Not on Windows.
     """
     if fcntl is None or int(os.environ.get("RANK", "0")) > 0:
         yield
@@ -804,14 +802,14 @@ def sole_run(folder: str | Path):
     try:
         try:
             fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # others than this one: a file system without locks
+        except OSError as error:  # any other OSError: a file system without locks
             if isinstance(error, BlockingIOError):
                 raise ValueError(f"another process is training in {folder}: wait for it, or change --out") from error
         yield
     finally:
         os.close(LOCKS.pop())
-        with contextlib.suppress(OSError):  # nothing was written
+        with contextlib.suppress(OSError):  # removes it only if nothing was written
             os.rmdir(folder)
 
 
-LOCKS: list[int] = []  # open folders of sole_run
+LOCKS: list[int] = []  # file descriptors of folders locked by sole_run

@@ -1,20 +1,20 @@
-"""What a pre-trained model is for: five downstream tasks, each a small head and a loss on the shared encoders.
+"""Five downstream tasks for a pre-trained model, each a small head and a loss on top of the shared encoders.
 
-    retrieval    contrast with every caption of a picture as a right answer, matching with hard negatives
-    grounding    the same on pictures and phrases: no box is ever seen; where the phrase is comes from explain.py
+    retrieval    contrastive loss with all captions of an image as positives, and matching with hard negatives
+    grounding    the same on images and phrases, without any boxes; explain.py then localises the phrase
     vqa          classification over a list of answers, with soft targets
-    reasoning    true or false of one or two pictures
+    reasoning    whether a statement is true of one or two images
     entailment   entailment, neutral or contradiction
 
-How to read it. The first two keep the heads of pre-training. The other three put an MLP on the pair vector: the fused
-[CLS] of (picture, text), and of two pictures the two vectors side by side. A batch holds k pictures and t texts without
-padding rows, and masks that say whose they are:
+How to read it. Retrieval and grounding keep the pre-training heads. The other three put an MLP on the pair vector: the
+fused [CLS] of (image, text), or, for two images, the concatenation of both. A batch of b rows holds k images and t
+texts, none of them padding, and masks that assign them to rows:
 
-    images (i, 3, height, width), picture (k,)              the i distinct pictures, each encoded once; whose place is
-    shown (b, pictures)                                     True = the row has this picture; k is the count of True
-    input_ids (t, l), given (b, captions)                   True = the row has this caption; t is the count of True
+    images (i, 3, height, width), picture (k,)              the i distinct images, each encoded once; indices into them
+    shown (b, pictures)                                     True = the row has this image; k is the number of True
+    input_ids (t, l), given (b, captions)                   True = the row has this caption; t is the number of True
 
-One letter, one meaning, as in mamo.py; and p pictures of a row, c captions of a row, a classes.
+Shapes use the letters of mamo.py, and p images per row, c captions per row, a classes.
 """
 
 import dataclasses
@@ -32,29 +32,29 @@ from torch.utils.data import Dataset
 
 import runtime
 from data import SCHEMAS, Pictures, captions_of, is_video, pictures_of, stable_id
-from mamo import Config, View, VisionLanguageModel, frames_of, gather, global_mean, init_weights, rank_and_size
+from mamo import Config, View, VisionLanguageModel, frames_of, gather, global_mean, init_weights
 from metrics import LABELS, named, right_label, worths
 from tokenizer import Tokenizer, bare_words, pad
 
-CAPTIONS = 5  # captions of a picture that a step of retrieval looks at, as COCO has them; of more, some at random
+CAPTIONS = 5  # captions per image in a step of retrieval, as in COCO; if there are more, a random subset
 
 
 @dataclass
 class HeadConfig:
-    """What a task adds to the encoders; it travels inside the checkpoint."""
+    """What a task adds to the encoders; saved in the checkpoint."""
 
     task: str  # a key of TASKS
-    answers: list[str] = dataclasses.field(default_factory=list)  # what the classes mean, in their order
-    linear: bool = False  # one linear layer in place of an MLP: a linear probe
+    answers: list[str] = dataclasses.field(default_factory=list)  # the answer that each class stands for
+    linear: bool = False  # a linear layer instead of an MLP, for a linear probe
 
 
 # ------------------------------------------------------------------------------------------- retrieval and grounding
 
 
 class Retrieval(VisionLanguageModel):
-    """Contrast in which all captions of a picture are right, and matching with hard negatives.   (ALBEF, fine-tuning)
+    """Contrastive loss with all captions of an image as positives, matching with hard negatives.   (ALBEF, fine-tuning)
 
-    differs: ALBEF finds a picture's other captions in a queue; here they come with the picture.
+    differs: ALBEF finds an image's other captions in its queue; here they come with the image.
     """
 
     schema, pictures = "pairs", 1
@@ -66,20 +66,20 @@ class Retrieval(VisionLanguageModel):
         self.head_config, self.loss_weights = head, {"itc": 1.0, "itm": 1.0}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: images, picture, given, input_ids, attention_mask; caption_id (b, c); chosen (b,), the caption that
-        matching takes; negative_noise (2, b, b) -> {"itc", "itm"}"""
+        """batch: images, picture, given, input_ids, attention_mask; caption_id (b, c); chosen (b,), the index of the
+        caption used for matching; negative_noise (2, b, b) -> {"itc", "itm"}"""
         given, attention_mask = batch["given"], batch["attention_mask"]
         image = self.encode_image(batch["images"])[batch["picture"]]
         text = self.encode_text(batch["input_ids"], attention_mask)
         image_embed, text_embed = self.embed_image(image, frames_of(batch["images"])), self.embed_text(text)
         losses = {"itc": self.loss_contrast(image_embed, text_embed, batch["caption_id"], given)}
 
-        # Matching: of each picture one caption, against a hard negative text and a hard negative picture.
-        place = given.flatten().cumsum(0).view_as(given) - 1  # (b, c) -> the row of input_ids
+        # Matching: one caption per image, against a hard negative text and a hard negative image.
+        place = given.flatten().cumsum(0).view_as(given) - 1  # (b, c), the caption's row in input_ids
         chosen = place.gather(1, batch["chosen"][:, None]).squeeze(1)
         chosen_id = batch["caption_id"].gather(1, batch["chosen"][:, None]).squeeze(1)
         right = lists(batch["caption_id"], given, chosen_id)
-        with torch.autocast(image.device.type, enabled=False):  # fp32: as in the contrast
+        with torch.autocast(image.device.type, enabled=False):  # fp32: as in loss_contrast
             similarity = (image_embed @ text_embed[chosen].T).detach()
         pair = View(image, text[chosen], attention_mask[chosen])
         views, valid = self.matching_views(pair, similarity, right, batch["negative_noise"])
@@ -89,20 +89,18 @@ class Retrieval(VisionLanguageModel):
         return losses
 
     def loss_contrast(self, image: Tensor, text: Tensor, caption_id: Tensor, given: Tensor) -> Tensor:
-        """Contrast with several right answers: the target is uniform over them, both ways.
+        """Contrastive loss with several positives per query: the target is uniform over them, in both directions.
 
-        A caption is right for every picture that lists it, so two pictures of one caption are both right for it.
+        An image is a positive for a caption if it lists that caption, so a caption shared by two images has two.
 
-        Args:    image (b, e), text (t, e)    unit vectors of this process's pictures and captions
-                 caption_id, given (b, c)     given: True = a caption; t is the count of True
-        Returns: scalar, mean over pictures and captions of all processes, and over the two directions
+        Args:    image (b, e), text (t, e)    unit vectors of this process's images and captions
+                 caption_id, given (b, c)     given: True = a caption; t is the number of True
+        Returns: scalar, mean over the images and captions of all processes, and over the two directions
         """
-        padded = text.new_zeros(given.numel(), text.shape[1])  # one shape on every process, so that it can be gathered
+        padded = text.new_zeros(given.numel(), text.shape[1])  # same shape on every process, as gather requires
         padded[given.flatten()] = text
         all_image, all_text = gather(image), gather(padded)
-        all_id, all_given = (
-            (gather(caption_id), gather(given.float()) > 0) if rank_and_size()[1] > 1 else (caption_id, given)
-        )
+        all_id, all_given = gather(caption_id), gather(given.float()) > 0
         flat_id, flat_given = all_id.flatten(), all_given.flatten()
         # fp32: as in mamo.py
         with torch.autocast(image.device.type, enabled=False):
@@ -114,18 +112,18 @@ class Retrieval(VisionLanguageModel):
 
 
 class Grounding(Retrieval):
-    """Weakly supervised grounding: retrieval's training on pictures and phrases.        (ALBEF, RefCOCO+)"""
+    """Weakly supervised grounding: trained as retrieval, on images and phrases.         (ALBEF, RefCOCO+)"""
 
     schema = "phrases"
 
 
 def lists(caption_id: Tensor, given: Tensor, wanted: Tensor) -> Tensor:
-    """caption_id, given (b, c), wanted (q,) -> bool (b, q): whether a picture lists that caption"""
+    """caption_id, given (b, c), wanted (q,) -> bool (b, q): whether the image lists that caption"""
     return ((caption_id[:, :, None] == wanted) & given[:, :, None]).any(dim=1)
 
 
 def log_of_right(logits: Tensor, right: Tensor) -> Tensor:
-    """logits, right (q, g) -> (q,): mean log-probability of a query's right answers, 0 where it has none"""
+    """logits, right (q, g) -> (q,): mean log-probability of a query's positives in the gallery, 0 if it has none"""
     logs = F.log_softmax(logits, dim=1).masked_fill(~right, 0.0)
     return logs.sum(dim=1) / right.sum(dim=1).clamp(min=1)
 
@@ -134,14 +132,14 @@ def log_of_right(logits: Tensor, right: Tensor) -> Tensor:
 
 
 class Classifier(VisionLanguageModel):
-    """An MLP on the pair vector of a text with each of its pictures.
+    """An MLP on the pair vectors of a text with each of its images.
 
-    With one picture of two, a learned vector stands for the other. differs: ALBEF reads both pictures in one pass
-    through doubled fusion blocks; here, as in METER, each picture meets the text by itself.
+    If a task takes two images and a row has one, a learned vector replaces the other. differs: ALBEF feeds both images
+    through doubled fusion blocks in one pass; here, as in METER, each image is fused with the text separately.
     """
 
     pictures = 1
-    losses = ("w_itm",)  # the fusion encoder, whose other heads are left out
+    losses = ("w_itm",)  # to build the fusion encoder; its other heads are left out
 
     def __init__(self, config: Config, head: HeadConfig):
         super().__init__(config)
@@ -155,7 +153,7 @@ class Classifier(VisionLanguageModel):
 
     def decide(self, image: Tensor, shown: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded image (k, 1 + n, d), shown (b, p), encoded text (b, l, d), attention_mask (b, l) -> logits (b, a)"""
-        row = shown.nonzero()[:, 0]  # whose picture each of the k is
+        row = shown.nonzero()[:, 0]  # (k,), the row that each image belongs to
         vectors = self.pair(image, text[row], attention_mask[row])
         if self.pictures == 1:
             return self.head(vectors).float()
@@ -164,9 +162,9 @@ class Classifier(VisionLanguageModel):
         return self.head(rearrange(both, "b p d -> b (p d)")).float()
 
     def match(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
-        """The logit of the answer that is given to encoded image (k, 1 + n, d) and text (k, l, d) -> (1,)
+        """Encoded image (k, 1 + n, d), text (k, l, d) -> (1,), the logit of the predicted answer, used by explain.py.
 
-        It is what `explain` explains. All k pictures belong to one question, whose text is repeated for each.
+        All k images belong to one question, whose text is repeated for each of them.
         """
         shown = torch.arange(self.pictures, device=image.device)[None] < len(image)
         return self.decide(image, shown, text[:1], attention_mask[:1]).amax(dim=1)
@@ -179,11 +177,11 @@ class Classifier(VisionLanguageModel):
         return {self.head_config.task: self.loss(logits, batch["target"])}
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy: logits (b, a), target (b,) the place of the right class."""
+        """Cross-entropy: logits (b, a), target (b,), the index of the right class."""
         return F.cross_entropy(logits, target)
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """What the loss comes to for a model that knows nothing."""
+        """The loss of a model that predicts uniformly."""
         return {self.head_config.task: math.log(len(self.head_config.answers))}
 
 
@@ -193,22 +191,22 @@ class VQA(Classifier):
     schema = "vqa"
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Binary cross-entropy summed over the answers: logits, target (b, a), soft scores from 0 to 1."""
+        """Binary cross-entropy summed over the answers: logits (b, a), target (b, a), soft scores from 0 to 1."""
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1).mean()
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """With every logit at 0."""
+        """The loss when every logit is 0."""
         return {"vqa": math.log(2) * len(self.head_config.answers)}
 
 
 class Reasoning(Classifier):
-    """Is the text true of its one or two pictures?                                          (METER, GLSCL: NLVR2)"""
+    """Is the text true of its one or two images?                                            (METER, GLSCL: NLVR2)"""
 
     schema, pictures = "reasoning", 2
 
 
 class Entailment(Classifier):
-    """Does the picture entail the text, contradict it, or neither?                              (ALBEF: SNLI-VE)"""
+    """Does the image entail the text, contradict it, or neither?                                (ALBEF: SNLI-VE)"""
 
     schema = "entailment"
 
@@ -217,26 +215,26 @@ TASKS = {"retrieval": Retrieval, "grounding": Grounding, "vqa": VQA, "reasoning"
 
 
 def read_as(task: str) -> str:
-    """The schema of a task's training rows once they are read: those of retrieval and grounding become pairs."""
+    """The schema of a task's training rows after loading: those of retrieval and grounding are merged into pairs."""
     return "pairs" if issubclass(TASKS[task], Retrieval) else TASKS[task].schema
 
 
 def head_of(state: dict) -> HeadConfig:
-    """The head in a checkpoint. Raises ValueError for one that is none."""
+    """The head config in a checkpoint. Raises ValueError if it is invalid."""
     runtime.check_fields(HeadConfig, state["head"], "the checkpoint's head")
     if state["head"].get("task") not in TASKS:
-        raise ValueError(f"the checkpoint is of the task {state['head'].get('task')!r}: use one of {', '.join(TASKS)}")
+        raise ValueError(f"the checkpoint's task is {state['head'].get('task')!r}: use one of {', '.join(TASKS)}")
     return HeadConfig(**state["head"])
 
 
 def build_task(head: HeadConfig, shape: dict) -> Retrieval | Classifier:
-    """A fresh model of a task from the fields of the Config that its encoders were pre-trained with."""
+    """A freshly initialised model for a task; shape: fields of the Config that its encoders were pre-trained with."""
     return TASKS[head.task](encoders_of(shape, TASKS[head.task].losses), head)
 
 
 def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
-    """Of the fields of an objective's Config those that every objective has, its encoders; losses: which have weight 1
-    and not 0, whatever the objective gave them."""
+    """The base Config of the encoders from the fields of any objective's Config; the loss weights in `losses` are set
+    to 1, the others to 0. Raises ValueError for invalid values."""
     shape = shape | {"w_itc": 0.0, "w_itm": 0.0, "w_mlm": 0.0} | dict.fromkeys(losses, 1.0)
     own = {field.name: shape[field.name] for field in dataclasses.fields(Config) if field.name in shape}
     runtime.check_fields(Config, own, "the checkpoint")
@@ -244,8 +242,8 @@ def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
 
 
 def answers_of(task: str, rows: list[dict], most: int) -> list[str]:
-    """What the classes of a task mean; of vqa the answers with the largest sum of scores, ties in the alphabet, each
-    as it is spelled first; else the labels that it always has, or those of the rows."""
+    """The answers that a task's classes stand for. vqa: the `most` answers with the largest total score, ties in
+    alphabetical order, each in its first spelling. Otherwise the task's fixed labels, or those of the rows."""
     if task == "vqa":
         scores, spelled = Counter(), {}
         for row in rows:
@@ -260,22 +258,22 @@ def answers_of(task: str, rows: list[dict], most: int) -> list[str]:
 
 
 def coverage(rows: list[dict], answers: list[str]) -> float:
-    """The best score that answers from a list can reach on vqa rows, in percent."""
+    """The best possible score on vqa rows with answers from a list, in percent."""
     known = {named("vqa", answer) for answer in answers}
     best = [max([score for answer, score in worths(row).items() if answer in known], default=0.0) for row in rows]
     return 100 * sum(best) / len(best)
 
 
 def texts_of(row: dict, schema: str) -> list[str]:
-    """The texts that a row of a schema is read with, whatever other keys it has."""
+    """The texts of a row in a schema; keys of other schemas are ignored."""
     if schema == "pairs":
         return captions_of(row)
     key = next((key for key in ("question", "text") if key in SCHEMAS[schema]), None)
-    return [row[key] if key else ""]  # a task without text reads an empty one
+    return [row[key] if key else ""]  # a task without text gets an empty one
 
 
 def by_picture(rows: list[dict], schema: str) -> list[dict]:
-    """Rows of pairs or phrases -> one row of pairs for each picture, with all its texts as captions."""
+    """Rows of pairs or phrases -> one row of pairs per image, with all its texts as captions."""
     merged: dict[str, dict] = {}
     for row in rows:
         one = merged.setdefault(row["image"], {key: row[key] for key in ("image", "twin") if key in row})
@@ -288,12 +286,12 @@ def by_picture(rows: list[dict], schema: str) -> list[dict]:
 
 
 def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: list[str], tokenizer: Tokenizer) -> list:
-    """Load what a checkpoint has of a model, fitted to another resolution, longer texts and added words.
+    """Load a checkpoint into a task's model, adapting it to another resolution or text length and to added words.
 
-    Args:    model       the fresh model of a task
-             source      the checkpoint's weights; config and vocab: its own
-             tokenizer   the model's: the checkpoint's words, and perhaps more behind them
-    Returns: the names of the model's parameters that the checkpoint does not have
+    Args:    model       a freshly initialised model
+             source      the checkpoint's weights; config, vocab: those of the checkpoint
+             tokenizer   the model's: the checkpoint's vocabulary, possibly with words appended
+    Returns: the names of the model's parameters that are not in the checkpoint
     Raises:  ValueError for a weight of another shape
     """
     weights = model.state_dict()
@@ -304,7 +302,7 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
         if name == "student.image.positions" and config.grid != model.config.grid:
             found = resized(found, config.grid, model.config.grid)
         elif name in ("student.text.positions", "student.image.times") and len(found) != len(value):
-            found = torch.cat([found, value[len(found) :]])[: len(value)]  # the code goes on where the learned ones end
+            found = torch.cat([found, value[len(found) :]])[: len(value)]  # the rest keeps its fresh sine code
         elif name == "student.text.words.weight" and len(found) < len(value):
             old = Tokenizer(vocab)
             pieces = [old.encode(word)[1:-1] for word in tokenizer.vocab[len(vocab) :]]
@@ -312,7 +310,7 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
         if found.shape != value.shape:
             raise ValueError(
                 f"{name} is {tuple(found.shape)} in the checkpoint and {tuple(value.shape)} here: a head of another "
-                "size or encoders of another shape; start from a checkpoint of the same, or pass --new-head"
+                "size or encoders of another shape; start from a checkpoint of the same shape, or pass --new-head"
             )
         weights[name] = found
     model.load_state_dict(weights)
@@ -320,9 +318,9 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
 
 
 def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions (1 + n, d) of a grid of old (rows, columns) of patches -> (1 + n', d) of a new one, bicubic.
+    """Position embeddings (1 + n, d) of an old grid (rows, columns) of patches -> (1 + n', d) of a new one, bicubic.
 
-    As in ALBEF. differs: timm's default is antialiased, which smooths where the new grid is smaller.
+    As in ALBEF. differs: timm antialiases by default, which smooths if the new grid is smaller.
     """
     first, grid = positions[:1], rearrange(positions[1:], "(y x) d -> 1 d y x", y=old[0])
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
@@ -333,7 +331,7 @@ def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 
 
 class TaskRows(Dataset):
-    """Rows of a task as training samples; a sample's key is (epoch, row), and all its randomness follows from it."""
+    """Rows of a task as training samples, indexed by (epoch, row), which with the seed determines all randomness."""
 
     def __init__(
         self, rows: list[dict], head: HeadConfig, tokenizer: Tokenizer, config: Config, augment: str, seed: int
@@ -356,7 +354,7 @@ class TaskRows(Dataset):
         encoded = [self.tokenizer.encode(text, self.max_tokens) for text in texts]
         return {
             "images": [self.pictures(path, rng) for path in pictures_of(row)],
-            "names": [  # augmented pictures differ, although they come from one file; so do frames of a video
+            "names": [  # a key per distinct image; augmented images and videos are all distinct, being sampled
                 path if self.pictures.augment == "none" and not is_video(path) else f"{number} {slot}"
                 for slot, path in enumerate(pictures_of(row))
             ],
@@ -367,7 +365,7 @@ class TaskRows(Dataset):
         }
 
     def target(self, row: dict) -> Tensor:
-        """What the head should say: scores (a,) of vqa's answers, the place of a class, nothing for retrieval."""
+        """The head's target: answer scores (a,) for vqa, else a class index; a dummy 0 for retrieval."""
         if self.head.task == "vqa":
             target = torch.zeros(len(self.head.answers))
             for answer, score in worths(row).items():
@@ -379,9 +377,9 @@ class TaskRows(Dataset):
 
 @dataclass
 class TaskCollate:
-    """Samples -> a batch; pictures and captions stand one after another, and masks say whose they are.
+    """Samples -> a batch; images and captions are concatenated, and masks assign them to rows.
 
-    captions: slots for captions of a picture. length: pad all texts to so many tokens, see data.Collate.
+    captions: caption slots per image. length: pad all texts to this many tokens, see data.Collate.
     """
 
     pad_id: int
@@ -393,7 +391,7 @@ class TaskCollate:
         input_ids, attention_mask = pad([ids for one in samples for ids in one["texts"]], self.pad_id, self.length)
         caption_id = [one["caption_id"] + [0] * (self.captions - len(one["caption_id"])) for one in samples]
         names = [name for one in samples for name in one["names"]]
-        if self.length:  # a compiled step has one shape, so a repeated picture stays repeated
+        if self.length:  # a compiled step needs a fixed shape: keep duplicate images
             names = list(range(len(names)))
         images = dict(zip(names, (image for one in samples for image in one["images"]), strict=True))
         place = {name: place for place, name in enumerate(images)}
@@ -411,5 +409,5 @@ class TaskCollate:
 
 
 def slots(counts: Iterable[int], width: int) -> Tensor:
-    """How many of its slots each row fills -> bool (b, width)"""
+    """Number of filled slots in each row -> bool (b, width), True = filled"""
     return torch.arange(width) < torch.tensor(list(counts))[:, None]

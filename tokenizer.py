@@ -1,8 +1,8 @@
 """WordPiece tokenizer with BERT's uncased normalisation.
 
-It gives the ids that BERT's own tokenizer gives for the same vocab.txt (Devlin et al., arXiv:1810.04805), and it can
-build a small vocabulary from captions. The one difference: "[MASK]", "[SEP]" or another special token written out in a
-text is ordinary text here ('[', 'mask', ']'), so that no caption can hide a word or end a sentence.
+For the same vocab.txt it produces the same ids as BERT's own tokenizer (Devlin et al., arXiv:1810.04805). It can also
+build a small vocabulary from captions. One difference: special tokens written out in a text, such as "[MASK]", are
+ordinary text here ('[', 'mask', ']'), so a caption can neither mask a word nor end the sequence.
 
 How to read it: split_words turns text into words as BERT does; Tokenizer cuts words into pieces, pieces become ids.
 """
@@ -22,13 +22,13 @@ from torch import Tensor
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 UNK = "[UNK]"
-MAX_WORD = 100  # characters; BERT calls a longer word [UNK]
-MAX_CACHE = 200_000  # remembered chunks, so that memory stays bounded on endless text
+MAX_WORD = 100  # characters; as in BERT, longer words become [UNK]
+MAX_CACHE = 200_000  # maximum number of cached chunks, to bound memory
 
-# Every step of the normalisation stays inside a chunk, so a chunk's pieces can be remembered.
+# No normalisation step crosses a chunk boundary, so the pieces of a chunk can be cached.
 CHUNK = re.compile(r"[^ \t\n\r]+")
 
-# The ranges of the original code. The Rust tokenizer starts the sixth at U+2B920, which looks like a slip.
+# The ranges of the original BERT code. The Rust tokenizer starts the sixth at U+2B920, apparently a typo.
 IDEOGRAPHS = re.compile(
     "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
     "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
@@ -38,20 +38,20 @@ IDEOGRAPHS = re.compile(
 
 
 def bare_words(text: str) -> tuple[str, ...]:
-    """The words of a text. Texts with the same words have the same ids in every vocabulary: they are one text."""
+    """The words of a text. Texts with the same words have the same ids in any vocabulary and count as one text."""
     return tuple(word for chunk in CHUNK.findall(text) for word in split_words(chunk))
 
 
 @lru_cache(maxsize=MAX_CACHE)
 def split_words(chunk: str) -> list[str]:
-    """Lower-case words of a chunk of text without accents; punctuation marks and CJK ideographs are words of their own.
+    """The lower-case words of a chunk of text, without accents; punctuation marks and CJK ideographs stand alone.
 
-    Where Hugging Face's two BertTokenizers differ (Python in transformers 4, Rust in tokenizers), Google's original
-    decides: unassigned code points stay, and categories are those of this Python's Unicode, not Rust's older table.
-    Where the two agree against Google they are followed: private use is dropped, and sigma has one lower-case form.
+    Where Hugging Face's two BertTokenizers disagree (Python in transformers 4, Rust in tokenizers), we follow Google's
+    original: unassigned code points are kept, and categories are those of Python's Unicode, not of Rust's older table.
+    Where both differ from Google, we follow them: private use is dropped, and sigma has one lower-case form.
     """
-    # Control and format characters go without leaving a gap. Lone surrogates (Cs) go too, as in the Python tokenizer:
-    # the Rust one refuses them, and no UTF-8 file can hold them.
+    # Control and format characters are removed without leaving a space. So are lone surrogates (Cs), as in the Python
+    # tokenizer; the Rust one rejects them, and no UTF-8 file can contain them.
     dropped = ("Cc", "Cf", "Co", "Cs")
     kept = (c.lower() for c in chunk if c != "\ufffd" and unicodedata.category(c) not in dropped)
     spread = unicodedata.normalize("NFD", "".join(kept))
@@ -60,7 +60,7 @@ def split_words(chunk: str) -> list[str]:
 
 
 def _stands_alone(c: str) -> bool:
-    """True for punctuation and ideographs. BERT counts every ASCII symbol, such as $ ^ `, as punctuation."""
+    """True for punctuation and ideographs. BERT treats all ASCII symbols, such as $ ^ `, as punctuation."""
     return c in string.punctuation or unicodedata.category(c).startswith("P") or IDEOGRAPHS.match(c) is not None
 
 
@@ -68,7 +68,7 @@ def _stands_alone(c: str) -> bool:
 
 
 def count_words(texts: Iterable[str]) -> Counter:
-    """How often each word stands in some texts; a chunk that is repeated is split once."""
+    """The number of occurrences of each word in texts; a repeated chunk is split only once."""
     counts = Counter()
     for chunk, count in Counter(chunk for text in texts for chunk in CHUNK.findall(text)).items():
         for word in split_words(chunk):
@@ -77,10 +77,10 @@ def count_words(texts: Iterable[str]) -> Counter:
 
 
 class Tokenizer:
-    """Text to ids and back. A piece that starts with ## continues the word before it.
+    """Converts text to ids and back. A piece that starts with ## continues the previous word.
 
-    Args:    vocab   one entry per id, the five special tokens at any place
-    Raises:  ValueError if a special token is missing, or an entry is duplicated, empty or holds a line break
+    Args:    vocab   one entry per id, with the five special tokens in any position
+    Raises:  ValueError if a special token is missing, or an entry is duplicated, empty or contains a line break
     """
 
     def __init__(self, vocab: list[str]):
@@ -89,27 +89,27 @@ class Tokenizer:
         if missing := [token for token in SPECIAL_TOKENS if token not in self._ids]:
             raise ValueError(
                 f"the vocabulary (entries: {len(self.vocab)}) lacks {' '.join(missing)}: "
-                "use a vocab.txt of BERT, one token a line, or Tokenizer.build"
+                "use a vocab.txt of BERT, one token per line, or Tokenizer.build"
             )
         if len(self._ids) < len(self.vocab):
             token, count = Counter(self.vocab).most_common(1)[0]
-            raise ValueError(f"the vocabulary holds {token!r} {count} times: every entry must be there once")
+            raise ValueError(f"the vocabulary holds {token!r} {count} times: every entry must be unique")
         for i, token in enumerate(self.vocab):
             if not token or "\n" in token or "\r" in token:
-                raise ValueError(f"entry {i} of the vocabulary is {token!r}: it must be one line that is not empty")
+                raise ValueError(f"entry {i} of the vocabulary is {token!r}: it must be a single line and not empty")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (self._ids[t] for t in SPECIAL_TOKENS)
         self.special_ids = tuple(sorted(self._ids[t] for t in SPECIAL_TOKENS))
         self.continuation_ids = tuple(id for token, id in self._ids.items() if token.startswith("##"))
-        self._cache: dict[str, list[str]] = {}  # training reads the same captions again and again
+        self._cache: dict[str, list[str]] = {}  # training reads the same captions repeatedly
 
     def __len__(self) -> int:
         return len(self.vocab)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Tokenizer of a vocab.txt (UTF-8, one token a line). Raises ValueError if it cannot be read or is not one."""
+        """Load a vocab.txt (UTF-8, one token per line). Raises ValueError if it cannot be read or is invalid."""
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"cannot read the vocabulary {path}: it is no file")  # a pipe would be waited for
+            raise ValueError(f"cannot read the vocabulary {path}: it is no file")  # reading a pipe would block
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # -sig, because Windows editors write a byte order mark
             return cls(text.removesuffix("\n").split("\n"))
@@ -121,21 +121,21 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the vocabulary as a vocab.txt that BERT's own tokenizers read too."""
+        """Write the vocabulary as a vocab.txt, which BERT's own tokenizers can also read."""
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(token + "\n" for token in self.vocab)
 
     @classmethod
     def build(cls, captions: Iterable[str], max_size: int = 8000, min_count: int = 2) -> Tokenizer:
-        """Vocabulary of captions: special tokens, characters, then words, most frequent first, ties alphabetical.
+        """Vocabulary from captions: special tokens, characters, then words by frequency, ties in alphabetical order.
 
-        The characters are printable ASCII and the captions' own, as normalised, with ## where they can continue a
-        word. So no word of at most 100 such characters is [UNK].
+        The characters are printable ASCII and those in the normalised captions, also as ## pieces if they can continue
+        a word, so no word of at most 100 such characters becomes [UNK].
 
         Args:    captions    an iterable of texts, read once
-                 max_size    largest number of entries; words are left out first
-                 min_count   a word seen less often is spelled in characters. 2, because a piece seen once would learn
-                             to identify its caption, and new words need ## pieces that training has seen
+                 max_size    maximum number of entries; the rarest words are dropped
+                 min_count   rarer words are spelled in characters. 2, because a piece seen once would learn to identify
+                             its caption, and because spelling new words takes ## pieces that occur in training
         Raises:  ValueError if special tokens and characters alone exceed max_size
         """
         counts = count_words(captions)
@@ -149,9 +149,9 @@ class Tokenizer:
         return cls(entries + words[: max_size - len(entries)])
 
     def extended(self, texts: Iterable[str], most: int, min_count: int = 2) -> Tokenizer:
-        """This vocabulary and, behind it, words of the texts that it spells in pieces, most frequent first.
+        """This vocabulary plus up to `most` words of the texts that it lacks, most frequent first. No id changes.
 
-        So that a small vocabulary, built from captions, learns the words of questions. No id changes.
+        It lets a small vocabulary that was built from captions learn the words of questions.
         """
         counts = count_words(texts)
         new = [w for w, count in counts.items() if count >= min_count and w not in self._ids and len(w) <= MAX_WORD]
@@ -159,14 +159,14 @@ class Tokenizer:
         return Tokenizer(self.vocab + new[:most])
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words of a text that this vocabulary does not hold: they are read as [UNK], or, where it was built from
-        captions and has fewer than 8,000 entries, letter by letter, in which no model has learned to see a meaning."""
+        """Words of a text that a model has not learned: those read as [UNK] and, in a vocabulary built from captions
+        (one of fewer than 8,000 entries), those spelled letter by letter."""
         pieces = {word: self.tokenize(word) for word in split_words(text)}
         small = len(self) < 8000
         return [word for word, own in pieces.items() if self.vocab[self.unk_id] in own or (small and len(own) > 1)]
 
     def tokenize(self, text: str) -> list[str]:
-        """Word pieces of a text, without special tokens other than [UNK] for a word that no pieces spell."""
+        """The word pieces of a text, with [UNK] for a word that cannot be spelled and no other special tokens."""
         pieces = []
         for chunk in CHUNK.findall(text):
             if chunk not in self._cache:
@@ -177,7 +177,7 @@ class Tokenizer:
         return pieces
 
     def _pieces(self, word: str) -> list[str]:
-        """Pieces of one word, greedily the longest match first."""
+        """The pieces of one word, by greedy longest-match-first."""
         if len(word) > MAX_WORD:
             return [UNK]
         pieces, start = [], 0
@@ -192,19 +192,19 @@ class Tokenizer:
         return pieces
 
     def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
-        """Ids of [CLS] pieces [SEP], at most max_tokens in all: the last pieces are left out, [SEP] stays."""
+        """The ids of [CLS] pieces [SEP], truncated to max_tokens but keeping [SEP]. Raises ValueError if it is < 2."""
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"max_tokens is {max_tokens}: it must be at least 2, for [CLS] and [SEP]")
         pieces = self.tokenize(text)[: None if max_tokens is None else max_tokens - 2]
         return [self.cls_id, *(self._ids[piece] for piece in pieces), self.sep_id]
 
     def __call__(self, texts: str | list[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """One text or several -> input_ids (b, l), attention_mask (b, l), True = real token; l is the longest's"""
+        """One or more texts -> input_ids (b, l), attention_mask (b, l), True = real token; l = the longest"""
         texts = [texts] if isinstance(texts, str) else texts
         return pad([self.encode(text, max_tokens) for text in texts], self.pad_id)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, lower-case, pieces joined to words, without [PAD] [CLS] [SEP]. Raises ValueError for no id."""
+        """The text of ids, pieces joined to words, without [PAD] [CLS] [SEP]. Raises ValueError for an invalid id."""
         words = []
         for i in ids:
             if not 0 <= i < len(self.vocab):
@@ -219,7 +219,7 @@ class Tokenizer:
 
 
 def pad(sequences: list[list[int]], pad_id: int, length: int = 0) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> input_ids (b, l), attention_mask (b, l), True = real token; l = the longest, or length."""
+    """Lists of ids -> input_ids (b, l), attention_mask (b, l), True = real token; l = the longest, at least length."""
     length = max(length, *map(len, sequences))
     input_ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in sequences])
     attention_mask = torch.tensor([[True] * len(ids) + [False] * (length - len(ids)) for ids in sequences])
