@@ -1,11 +1,11 @@
-"""How fast the demo trains on an idle machine and beside busy programs, by how its threads wait for each other.
+"""Speed of the demo's training on an idle machine and beside busy programs, by how its threads wait for each other.
 
     python experiments/crowded.py --data data/scenes/pairs_train.jsonl --busy 0 1 --results results/crowded.json
 
-Each way trains for some steps with train.py in a process of its own; a way's rate is the median over the rows of the
-log but the first. The ways take turns, round by round, and what is kept is each round's ratio to the first way with no
-busy program. A busy program is a loop that counts. Its share of the cores explains a part of what it costs: of c
-cores and t threads in all, a thread gets c / t of a core at best where t is more than c.
+Each variant trains for some steps with train.py in a separate process; its rate is the median over the rows of the log
+except the first. The variants take turns, round by round, and are reported as each round's ratio to the first variant
+without busy programs. A busy program is an endless loop. Its share of the cores explains part of its cost: with c cores
+and t > c threads in total, a thread gets at most c / t of a core.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import runtime  # noqa: E402
 
 STEPS, ROW = 60, 20  # steps of a run, and between two rows of its log
 DDP = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-WAYS = {  # name: (what stands before train.py, variables)
-    "threads that spin": ([], {"GOMP_SPINCOUNT": "300000"}),  # which is what the library does unless it is told
+WAYS = {  # name: (arguments before train.py, environment variables)
+    "threads that spin": ([], {"GOMP_SPINCOUNT": "300000"}),  # the library's default
     "threads that sleep": ([], {"OMP_WAIT_POLICY": "passive"}),
     "one thread": ([], {"OMP_NUM_THREADS": "1"}),
     "two processes of one thread": (DDP, {"OMP_NUM_THREADS": "1"}),
@@ -51,10 +51,10 @@ def main() -> None:
     """Command line."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--busy", type=int, nargs="+", default=(0, 1), help="busy programs beside the run")
+    parser.add_argument("--busy", type=int, nargs="+", default=(0, 1), help="numbers of busy programs beside the run")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", type=Path, required=True, help="JSON file; what it holds already is kept")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file; its other entries are kept")
     options = parser.parse_args()
     rates = {f"{way}, {busy} busy": [] for busy in options.busy for way in options.ways}
     for _ in range(options.rounds):

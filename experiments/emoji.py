@@ -1,9 +1,9 @@
-"""Emoji across drawing styles: split the pairs by style, without flags, and say what pixels alone can do.
+"""Emoji across drawing styles: split the pairs by style, without flags, and measure a pixel baseline.
 
     python experiments/emoji.py emoji/train.jsonl
 
 Writes twemoji.jsonl and openmoji.jsonl beside the given file, whose rows have `style` and `category`. The baseline
-gives each picture of one style the name of the nearest picture of the other, in 16 x 16 pixels by Euclidean distance.
+names each picture of one style after the nearest picture of the other, by Euclidean distance of 16 x 16 pixels.
 """
 
 import json

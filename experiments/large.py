@@ -1,12 +1,12 @@
-"""What many rows cost: time to the first step, private memory of each process, and going on in a late epoch.
+"""What many rows cost: time to the first steps, private memory of each process, and resuming in a late epoch.
 
     python experiments/large.py --out data/large --rows 1000000 10000000 --results results/large.json
 
-Writes a JSONL file of so many pairs that show a thousand pictures in turn, and as many pairs in tar archives of 10,000
-(copies of one archive under many names, so that ten million pairs take two gigabytes). Then it starts train.py on each,
-with 4 workers: anew, once more, and from a checkpoint that is moved to epoch 20. Of each start it takes how long it is
-until the tenth step is done, and the largest private memory (USS, Linux) of the training process and of a worker.
---tree measures the train.py of another checkout; --form jsonl leaves the archives out.
+Writes a JSONL file with that many pairs, which show a thousand pictures in turn, and as many pairs in tar archives of
+10,000 (links to a single archive, to save disk space). Then starts train.py on each with 4 workers: for the first time,
+again, and from a checkpoint that is moved to epoch 20. Measured are the time until the tenth step is done, and the
+largest private memory (USS, Linux) of the training process and of a worker. --tree measures the train.py of another
+checkout; --form jsonl leaves the archives out.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
 
-SHARD = 10_000  # pairs of an archive
+SHARD = 10_000  # pairs per archive
 STEPS = 10
 OPTIONS = ["--preset", "nano", "--workers", "4", "--log-every", "5", "--w-mrm", "0", "--w-mim", "0"]
 
@@ -44,7 +44,7 @@ def picture(number: int) -> bytes:
 
 
 def write_data(out: Path, rows: int) -> dict[str, str]:
-    """The data in both forms -> what --data is given, by form."""
+    """Write the data in both forms -> the value of --data, by form"""
     images, jsonl = out / "images", out / f"{rows}.jsonl"
     images.mkdir(parents=True, exist_ok=True)
     for number in range(1000):
@@ -79,7 +79,7 @@ def uss(process: int) -> float:
 
 
 def children(process: int) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     try:
         return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
@@ -87,13 +87,13 @@ def children(process: int) -> list[int]:
 
 
 def processor_seconds() -> float:
-    """Of all processes that were started and have ended."""
+    """CPU time of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def timed(tree: Path, *options: str) -> dict[str, float]:
-    """Run train.py for some steps -> seconds until they are done, largest private memory in MB."""
+    """Run train.py for some steps -> seconds until they are done, largest private memory in MB"""
     began, used, largest = time.monotonic(), processor_seconds(), {"training process MB": 0.0, "worker MB": 0.0}
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tree / "train.py"), *OPTIONS, *options]
@@ -110,7 +110,7 @@ def timed(tree: Path, *options: str) -> dict[str, float]:
 
 
 def measure(tree: Path, form: str, data: str, rows: int, out: Path, check: str) -> dict:
-    """A first start, a second one, and one in epoch 20."""
+    """Measure a first start, a second one, and one in epoch 20."""
     vocab, run = out / "vocab.txt", out / "run"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "picture", *map(str, range(10))]
                                + [f"##{digit}" for digit in range(10)]) + "\n")  # fmt: skip
@@ -133,11 +133,11 @@ def main() -> None:
     """Command line."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the data")
-    parser.add_argument("--rows", type=int, nargs="+", required=True, help="how many, such as 1000000 10000000")
+    parser.add_argument("--rows", type=int, nargs="+", required=True, help="numbers of rows, such as 1000000 10000000")
     parser.add_argument("--form", choices=("jsonl", "tar"), nargs="+", default=("jsonl", "tar"))
     parser.add_argument("--check", default="header", help="--check of train.py")
     parser.add_argument("--tree", type=Path, default=ROOT, help="checkout whose train.py is measured")
-    parser.add_argument("--results", type=Path, required=True, help="JSON file; what it holds already is kept")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file; its other entries are kept")
     options = parser.parse_args()
     known = json.loads(options.results.read_text()) if options.results.is_file() else {"measured": {}}
     for rows in options.rows:

@@ -1,10 +1,10 @@
-"""How well maps find what a phrase names, by how they are made: hiding with each fill and budget, Grad-CAM by block.
+"""How well heat maps find what a phrase names, by method: hiding with each fill and budget, Grad-CAM by block.
 
     python experiments/maps.py --runs runs/demo_compare/mamo-2750-{seed} runs/demo_compare/control-4206-{seed}
                                --data data/scenes/grounding_val.jsonl --results results/maps.json
 
-For each pattern of run folders and each seed 0 to 2 pointing, proposals and box, as eval.py grounding gives them, then
-mean and spread over the seeds. It is from this, on val, that the defaults of How in explain.py were chosen.
+For each pattern of run folders and each seed 0 to 2: pointing, proposals and box, as in eval.py grounding, then mean
+and spread over the seeds. The defaults of How in explain.py were chosen with this, on val.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", required=True, help="run folders, with {seed} in place of the seed")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of grounding")
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=1000, help="phrases at most, a sample")
+    parser.add_argument("--rows", type=int, default=1000, help="size of the sample of phrases")
     options = parser.parse_args()
     rows, device, found = read_rows(options.data, "grounding"), torch.device("cpu"), {}
     rows = sample_of(rows, options.rows)

@@ -1,10 +1,10 @@
-"""A baseline without learning for retrieval of new combinations: the nearest training picture on 16 x 16 pixels.
+"""A retrieval baseline without learning, for new combinations: the nearest training picture in 16 x 16 pixels.
 
     python experiments/nearest.py --train mdi/train.jsonl --data mdi/val.jsonl --results results/nearest.json
 
-Picture to text: the captions are ranked by the words that they share with the caption of the nearest training picture.
-Text to picture: the pictures are ranked by their distance to that of the training caption that shares most words.
-Of equal ones any may come first, so that a hit among k of them counts in part.
+Picture to text: captions are ranked by the words they share with the caption of the nearest training picture. Text to
+picture: pictures are ranked by their distance to the picture of the training caption that shares the most words. Ties
+may come in any order, so a hit among them counts in part.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from tokenizer import bare_words  # noqa: E402
 
 
 def shared_words(ones: list[str], others: list[str]) -> Tensor:
-    """Words that two texts share over all their words -> (ones, others)"""
+    """The share of the words of two texts that both have -> (ones, others)"""
     words = [[set(bare_words(text)) for text in texts] for texts in (ones, others)]
     return torch.tensor([[len(a & b) / max(len(a | b), 1) for b in words[1]] for a in words[0]])
 
 
 def recalls(scores: Tensor, right: Tensor) -> dict[str, float]:
-    """scores (q, g), the right place of each (q,) -> R@1, R@5 and R@10 in percent, expected over the order of ties"""
+    """scores (q, g), index of each query's answer (q,) -> R@1, R@5 and R@10 in percent, in expectation over ties"""
     own = scores.gather(1, right[:, None])
     ahead, tied = (scores > own).sum(dim=1), (scores == own).sum(dim=1)
     return {f"R@{k}": 100 * ((k - ahead) / tied).clamp(0, 1).mean().item() for k in (1, 5, 10)}

@@ -1,9 +1,9 @@
-"""Does matching add to contrast? Retrieval by contrast, re-ranked by both heads together, and by matching alone.
+"""Does matching improve on contrast? Retrieval by contrast, re-ranked by both heads together, and by matching alone.
 
     python experiments/rerank.py --runs mamo=runs/a albef=runs/b --data data/scenes/pairs_val.jsonl --results out.json
 
-For each run folder, under the name before the =, R@1 in percent both ways, and the areas under the curve of the
-matching logit, see `separation` in eval.py.
+For each run folder, under the name before the =: R@1 in percent in both directions, and the areas under the curve of
+the matching logit, see `separation` in eval.py.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="NAME=FOLDER")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs")
-    parser.add_argument("--results", type=Path, required=True, help="rows of other names in it stay")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file; its rows of other names are kept")
     options = parser.parse_args()
     rows, device = read_rows(options.data, "pairs"), torch.device("cpu")
     found = json.loads(options.results.read_text())["rows"] if options.results.is_file() else {}

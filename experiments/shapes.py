@@ -1,11 +1,11 @@
-"""SHAPES (Andreas et al., CVPR 2016): more questions from those at hand, by what the world of 3 x 3 cells allows.
+"""SHAPES (Andreas et al., CVPR 2016): more questions from the given ones, by symmetries of the world of 3 x 3 cells.
 
     python experiments/shapes.py --data shapes/vqa_train.jsonl --out data/shapes_more --variants 6
 
-The training set has some two hundred different questions, and those of val and test are all new: a model learns the
-ones it saw by heart. But a picture whose cells are mirrored or turned, and whose colours are exchanged, is as good a
-picture, and the question with its words exchanged alike has the same answer. Of the 8 x 6 ways each row is written in
-some, drawn at random; the contents of a cell are not turned, so every picture looks like one of the original set.
+The training set has some two hundred different questions, and those of val and test are all new: a model memorises the
+ones it has seen. But a picture whose cells are mirrored or rotated, and whose colours are exchanged, is just as valid,
+and the question with its words exchanged accordingly has the same answer. Each row is written in some of the 8 x 6
+ways, drawn at random; the contents of a cell are not rotated, so every picture looks like one of the original set.
 """
 
 import argparse
@@ -28,9 +28,9 @@ STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  #
 
 
 def varied(pixels: np.ndarray, words: list[str], turn: int, mirror: bool, order: tuple) -> tuple[np.ndarray, list[str]]:
-    """A picture (30, 30, 3) and the words of its question, both changed alike.
+    """A picture (30, 30, 3) and the words of its question, both transformed alike.
 
-    Args:    turn, mirror   quarters anticlockwise, then left and right exchanged
+    Args:    turn, mirror   quarter turns anticlockwise, then whether left and right are exchanged
              order          which channel each channel becomes
     """
     cells = pixels.reshape(3, 10, 3, 10, 3).swapaxes(1, 2)  # (row, column, y, x, channel)
@@ -52,7 +52,7 @@ def main() -> None:
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of vqa")
     parser.add_argument("--out", type=Path, required=True, help="folder for vqa_train.jsonl and its pictures")
-    parser.add_argument("--variants", type=int, default=6, help="of each row; the row itself is one more")
+    parser.add_argument("--variants", type=int, default=6, help="per row, in addition to the row itself")
     options = parser.parse_args()
     rows, draw, written = read_rows(options.data, "vqa"), random.Random(0), []
     ways = list(itertools.product(range(4), (False, True), itertools.permutations(range(3))))

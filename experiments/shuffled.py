@@ -1,8 +1,8 @@
-"""Videos with their frames in random order: what a model that does not see the order would make of them.
+"""Videos with their frames in random order: a control for models that may ignore the order.
 
     python experiments/shuffled.py --data babyai/val.jsonl --out data/shuffled
 
-The rows are written to OUT/NAME.jsonl, each video as a list of pictures. The order is drawn for each video, seed 0, and
+The rows are written to OUT/NAME.jsonl, each video as a list of pictures. The order is drawn per video, with seed 0, and
 is never the right one.
 """
 

@@ -1,12 +1,12 @@
-"""Execute the notebooks from clean, solutions too, and fail if a cell fails or an exercise does not check itself.
+"""Execute the notebooks from scratch, including solutions, and fail if a cell or the check of an exercise fails.
 
     python notebooks/execute.py                          all of them; executed copies go to runs/notebooks
     python notebooks/execute.py notebooks/1_tour.ipynb   one
-    python notebooks/execute.py --store                  and keep the outputs in the notebooks: after a change to them
+    python notebooks/execute.py --store                  and store the outputs in the notebooks, after a change
 
 An exercise is a code cell to fill in, a cell that calls lab.check, and a markdown cell that begins with <details> and
-holds the solution as a block of Python. Here the check is run twice: on the empty cell, where it must say "not solved
-yet", and after the solution, where it must say "right".
+holds the solution as a block of Python. The check is run twice: on the empty cell, where it must say "not solved yet",
+and after the solution, where it must say "right".
 """
 
 import argparse
@@ -26,7 +26,7 @@ EXERCISES = 3
 
 
 def with_solutions(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A copy in which each folded solution is followed by its code and by the check before it, once more."""
+    """A copy in which each folded solution is followed by its code and by the preceding check again."""
     result, check = copy.deepcopy(notebook), None
     result.cells = []
     for cell in notebook.cells:
@@ -61,7 +61,7 @@ def judge(executed: nbformat.NotebookNode) -> list[str]:
 
 
 def store(path: Path, notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> None:
-    """Keep the outputs of the cells that the notebook has itself."""
+    """Store the outputs of the notebook's own cells."""
     own = [cell for cell in executed.cells if "solution" not in cell.metadata]
     for cell, done in zip(notebook.cells, own, strict=True):
         if cell.cell_type == "code":
@@ -71,14 +71,14 @@ def store(path: Path, notebook: nbformat.NotebookNode, executed: nbformat.Notebo
 
 
 def main() -> None:
-    """Command line: execute each notebook in a kernel of its own."""
+    """Command line: execute each notebook in its own kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks; without: all")
-    parser.add_argument("--store", action="store_true", help="keep the outputs in the notebooks")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks (default: all)")
+    parser.add_argument("--store", action="store_true", help="store the outputs in the notebooks")
     options = parser.parse_args()
     paths = options.notebooks or sorted(FOLDER.glob("*.ipynb"), key=lambda path: int(path.name.partition("_")[0]))
     begun = time.perf_counter()
-    lab.start()  # a checkpoint, if one must be trained, before the clock of the first notebook starts
+    lab.start()  # draws the world, if needed, before the clock of the first notebook starts
     print(f"checkpoint and world: {time.perf_counter() - begun:.0f} s", flush=True)
     failed = False
     for path in map(Path.absolute, paths):

@@ -1,4 +1,4 @@
-"""What the notebooks share: where the repository is, a checkpoint to look into, and exercises that check themselves.
+"""What the notebooks share: the path of the repository, a checkpoint to look into, and self-checking exercises.
 
 A notebook begins with `import lab`, which makes the modules of the repository importable, and `demo = lab.start()`.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a notebook's own folder is notebooks/, the modules lie one above
+sys.path.insert(0, str(ROOT))  # notebooks run in notebooks/, the modules are one level above
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
@@ -49,20 +49,20 @@ class Demo:
 
 
 def run(*command: str) -> str:
-    """A command line of the repository, such as run("eval.py", "foils", ...) -> what it printed.
+    """Run a command of the repository, such as run("eval.py", "foils", ...) -> what it printed
 
-    Raises:  RuntimeError with the command's own sentence
+    Raises:  RuntimeError with the command's own error message
     """
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.rpartition("error: ")[2].strip()  # behind what a progress bar left
+        said = done.stderr.rpartition("error: ")[2].strip()  # after the remains of a progress bar
         raise RuntimeError(said or f"{command} failed")
     return done.stdout
 
 
 def start() -> Demo:
-    """Go to the repository -> the demo's checkpoint, one's own if `make demo` has made it, else the one that comes with
-    the repository."""
+    """Change to the repository's folder -> the demo's checkpoint: your own if `make demo` has made one, else the one
+    that comes with the repository"""
     os.chdir(ROOT)
     style()
     if not (WORLD / "world.json").is_file():
@@ -75,9 +75,9 @@ def start() -> Demo:
 
 
 def batch_of(demo: Demo, size: int = 64, number: int = 0) -> dict[str, Tensor]:
-    """A training batch as train.py makes it, counted from 0: twins together, the masks' noise with each sample, and
-    noise for the draws of matching. With size 64 it is one that the checkpoint was trained on."""
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar is nothing to keep in a notebook
+    """A training batch as train.py makes it, number counted from 0: with twins together, noise for the masks of each
+    sample, and noise for the draws of matching. With size 64 it is one that the checkpoint was trained on."""
+    with contextlib.redirect_stderr(io.StringIO()):  # no progress bar in the notebook
         rows = read_rows([demo.world / "pairs_train.jsonl"], "pairs")
     config, seed = demo.model.config, demo.state["train"]["seed"]
     pairs = Pairs(rows, demo.tokenizer, config, seed=seed)
@@ -88,14 +88,14 @@ def batch_of(demo: Demo, size: int = 64, number: int = 0) -> dict[str, Tensor]:
 
 
 def show(axes: Axes, image: Tensor, title: str = "") -> None:
-    """A picture (3, height, width), values in [-1, 1], every pixel a square."""
+    """Show a picture (3, height, width), values in [-1, 1], every pixel as a square."""
     axes.imshow((image.permute(1, 2, 0) + 1) / 2, interpolation="nearest")
     axes.set_title(title)
     axes.axis("off")
 
 
 def show_veiled(axes: Axes, image: Tensor, light: Tensor, title: str = "") -> None:
-    """A picture under a veil that lets light (n,) through at each patch: 1 = all of it, 0 = none."""
+    """Show a picture under a veil that lets light (n,) through at each patch: 1 = all of it, 0 = none."""
     height, width = image.shape[1:]
     rows = round((len(light) * height / width) ** 0.5)
     seen = F.interpolate(light.detach().float().reshape(1, 1, rows, -1), size=(height, width))[0]
@@ -104,7 +104,7 @@ def show_veiled(axes: Axes, image: Tensor, light: Tensor, title: str = "") -> No
 
 
 def show_heat(axes: Axes, image: Tensor, heat: Tensor, title: str = "") -> None:
-    """A map (n,), 0 or more, over a picture: a square in each patch, the larger the hotter, as explain.py draws it."""
+    """Show a map (n,), 0 or more, over a picture: a square in each patch, larger = hotter, as explain.py draws it."""
     height, width = image.shape[1:]
     rows = round((len(heat) * height / width) ** 0.5)
     large = Image.fromarray(((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).resize(
@@ -116,12 +116,12 @@ def show_heat(axes: Axes, image: Tensor, heat: Tensor, title: str = "") -> None:
 
 
 def words_of(demo: Demo, ids: Tensor) -> list[str]:
-    """Ids (l,) -> the pieces of the vocabulary, without padding."""
+    """Ids (l,) -> the word pieces, without padding"""
     return [demo.tokenizer.vocab[i] for i in ids.tolist() if i != demo.tokenizer.pad_id]
 
 
 def style() -> None:
-    """One look for all figures."""
+    """Set one style for all figures."""
     plt.rcParams.update(
         {
             "figure.dpi": 90,
@@ -134,10 +134,10 @@ def style() -> None:
 
 
 def check(number: int, answer: object, test: Callable) -> None:
-    """Say how an exercise stands: not solved yet, right, or what is wrong.
+    """Print the state of an exercise: not solved yet, right, or what is wrong.
 
-    Args:    answer   a value, ... while there is none, or a function, with the body ... while there is none
-             test     the answer -> True, False, or a sentence that helps
+    Args:    answer   a value (... until there is one) or a function (with the body ... until there is one)
+             test     the answer -> True, False, or a hint
     """
     if answer is ... or is_stub(answer):
         print(f"exercise {number}: not solved yet")

@@ -1,3 +1,3 @@
-"""Where rows come from: JSONL files (rows.py) and tar archives (shards.py), checked once and read when they are needed;
-and how their pictures are opened (pictures.py).
+"""Reading data: rows from JSONL files (rows.py) and tar archives (shards.py), checked once and read on demand; decoding
+of pictures (pictures.py) and videos (videos.py); augmentation (augment.py).
 """

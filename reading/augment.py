@@ -1,6 +1,6 @@
-"""Augmentation: random variants of a picture that keep its caption true, see train.py --augment.
+"""Augmentation: random variants of a picture for which its caption still holds, see train.py --augment.
 
-Only what is seen from above is mirrored or turned by much: elsewhere it would make "left of" false.
+Only aerial pictures are mirrored or rotated by large angles: for others, that would make "left of" false.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For photographs: a crop of 50 to 100 % of the area, brightness and contrast within 30 %."""
+    """For photographs: a random crop of 50 to 100 % of the area; brightness and contrast jittered by up to 30 %."""
     area, aspect = rng.uniform(0.5, 1.0), math.exp(rng.uniform(-0.25, 0.25))
     width = min(round(image.width * math.sqrt(area * aspect)), image.width)
     height = min(round(image.height * math.sqrt(area / aspect)), image.height)
@@ -23,27 +23,27 @@ def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def aerial(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For photographs from above, whose captions name no side: as photo, then mirrored and turned by quarters."""
+    """For aerial photographs, whose captions name no direction: `photo`, then mirroring and quarter turns."""
     image, turn = photo(image, rng), rng.integers(8)
     return image if turn == 7 else image.transpose(Image.Transpose(turn))
 
 
 def drawing(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For drawings on white that are to be known in another style: moved, scaled, squeezed and turned by up to 11
-    degrees; in a quarter of the cases blurred, in half outlined; colours mixed, faded or grey."""
+    """For drawings on white that should be recognised in another style: shifted, scaled, squeezed, rotated by up to 11
+    degrees; blurred in a quarter of the cases, outlined in half of them; colours mixed, faded or turned grey."""
     width, height = image.size
-    zoom, angle = math.exp(rng.uniform(-0.25, 0.35)), rng.uniform(-0.2, 0.2)  # above 1 the drawing becomes smaller
+    zoom, angle = math.exp(rng.uniform(-0.25, 0.35)), rng.uniform(-0.2, 0.2)  # above 1, the drawing shrinks
     squeeze = math.exp(rng.uniform(-0.15, 0.15))
     a, b = zoom * math.cos(angle) * squeeze, zoom * math.sin(angle)
     c, d = -zoom * math.sin(angle), zoom * math.cos(angle) / squeeze
-    x, y = (0.5 + rng.uniform(-0.1, 0.1, size=2)) * (width, height)  # where the middle goes
+    x, y = (0.5 + rng.uniform(-0.1, 0.1, size=2)) * (width, height)  # where the centre goes
     matrix = (a, b, width / 2 - a * x - b * y, c, d, height / 2 - c * x - d * y)
     image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor="white")
     kind = rng.random()
     if kind < 0.25:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2.0) * width / 64))
     pixels = np.asarray(image, dtype=np.float32) / 255
-    if kind > 0.5:  # dark where brightness changes
+    if kind > 0.5:  # darken the edges
         brightness = pixels.mean(axis=2)
         edge = np.abs(np.gradient(brightness, axis=0)) + np.abs(np.gradient(brightness, axis=1))
         pixels = pixels * (1 - np.clip(edge * rng.uniform(1, 6), 0, 1))[..., None]
@@ -56,7 +56,7 @@ def drawing(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def shuffle_boxes(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """For NLVR's pictures of three boxes, with gaps of half their width: the boxes in any order.
+    """For NLVR's pictures of three boxes, with gaps of half a box between them: put the boxes in random order.
 
     Args:    pixels (3, height, width)
     """

@@ -1,6 +1,6 @@
-"""Pictures: opened, turned and converted; the check of a row does what its use does.
+"""Pictures: opened, rotated upright and converted to RGB; the check of a row runs the same code as its use.
 
-Raster formats only: Pillow would hand a PostScript file, whatever it is called, to another program.
+Raster formats only: Pillow would pass a PostScript file, whatever its name, to an external program.
 """
 
 from functools import lru_cache
@@ -15,10 +15,10 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 
 
 def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
-    """A picture, or the path of one, of any mode as RGB, turned as EXIF says.
+    """A picture, or the path of one, in any mode -> RGB, rotated as EXIF says.
 
-    Args:    side   pixels that will be wanted of the longer side at most: a JPEG is decoded at a half, a quarter or an
-                    eighth of its size where that leaves twice as many; 0 = decode all
+    Args:    side   most pixels that will be needed along the longer side: a JPEG is decoded at a half, a quarter or an
+                    eighth of its size if that leaves at least twice as many; 0 = decode at full size
     Raises:  ValueError naming a file that is missing or cannot be decoded
     """
     if isinstance(source, Image.Image):
@@ -28,20 +28,20 @@ def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
             if side:
                 file.draft(None, (2 * side, 2 * side))
             return to_rgb(file)
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
         raise unreadable(source, error) from error
 
 
 def unreadable(path: str | Path, error: Exception) -> ValueError:
-    """The sentence for a picture that is missing or cannot be decoded."""
+    """The error to raise for a picture that is missing or cannot be decoded."""
     if isinstance(error, FileNotFoundError):
         return ValueError(f"{path} is not a file: give the path of a picture")
-    return ValueError(f"{path} cannot be decoded ({error}): replace it, or find all such with --check full")
+    return ValueError(f"{path} cannot be decoded ({error}): replace it, or find all such pictures with --check full")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB: turned as EXIF says, transparency on white, palette, grey, CMYK and 16 bit converted."""
-    if orientation(image) != 1:  # asked first: turning always copies
+    """Convert to RGB: rotate as EXIF says, put transparency on white, convert palette, grey, CMYK and 16-bit modes."""
+    if orientation(image) != 1:  # checked first: exif_transpose always copies
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
@@ -56,26 +56,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def opened(path: str | Path) -> Image.Image:
-    """A picture whose header alone has been read."""
+    """Open a picture, reading only its header."""
     return Image.open(picture_file(path), formats=FORMATS)
 
 
 def orientation(image: Image.Image) -> int:
-    """How EXIF says that a picture is turned, from 1, not at all, to 8."""
+    """The EXIF orientation of a picture, from 1 (upright) to 8."""
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return value if value in range(1, 9) else 1  # as ImageOps.exif_transpose takes it
+    return value if value in range(1, 9) else 1  # as ImageOps.exif_transpose does
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height that load_image would give, from the header alone. Raises ValueError, as load_image"""
+    """Width and height of what load_image returns, from the header alone. Raises ValueError, as load_image."""
     try:
         with opened(path) as file:
-            return file.size[::-1] if orientation(file) >= 5 else file.size  # 5 to 8 exchange width and height
+            return file.size[::-1] if orientation(file) >= 5 else file.size  # 5 to 8 swap width and height
     except Exception as error:
         raise unreadable(path, error) from error
 
 
-@lru_cache(maxsize=100_000)  # rows of one picture need not stand together
+@lru_cache(maxsize=100_000)  # rows that share a picture need not be adjacent
 def check_image(path: str, check: str) -> str | None:
     """What is wrong with a picture, or None. "header" reads the first bytes, "full" decodes everything."""
     try:
@@ -85,14 +85,14 @@ def check_image(path: str, check: str) -> str | None:
             opened(path).close()
     except FileNotFoundError:
         return "missing"
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
         cause = error.__cause__ or error
         return "missing" if isinstance(cause, FileNotFoundError) else f"{type(cause).__name__}: {cause}"
     return None
 
 
 def check_boxes(path: str, boxes: list) -> str | None:
-    """Which box reaches outside a picture, or None."""
+    """An error message for the first box that reaches outside a picture, or None."""
     width, height = size_of(path)
     for x, y, w, h in boxes:
         if x + w > width or y + h > height:

@@ -1,23 +1,23 @@
-"""Rows of a data set: JSONL files, one object a line, image paths relative to the file; checked before they are used.
+"""Rows of a data set: JSONL files, one object per line, image paths relative to the file; checked before use.
 
-    pairs      {"image": "a.png", "caption": "a red circle"}   a list of captions means that all of them are right;
-                                                               optional "twin": rows that share it stay in one batch
-               {"video": "a.webp", "caption": "it falls"}      a video in place of a picture, in all but grounding and
-                                                               reasoning: an animated picture, or a list of frames
+    pairs      {"image": "a.png", "caption": "a red circle"}   a list of captions means that each of them is correct;
+                                                               optional "twin": rows that share it go into one batch
+               {"video": "a.webp", "caption": "it falls"}      a video instead of a picture, in all tasks but grounding
+                                                               and reasoning: an animated picture or a list of frames
     foils      {"image": "a.png", "caption": "a red circle", "foils": {"colour": "a blue circle"}}
-    grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}   in pixels, any is right;
+    grounding  {"image": "a.png", "text": "a red circle", "boxes": [[x, y, width, height]]}   in pixels, any counts;
                                                                optional "proposals": boxes to choose from
-    phrases    {"image": "a.png", "text": "a red circle"}      what grounding learns from: no boxes
+    phrases    {"image": "a.png", "text": "a red circle"}      to train grounding without boxes
     vqa        {"image": "a.png", "question": "what colour is it?", "answers": {"red": 1.0}}      scores from 0 to 1
     reasoning  {"images": ["a.png", "b.png"], "text": "both show a circle", "label": true}        one picture or two;
-                                                               optional "group": rows judged together
+                                                               optional "group": rows scored together
     entailment {"image": "a.png", "text": "it is red", "label": "neutral"}      or entailment, or contradiction
 
-More keys are allowed and kept. In place of a JSONL file of pairs a tar archive will do, see shards.py.
+Extra keys are allowed and kept. Instead of a JSONL file of pairs, a tar archive works too, see shards.py.
 
-A file is read once from its first line to its last, checked on the way, and of each row is kept where its line begins,
-in four bytes. `Rows` reads and parses a row when it is asked for. What a check of more than a second found is kept
-beside the file, in FILE.index, for the next start and for the other processes of a run.
+A file is scanned and checked once; for each row, only the offset of its line is kept. `Rows` reads and parses a row on
+demand. The result of a check that took more than a second is cached beside the file, in FILE.index, for the next start
+and for the other processes of a run.
 """
 
 import codecs
@@ -47,12 +47,12 @@ from reading.videos import check_video, files_of, is_video, video_of
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
-CHECKS = ("none", "header", "full")  # each asks for what stands before it, too
-SAVE_AFTER = 1.0  # seconds that a check may take before its outcome is kept
+CHECKS = ("none", "header", "full")  # each includes the checks of those before it
+SAVE_AFTER = 1.0  # seconds that a check may take before its result is cached
 
 
 class Rows(Sequence):
-    """Checked rows of one or more files, each parsed when it is asked for; a slice is a list."""
+    """Checked rows of one or more files, parsed on demand; a slice is a list."""
 
     def __init__(self, indexes: list["Index"], task: str):
         self.indexes, self.task = indexes, task
@@ -73,12 +73,12 @@ class Rows(Sequence):
 
     @property
     def content(self) -> list:
-        """As content_of: how many rows, and a digest of each file; "" where nothing was checked."""
+        """As content_of: the number of rows, then a digest of each file; "" for files that were not checked."""
         return [len(self), *(index.digest for index in self.indexes)]
 
     @property
     def twins(self) -> np.ndarray | None:
-        """By row, the first of the rows that share its "twin"; None where all rows stand alone."""
+        """For each row, the first row with the same "twin"; None if no row has a twin."""
         if all(index.twins is None for index in self.indexes):
             return None
         parts = zip(self.starts.tolist(), self.indexes, strict=False)
@@ -91,46 +91,46 @@ class Rows(Sequence):
 
     @property
     def videos(self) -> np.ndarray:
-        """By row, whether it has a video."""
+        """For each row, whether it has a video."""
         parts = [np.zeros(len(one.offsets), bool) if one.videos is None else one.videos for one in self.indexes]
         return np.concatenate(parts).astype(bool)
 
 
 @dataclass
 class Index:
-    """What is kept of a checked file."""
+    """What is kept about a checked file."""
 
     path: Path
-    offsets: np.ndarray  # (rows,) where the line of each good row begins
-    twins: np.ndarray | None  # (rows,) the first row that shares its "twin"; None where no two do
-    videos: np.ndarray | None  # (rows,) whether the row has a video; None where none has
-    digest: str  # of what is learned from the rows; "" where they were not checked
-    lines: list[str]  # what is wrong with which lines
-    pictures: list[str]  # which pictures cannot be used, and why
-    lost: int  # rows whose picture cannot be used
-    before: bool = False  # whether it was checked at an earlier start
+    offsets: np.ndarray  # (rows,) offset of the line of each good row
+    twins: np.ndarray | None  # (rows,) the first row with the same "twin"; None if no row has one
+    videos: np.ndarray | None  # (rows,) whether the row has a video; None if none has
+    digest: str  # of what the rows contribute to training; "" if they were not checked
+    lines: list[str]  # errors, with their line numbers
+    pictures: list[str]  # unusable pictures, with the reasons
+    lost: int  # rows with an unusable picture
+    before: bool = False  # whether it was checked in an earlier start
 
     @property
     def good(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no errors."""
         return not self.lines and not self.pictures
 
     def line(self, number: int) -> bytes:
         """The line of a row, read from the file."""
-        with open(self.path, "rb") as file:  # not kept open: a thousand archives would be too many open files
+        with open(self.path, "rb") as file:  # not kept open: a thousand archives would exceed the limit on open files
             file.seek(int(self.offsets[number]))
             return file.readline()
 
 
 def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> Rows:
-    """Check one or more files of a task, unless that was done before, and open them.
+    """Open one or more files of a task, checking them first unless that was done before.
 
-    Args:    paths      JSONL files; of pairs also tar archives, one by one or as 'shards/{00000..01242}.tar'
+    Args:    paths      JSONL files; for pairs also tar archives, one by one or as 'shards/{00000..01242}.tar'
              task       a key of SCHEMAS
-             check      "header": rows hold what they should, and every picture is there and its header can be read;
-                        "full": it can be decoded; "none": nothing, for who knows
-             skip_bad   leave bad rows out, with a count, instead of stopping at them
-    Raises:  ValueError naming file, line, what was found and what was expected; for pictures a count and the first ten
+             check      "header": rows match their schema, and every picture exists and has a readable header;
+                        "full": every picture can be decoded; "none": no checks, for data known to be good
+             skip_bad   leave out bad rows and print their number, instead of raising an error
+    Raises:  ValueError naming file, line, what was found and what was expected; for pictures, a count and the first ten
     """
     paths = expand([paths] if isinstance(paths, str | Path) else paths)
     with runtime.first_process_first():
@@ -141,7 +141,7 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
         raise ValueError(f"{lines[0]}{f' ({len(lines)} bad rows in all)' if len(lines) > 1 else ''}")
     if pictures and not skip_bad:
         listed = "\n  ".join(one if len(one) < 300 else f"{one[:300]}..." for one in pictures[:10])
-        # All of them are counted only now: to remember millions while checking would take gigabytes.
+        # The total is counted only now: remembering millions of paths during the check would take gigabytes.
         shown = {image for one in indexes for row in rows_of(one.path, task) for image in pictures_of(row)}
         raise ValueError(
             f"{len(pictures)} of {len(shown)} pictures cannot be used; mend paths (relative to the JSONL file), "
@@ -159,7 +159,7 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
 
 
 def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> list[dict]:
-    """As open_rows, but all rows at once, and of several paths to one picture the first in place of the others."""
+    """As open_rows, but all rows at once; of several paths to the same picture, the first replaces the others."""
     rows, first = list(open_rows(paths, task, check, skip_bad)), {}
     for row in rows:
         images = [first.setdefault(resolved(image), image) for image in pictures_of(row)]
@@ -168,9 +168,9 @@ def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
 
 
 def completed(row: dict, path: Path, task: str) -> dict:
-    """A row with its pictures' paths made full, and its "twin" made unique to its file."""
+    """A row with full paths to its pictures, and a "twin" that is unique across files."""
     if "images" in SCHEMAS[task]:
-        row.pop("image", None)  # a further key; pictures_of goes by it
+        row.pop("image", None)  # an extra key here, which would mislead pictures_of
         row["images"] = [str(path.parent / image) for image in row["images"]]
     elif task in WITH_VIDEOS and "video" in row:
         row["image"] = video_of(row.pop("video"), path.parent)
@@ -181,18 +181,18 @@ def completed(row: dict, path: Path, task: str) -> dict:
 
 
 def pictures_of(row: dict) -> list[str]:
-    """The pictures of a row, one or several, as a list."""
+    """The pictures of a row, as a list even if there is only one."""
     return [row["image"]] if "image" in row else row["images"]
 
 
 def captions_of(row: dict) -> list[str]:
-    """The captions of a row, one or several, as a list."""
+    """The captions of a row, as a list even if there is only one."""
     return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
 
 
 def sample_of(rows: Sequence, most: int, what: str = "") -> list[dict]:
-    """At most so many rows, from all over the file, which may be sorted; the same ones in every run. what: said, if
-    some are left out"""
+    """At most `most` rows, drawn from the whole file (which may be sorted); the same in every run. what: named in a
+    message if rows are left out"""
     if len(rows) <= most:
         return list(rows)
     if what:
@@ -201,7 +201,7 @@ def sample_of(rows: Sequence, most: int, what: str = "") -> list[dict]:
 
 
 def twins_of(rows: Sequence) -> np.ndarray | None:
-    """By row, the first of the rows that share its "twin"; None where all stand alone."""
+    """For each row, the first row with the same "twin"; None if no two rows share one."""
     if isinstance(rows, Rows):
         return rows.twins
     first: dict[str, int] = {}
@@ -210,12 +210,12 @@ def twins_of(rows: Sequence) -> np.ndarray | None:
 
 
 def videos_of(rows: Sequence) -> np.ndarray:
-    """By row, whether it has a video in place of a picture."""
+    """For each row, whether it has a video instead of a picture."""
     return rows.videos if isinstance(rows, Rows) else np.array([is_video(row.get("image")) for row in rows], bool)
 
 
 def content_of(rows: Sequence) -> list:
-    """How many rows, and a digest of what is learned from them, in order; pictures by name, wherever they lie."""
+    """The number of rows and a digest of their training content, in order; pictures by file name, in any folder."""
     if isinstance(rows, Rows):
         return rows.content
     digest = hashlib.blake2b(digest_size=16)
@@ -225,16 +225,16 @@ def content_of(rows: Sequence) -> list:
 
 
 def said(row: dict) -> bytes:
-    """What is learned from a row."""
+    """The training content of a row, as bytes."""
     names = [os.path.basename(file) for picture in pictures_of(row) for file in files_of(picture)]
-    twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file that it was made unique to
+    twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file name that made it unique
     return json.dumps([names, twin, row.get("group"), *map(row.get, LEARNED)], sort_keys=True).encode()
 
 
 @lru_cache(maxsize=100_000)
 def resolved(path: str | Path) -> str:
-    """The path of a picture behind "..", symbolic links and the folder that we are in: one for each file. Of a member
-    of an archive that of the archive, with the member's name."""
+    """The canonical path of a picture, with "..", symbolic links and the working directory resolved. For a member of an
+    archive: that of the archive, with the member's name."""
     if is_video(path):
         return video_of([resolved(file) for file in files_of(path)])
     member = MEMBER.fullmatch(str(path))
@@ -245,8 +245,8 @@ def resolved(path: str | Path) -> str:
 
 
 def index_of(path: Path, task: str, check: str, skip_bad: bool, began: float) -> Index:
-    """The index of a file: from FILE.index if that was made of this very file with as many checks, else made now.
-    began: when the first of all files was begun"""
+    """The index of a file: FILE.index if it was made from this very file with at least these checks, else a fresh one.
+    began: when the first of all files was started"""
     kept = path.with_name(path.name + ".index")
     index = kept_index(kept, path, task, check)
     if index and (skip_bad or index.good):
@@ -259,8 +259,8 @@ def index_of(path: Path, task: str, check: str, skip_bad: bool, began: float) ->
 
 
 def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
-    """Read a file from its first line to its last. Without skip_bad no picture is looked at after a bad row."""
-    # A few bytes a row: there may be millions. first: by "twin", the first row that has it
+    """Scan and check a whole file. Without skip_bad, pictures are no longer checked after the first bad row."""
+    # A few bytes per row, since there may be millions. first: "twin" -> the first row that has it
     offsets, twins, first, videos = array("q"), array("q"), {}, array("b")
     lines, pictures, lost, digest = [], {}, 0, hashlib.blake2b(digest_size=16)
     for number, start, line in progress(path):
@@ -283,7 +283,7 @@ def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
                 continue
             digest.update(said(row))
         if twin is not None and not first:
-            twins.extend(range(len(offsets)))  # those before it stand alone
+            twins.extend(range(len(offsets)))  # the rows before it have no twin
         if twin is not None or first:
             twins.append(len(offsets) if twin is None else first.setdefault(twin, len(offsets)))
         offsets.append(start)
@@ -296,7 +296,7 @@ def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
 
 
 def rows_of(path: Path, task: str) -> Iterator[dict]:
-    """The rows of a file that hold what they should."""
+    """The rows of a file that match their schema."""
     for _, _, line in lines_at(path):
         with contextlib.suppress(ValueError):
             row = parse_object(decoded(line, path))
@@ -305,7 +305,7 @@ def rows_of(path: Path, task: str) -> Iterator[dict]:
 
 
 def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """lines_at, with a bar for a file that takes long."""
+    """lines_at, with a progress bar if the file takes long."""
     size = path.stat().st_size if path.is_file() else 0
     with tqdm(total=size, unit="B", unit_scale=True, leave=False, delay=2, desc=f"checking {path.name}") as bar:
         for number, start, line in lines_at(path):
@@ -313,16 +313,16 @@ def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
             bar.update(start + len(line) - bar.n)
 
 
-ARRAYS = ("offsets", "twins", "videos")  # of an index, by row
+ARRAYS = ("offsets", "twins", "videos")  # fields of an index with an entry per row
 
 
 def shortest(numbers: array) -> np.ndarray:
-    """Numbers in four bytes each, if that is enough."""
+    """Numbers in four bytes each if they fit, else in eight."""
     return np.array(numbers, np.uint32 if max(numbers, default=0) < 2**32 else np.int64)
 
 
 def keep(index: Index, path: Path, task: str, check: str) -> None:
-    """Write an index: a line of JSON, then the arrays."""
+    """Write an index: one line of JSON, then the arrays."""
     arrays = {name: one for name in ARRAYS if (one := getattr(index, name)) is not None}
     about = {name: value for name, value in vars(index).items() if name not in (*ARRAYS, "path", "before")}
     about |= made_of(index.path) | {"task": task, "check": check, "rows": len(index.offsets)}
@@ -335,7 +335,7 @@ def keep(index: Index, path: Path, task: str, check: str) -> None:
 
 
 def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
-    """What keep wrote, if it is whole, of this very file, and was checked as thoroughly."""
+    """The index that `keep` wrote, or None if it is incomplete, of another file, or was checked less thoroughly."""
     try:
         with open(kept, "rb") as file:
             about = json.loads(file.readline())
@@ -351,19 +351,19 @@ def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
 
 
 def made_of(path: Path) -> dict:
-    """By what an index knows the file that it was made of."""
+    """How an index identifies the file it was made from."""
     about = path.stat()
     return {"size": about.st_size, "time": about.st_mtime_ns}
 
 
 def lines_at(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
-    """The lines of a file that are not blank: number, counted from 1, place in the file, bytes."""
+    """The non-blank lines of a file: line number, counted from 1, offset in the file, bytes."""
     if not Path(path).is_file():
         world = "; make the built-in world with: python -m world.scenes --out data/scenes"
         make = world if "scenes" in str(path) else ""
         raise ValueError(f"{path} is not a file: give the path of a file with one row a line{make}")
     with open(path, "rb") as file:  # only a line feed ends a line
-        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0  # Windows editors write one
+        start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0  # some Windows editors write a BOM
         file.seek(start)
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -376,17 +376,17 @@ def decoded(line: bytes, path: str | Path) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as fault:
-        raise ValueError(f"{path} is not UTF-8 text ({fault.reason}): is it packed, or another file?") from fault
+        raise ValueError(f"{path} is not UTF-8 text ({fault.reason}): is it compressed, or not a text file?") from fault
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
-    """("file:line", text) of the lines of a text file that are not blank."""
+    """("file:line", text) of the non-blank lines of a text file."""
     for number, _, line in lines_at(path):
         yield f"{path}:{number}", decoded(line, path)
 
 
 def parse_object(line: str) -> dict:
-    """One line -> its JSON object. Raises ValueError if it holds none."""
+    """One line -> its JSON object. Raises ValueError if it is not one."""
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -397,7 +397,7 @@ def parse_object(line: str) -> dict:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) of a JSONL file. Raises ValueError, with that place, at the first line that is none."""
+    """("file:line", object) of a JSONL file. Raises ValueError, with the place, at the first line that is not one."""
     for place, line in lines_of(path):
         try:
             value = parse_object(line)
@@ -407,7 +407,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def check_row(row: dict, task: str) -> None:
-    """Raise ValueError for a row that lacks a key of its task, or holds another kind of value."""
+    """Raise ValueError for a row that lacks a key of its task or has a value of the wrong type."""
     schema = SCHEMAS[task]
     if task in WITH_VIDEOS and "video" in row:
         if "image" in row:
@@ -422,10 +422,10 @@ def check_row(row: dict, task: str) -> None:
 
 
 def is_text(value) -> bool:
-    """Whether a value is a text of which something can be seen, and no half of a surrogate pair stands in it."""
+    """Whether a value is text with at least one visible character and no unpaired surrogates."""
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         return False
-    # C: control characters and those without width; Z: blanks
+    # C: control and zero-width characters; Z: white space
     return any(unicodedata.category(letter)[0] not in "CZ" for letter in value)
 
 
@@ -435,7 +435,7 @@ def is_score(value) -> bool:
 
 
 def is_box(box) -> bool:
-    """Whether a value is [x, y, width, height] with a place that is not negative and a size that is not zero."""
+    """Whether a value is [x, y, width, height] with a non-negative position and a positive size."""
     if not isinstance(box, list) or len(box) != 4:
         return False
     numbers = all(type(value) in (int, float) and math.isfinite(value) for value in box)
@@ -443,7 +443,7 @@ def is_box(box) -> bool:
 
 
 def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -> Callable:
-    """A test for a list, or the values of a dict, of so many values that fit."""
+    """A test for a list, or a dict by its values: from `least` to `most` values, all of which fit."""
 
     def test(value) -> bool:
         values = list(value.values()) if isinstance(value, dict) else value
@@ -452,7 +452,7 @@ def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -
     return test
 
 
-# Of each key what it holds, as an error says it, and a test of its value.
+# For each key, a description of its value, as used in error messages, and a test of it.
 PATH = ("a path relative to this file", lambda value: isinstance(value, str))
 VIDEO = (
     "the path of an animated picture, or a list of paths, one for each frame",
@@ -476,7 +476,7 @@ SCHEMAS = {
     "grounding": {"image": PATH, "text": TEXT, "boxes": BOXES},
     "phrases": {"image": PATH, "text": TEXT},
     "vqa": {"image": PATH, "question": TEXT, "answers": ANSWERS},
-    "questions": {"image": PATH, "question": TEXT},  # of a test split, whose answers nobody is told
+    "questions": {"image": PATH, "question": TEXT},  # of a test split whose answers are not published
     "reasoning": {"images": PATHS, "text": TEXT, "label": TRUTH},
     "entailment": {"image": PATH, "text": TEXT, "label": LABEL},
 }
@@ -487,12 +487,12 @@ WITH_VIDEOS = (
     "vqa",
     "questions",
     "entailment",
-)  # in which "video" may stand in place of "image"
+)  # tasks in which "video" may replace "image"
 OPTIONAL = {"grounding": {"proposals": BOXES}}
 LEARNED = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for key in schema} - {"image", "images"})
 
 
 def fault_of(image: str, row: dict, task: str, check: str) -> str | None:
-    """What is wrong with a picture of a row, or with the boxes in it, or None."""
+    """What is wrong with a picture of a row or with its boxes, or None."""
     fault = check_video(image, check) if is_video(image) else check_image(image, check)
     return check_boxes(image, row["boxes"] + row.get("proposals", [])) if task == "grounding" and not fault else fault

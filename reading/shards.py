@@ -1,9 +1,9 @@
 """Tar archives of pictures and captions, as img2dataset and webdataset write them: `key.jpg` beside `key.txt`, or
 `key.json` with a "caption".
 
-An archive is read once, header by header, to a JSONL file of pairs beside it, ARCHIVE.tar.jsonl. A picture's path in it
-says where the picture's bytes are, `00000.tar#000012.jpg@1536+20480`: member 000012.jpg, 20,480 bytes from byte 1,536
-on. So order, masks and resuming are those of loose files: any row can be read at any time, and nothing is unpacked.
+An archive is scanned once, header by header, into a JSONL file of pairs beside it, ARCHIVE.tar.jsonl. The path of a
+picture in it says where its bytes are, `00000.tar#000012.jpg@1536+20480`: member 000012.jpg, 20,480 bytes from byte
+1,536. So shuffling, masking and resuming work as with loose files: any row can be read at any time, without unpacking.
 """
 
 import io
@@ -24,9 +24,9 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def picture_file(path: str | Path) -> str | Path | io.BytesIO:
-    """What Pillow opens for a path: the path itself, or the bytes of a member of an archive.
+    """What Pillow should open for a path: the path itself, or the bytes of an archive member.
 
-    Raises:  FileNotFoundError without the archive
+    Raises:  FileNotFoundError if the archive is missing
     """
     member = MEMBER.fullmatch(str(path))
     if not member:
@@ -37,12 +37,12 @@ def picture_file(path: str | Path) -> str | Path | io.BytesIO:
 
 
 def expand(paths: list) -> list[Path]:
-    """Paths, in which 'shards/{00000..01242}.tar' stands for a row of files."""
+    """Paths, with patterns such as 'shards/{00000..01242}.tar' expanded."""
     return [Path(path) for one in paths for path in spelled(str(one))]
 
 
 def spelled(path: str) -> Iterator[str]:
-    """Every path that a pattern stands for."""
+    """Every path that a pattern expands to."""
     found = RANGE.search(path)
     if not found:
         yield path
@@ -52,7 +52,7 @@ def spelled(path: str) -> Iterator[str]:
 
 
 def as_rows(path: Path) -> Path:
-    """A JSONL file as it is; of an archive the JSONL file of its pairs, made if there is none of this very archive.
+    """A JSONL file as it is; for an archive, the JSONL file of its pairs, written first if this version has none yet.
 
     Raises:  ValueError for a file that is not a tar archive, or holds no pair
     """
@@ -66,14 +66,14 @@ def as_rows(path: Path) -> Path:
         raise ValueError(f"{path} is not a file: give archives that are there, such as 'shards/{{00000..00009}}.tar'")
     rows = path.with_name(path.name + ".jsonl")
     made = path.stat().st_mtime_ns
-    if not rows.is_file() or rows.stat().st_mtime_ns != made:  # one archive, one time
+    if not rows.is_file() or rows.stat().st_mtime_ns != made:  # it has the archive's time stamp
         runtime.write_beside(rows, lambda temporary: write_rows(path, temporary))
         os.utime(rows, ns=(made, made))
     return rows
 
 
 def write_rows(path: Path, out: Path) -> None:
-    """The pairs of an archive as JSONL, in its order."""
+    """Write the pairs of an archive as JSONL, in the archive's order."""
     count, without = 0, 0
     with open(out, "w", encoding="utf-8") as file:
         for name, picture, caption in tqdm(samples(path), desc=f"listing {path.name}", delay=2, leave=False):
@@ -90,12 +90,12 @@ def write_rows(path: Path, out: Path) -> None:
 
 
 def samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo | None, str]]:
-    """Of each key the picture's name, the picture and the caption; members of one key stand together."""
+    """For each key the picture's name, the picture and the caption; members of one key are adjacent."""
     endings, key, name, picture, caption = Image.registered_extensions(), None, "", None, ""
     try:
         with tarfile.open(path, "r:") as archive:
             for member in iter(archive.next, None):
-                archive.members.clear()  # else it keeps all of them
+                archive.members.clear()  # or tarfile keeps them all
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")

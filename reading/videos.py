@@ -1,8 +1,8 @@
 """Videos: an animated picture (GIF, WebP, APNG), or a list of pictures, one for each frame.
 
-A row has "video" in place of "image". Once it is read, its "image" is one text as a picture's path is one, made by
-`video_of`, so that all code which tells pictures apart by their path does so with videos. Frames are decoded when they
-are wanted, and no others are kept: a video of 10,000 frames costs no more memory than one of ten.
+A row has "video" instead of "image". Once read, its "image" is a single string made by `video_of`, so all code that
+identifies pictures by their paths works for videos too. Only the frames asked for are decoded and kept: a video of
+10,000 frames takes no more memory than one of ten.
 """
 
 import json
@@ -19,25 +19,25 @@ MARK = "video:"
 
 
 def video_of(files: str | Path | Sequence[str | Path], folder: str | Path = "") -> str:
-    """The name of a video: the path of an animated picture, or those of its frames, in their order. folder: where the
-    paths begin"""
+    """The name of a video, from the path of an animated picture or the paths of its frames, in order. folder: what the
+    paths are relative to"""
     files = [files] if isinstance(files, str | Path) else files
     return MARK + json.dumps([str(Path(folder, file)) for file in files])
 
 
 def is_video(name) -> bool:
-    """Whether something is the name of a video, and not a picture or the path of one."""
+    """Whether a value is the name of a video, and not a picture or the path of one."""
     return isinstance(name, str) and name.startswith(MARK + '["')
 
 
 def files_of(name: str) -> list[str]:
-    """The files behind a name: of a picture its own path."""
+    """The files behind a name; for a picture, its own path."""
     return json.loads(name[len(MARK) :]) if is_video(name) else [name]
 
 
 @lru_cache(maxsize=100_000)
 def count_frames(name: str) -> int:
-    """How many frames a video has. Raises ValueError for a file that is no picture"""
+    """The number of frames of a video. Raises ValueError for a file that is not a picture."""
     files = files_of(name)
     if len(files) > 1:
         return len(files)
@@ -49,16 +49,16 @@ def count_frames(name: str) -> int:
 
 
 def choose_frames(count: int, frames: int, rng: np.random.Generator | None = None) -> list[int]:
-    """Which frames of count stand for a video: one of each of so many equal segments, the middle one, or with rng any.
+    """Which of `count` frames represent a video: the middle one of each of `frames` equal segments, or with rng any.
 
-    Of a video with fewer frames than that some are taken twice.
+    If the video has fewer frames, some are used more than once.
     """
     inside = np.full(frames, 0.5) if rng is None else rng.random(frames)
     return ((np.arange(frames) + inside) * count / frames).astype(int).tolist()
 
 
 def decoded(name: str, numbers: Iterable[int]) -> Iterator[Image.Image]:
-    """Frames of a video, one after another, by different numbers in ascending order, as load_image gives pictures.
+    """Frames of a video, one after another, as load_image returns pictures; numbers are distinct and ascending.
 
     Raises:  ValueError naming the file and the frame that cannot be decoded
     """
@@ -71,19 +71,19 @@ def decoded(name: str, numbers: Iterable[int]) -> Iterator[Image.Image]:
             for number in numbers:
                 file.seek(number)
                 yield to_rgb(file)
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
         raise ValueError(f"frame {number} of {files[0]} cannot be decoded ({error}): replace the file") from error
 
 
 def load_frames(name: str, numbers: Sequence[int]) -> list[Image.Image]:
-    """Frames of a video, by their numbers, each decoded once. Raises ValueError, see decoded"""
+    """Frames of a video by number, each decoded once. Raises ValueError, see decoded."""
     different = sorted(set(numbers))
     found = dict(zip(different, decoded(name, different), strict=True))
     return [found[number] for number in numbers]
 
 
 def some_frames(name: str, frames: int) -> list[Image.Image]:
-    """So many frames of a video that stand for it, always the same. Raises ValueError, see decoded"""
+    """A fixed choice of frames that represent a video. Raises ValueError, see decoded."""
     return load_frames(name, choose_frames(count_frames(name), frames))
 
 
@@ -94,7 +94,7 @@ def check_video(name: str, check: str) -> str | None:
             return f"{file}: {fault}"
     try:
         if check == "full":
-            for _ in decoded(name, range(count_frames(name))):  # none is kept
+            for _ in decoded(name, range(count_frames(name))):  # frames are not kept
                 pass
     except ValueError as fault:
         return str(fault)
@@ -102,7 +102,7 @@ def check_video(name: str, check: str) -> str | None:
 
 
 def shown(source, frames: int = 4, apart: bool = True) -> Image.Image:
-    """A picture to look at: of a video a strip of some frames from left to right. apart: with a gap between them"""
+    """A picture for display: for a video, a strip of some frames from left to right. apart: leave gaps between them"""
     if not is_video(source):
         return load_image(source)
     pictures = some_frames(source, frames)

@@ -1,12 +1,12 @@
-"""The objectives that can be trained, MAMO among them: the name that `train.py --objective` takes, and its class.
+"""The objectives that can be trained, including MAMO: names for `train.py --objective`, and their classes.
 
-    mamo      masked vectors, features and words, beside contrast and matching                     mamo.py
-    control   contrast, matching and words: MAMO without its teacher                                mamo.py
-    maskvlm   raw pixels and words                                                                  maskvlm.py
-    glscl     completion by contrast with the pass that sees what is hidden                         glscl.py
-    vlmae     a masked autoencoder, our proposal after an abstract                                  vlmae.py
+    mamo      masked fused vectors, features and words, with contrast and matching                  mamo.py
+    control   contrast, matching and masked words: MAMO without its teacher                         mamo.py
+    maskvlm   masked raw pixels and words                                                           maskvlm.py
+    glscl     contrastive completion: the target is a pass that sees what is hidden                 glscl.py
+    vlmae     a masked autoencoder: our own proposal, based on the abstract of a paper              vlmae.py
 
-What only the siblings share, beside the encoders of mamo.py, is in masking.py.
+Apart from the encoders of mamo.py, the code that the siblings share is in masking.py.
 """
 
 import runtime
@@ -15,7 +15,7 @@ from siblings.glscl import GLSCL
 from siblings.maskvlm import MaskVLM
 from siblings.vlmae import VLMAE
 
-# name: (class, fields of its Config that make it up)
+# name: (class, Config fields that define the objective)
 OBJECTIVES = {
     "mamo": (MAMO, {}),
     "control": (MAMO, {"w_mrm": 0.0, "w_mim": 0.0}),
@@ -33,7 +33,7 @@ def model_of(objective: str) -> type[VisionLanguageModel]:
 
 
 def build_model(objective: str, config: dict) -> VisionLanguageModel:
-    """A fresh model of an objective from the fields of its Config."""
+    """A freshly initialised model of an objective, from the fields of its Config."""
     model = model_of(objective)
     runtime.check_fields(model.config_class, config, f"the objective {objective}")
     return model(model.config_class(**config))

@@ -1,11 +1,11 @@
-"""What the sibling objectives share and MAMO does without: other ways to mask, and other things to recover.
+"""What the sibling objectives share and MAMO does not use: other ways to mask, and other targets to recover.
 
-    mask      blank     the pixels of chosen patches, before the image encoder sees them             MaskVLM
-              words     chosen as a whole, all pieces of a word or none                              GLSCL
-    recover   pixels    by a decoder that is thrown away after pre-training                          MaskVLM, VLMAE
-              vectors   by contrast: which of all candidates is the one that stood here?             GLSCL
+    mask      blank     set the pixels of masked patches to grey before the image encoder            MaskVLM
+              words     mask whole words: all pieces of a word or none                               GLSCL
+    recover   pixels    with a decoder that is discarded after pre-training                          MaskVLM, VLMAE
+              vectors   by contrast: which of all candidates belongs here?                           GLSCL
 
-The letters in shapes are those of mamo.py; and k patches that are kept, r rows that are compared.
+Letters in shapes are those of mamo.py, plus k patches that are kept and r rows that are compared.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ from mamo import (
 def mask_units(
     patch_noise: Tensor, ratio: float, grid: tuple[int, int], unit: int, frames: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """As mask_patches, but squares of unit x unit patches are masked as a whole.
+    """As mask_patches, but squares ("units") of unit x unit patches are masked as a whole.
 
-    Args:    patch_noise (b, n)   uniform noise; a unit takes that of its first patch
+    Args:    patch_noise (b, n)   uniform noise; a unit uses that of its first patch
              ratio                share of the units to mask
              grid                 rows and columns of patches, both multiples of unit
-    Returns: patch_index (b, m)   the masked patches, unit by unit, least noise first
+    Returns: patch_index (b, m)   the masked patches, unit by unit, by increasing noise
              patch_mask  (b, n)   the same as a mask, True = masked
     """
     sides = {"y": grid[0] // unit, "u": unit, "v": unit}
@@ -57,14 +57,14 @@ def mask_units(
 
 
 def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
-    """images (b, 3, height, width), or videos (b, f, 3, height, width), with the pixels of masked patches, patch_mask
-    (b, n), set to 0, mid grey."""
+    """images (b, 3, height, width), or videos (b, f, 3, height, width), with the pixels of the patches masked by
+    patch_mask (b, n) set to 0, mid grey."""
     return images.masked_fill(in_pixels(patch_mask, images, patch_size), 0.0)
 
 
 def in_pixels(patch_mask: Tensor, images: Tensor, patch_size: int) -> Tensor:
-    """Which pixels of images belong to masked patches, patch_mask (b, n) -> (b, 1, height, width), of videos (b, f, 1,
-    height, width)"""
+    """patch_mask (b, n) -> which pixels of images belong to masked patches: (b, 1, height, width), or for videos
+    (b, f, 1, height, width)"""
     sides = {"f": frames_of(images), "y": images.shape[-2] // patch_size, "p": patch_size, "q": patch_size}
     pixels = repeat(patch_mask, "b (f y x) -> b f 1 (y p) (x q)", **sides)
     return pixels if images.ndim == 5 else pixels[:, 0]
@@ -79,11 +79,11 @@ def mask_whole_words(
     config: Config,
     continues: Tensor,
 ) -> MaskedWords:
-    """As mask_words, but the pieces of a word are chosen together. continues (b, l): True = goes on with a word (##).
+    """As mask_words, but all pieces of a word are chosen together. continues (b, l): True = continues a word (##).
 
-    The ratio counts pieces: words are taken, least noise first, and one that no longer fits is passed over, as in BERT.
-    Where no word fits, as many pieces of the first one are masked as may be, and no other word is ever masked in part.
-    What stands in a word's place is drawn piece by piece.
+    The ratio counts pieces: words are taken by increasing noise, and one that no longer fits is skipped, as in BERT. If
+    no word fits, as many pieces of the first word are masked as allowed; no other word is ever masked in part.
+    Replacements are drawn piece by piece.
     """
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
     word = torch.where(continues, 0, place).cummax(dim=1).values  # (b, l) where the token's word begins
@@ -97,7 +97,7 @@ def mask_whole_words(
         fits = (count > 0) & (count <= left)
         left, taken = left - fits * count, taken.scatter(1, start, fits)
     whole = taken.gather(1, word)
-    noise = token_noise.gather(1, word) - whole.float()  # words that are taken stand before all others
+    noise = token_noise.gather(1, word) - whole.float()  # chosen words come before all others
     index, valid = choose_words(input_ids, attention_mask, noise, ratio, config)
     valid = valid & (whole.gather(1, index) | ~whole.any(dim=1, keepdim=True))
     return replace_words(input_ids, index, valid, replace_noise, config)
@@ -109,9 +109,9 @@ def mask_whole_words(
 def whole_pairs(
     model: VisionLanguageModel, image: Tensor | None, text: Tensor | None, batch: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, View], Tensor | None]:
-    """What every sibling does with encoded images (b, 1 + n, d) and texts (b, l, d), as MAMO's forward does it.
+    """What every sibling does with encoded images (b, 1 + n, d) and texts (b, l, d), as in MAMO.forward.
 
-    Returns: the loss of contrast, by name; the views that matching wants fused; and valid, see matching_views
+    Returns: the contrastive loss, by name; the views that matching needs fused; and valid, see matching_views
     """
     losses, views, similarity, valid = {}, {}, None, None
     if model.config.w_itc > 0:
@@ -123,7 +123,7 @@ def whole_pairs(
 
 
 def matched(fused: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The fused views of matching_views -> positive (b, d) and negative (2b, d) pair vectors, for loss_itm"""
+    """The fused views of matching_views -> pair vectors for loss_itm, positive (b, d) and negative (2b, d)"""
     return fused["pair"][:, 0], torch.cat([fused["wrong text"][:, 0], fused["wrong image"][:, 0]])
 
 
@@ -131,7 +131,7 @@ def matched(fused: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class PixelDecoder(nn.Module):
-    """The pixels of masked patches, from an image and a text: a few more fusion blocks, and a linear map."""
+    """Predicts the pixels of masked patches from an image and a text: a few more fusion blocks and a linear map."""
 
     def __init__(self, config: Config, depth: int):
         super().__init__()
@@ -149,18 +149,18 @@ class PixelDecoder(nn.Module):
 
 
 def nce(prediction: Tensor, target: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
-    """Contrast of vectors with their own targets, among those of all processes, both ways.     (GLSCL; InfoNCE)
+    """Contrast of vectors with their own targets among those of all processes, in both directions.     (GLSCL; InfoNCE)
 
     L = - mean log softmax_j(cos(p_i, t_j) / temperature)[i] - mean log softmax_j(cos(p_j, t_i) / temperature)[i]
 
     Args:    prediction, target (b, d) or (b, m, d)   no gradient reaches the target
-             valid (b, m)                             True = there is something to recover; others are no candidates
-    Returns: scalar, the sum of both directions; chance is 2 ln(candidates)
+             valid (b, m)                             True = there is something to recover; others are not candidates
+    Returns: scalar, the sum of both directions; chance level: 2 ln(candidates)
     """
     if valid is None:
         valid = torch.ones(prediction.shape[:-1], dtype=torch.bool, device=prediction.device)
     valid = valid.flatten()
-    # fp32: cosines that differ by 0.01 are 0.3 apart after division by the temperature.
+    # fp32: dividing by the temperature turns a difference of 0.01 between cosines into 0.3.
     with torch.autocast(prediction.device.type, enabled=False):
         exact = torch.promote_types(prediction.dtype, torch.float32)
         ours = F.normalize(prediction.to(exact).reshape(len(valid), -1), dim=-1)
@@ -168,15 +168,15 @@ def nce(prediction: Tensor, target: Tensor, temperature: float, valid: Tensor | 
         own, (all_ours, all_theirs, candidate) = among_all(ours, theirs, valid)
         loss = torch.zeros_like(ours[:, 0])
         for queries, keys in ((ours, all_theirs), (theirs, all_ours)):
-            logits = (queries @ keys.T / temperature).masked_fill(~candidate, -1e4)  # finite: no row is without one
+            logits = (queries @ keys.T / temperature).masked_fill(~candidate, -1e4)  # finite: every row has a candidate
             loss = loss + F.cross_entropy(logits, own, reduction="none")
         return global_mean(loss, valid)
 
 
 def among_all(ours: Tensor, theirs: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Gather rows (r, d), (r, d), (r,) over processes that may have different numbers r of them.
+    """Gather rows (r, d), (r, d), (r,) from all processes, which may have different numbers r of rows.
 
-    Returns: own (r,), the place of this process's rows among all, and the three gathered; what fills up is not valid
+    Returns: own (r,), the indices of this process's rows among all, and the three gathered; padding is not valid
     """
     rank, processes = rank_and_size()
     if processes == 1:

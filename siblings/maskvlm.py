@@ -1,22 +1,22 @@
 """MaskVLM: masked vision and language modelling, a sibling of MAMO on the same encoders.
 
-The paper: Kwon et al., ICLR 2023, arXiv 2208.02131. Its answer to "recover what?" is: the signal itself.
+Paper: Kwon et al., ICLR 2023, arXiv 2208.02131. Its answer to "recover what?": the raw signal itself.
 
-    MIM   the raw pixels of masked patches, from the other patches and the whole text (I', T), by a decoder
+    MIM   the raw pixels of masked patches, from the other patches and the whole text (I', T), with a decoder
     MLM   the masked words, from the other words and the whole image (I, T')
-    ITC, ITM on whole pairs, as everywhere. No teacher: targets that are pixels and words need none.
+    ITC and ITM on whole pairs, as everywhere. There is no teacher: pixels and words are targets without one.
 
-One modality is masked at a time, as in MAMO: in the paper's Table 6 that retrieves better than both at once. What
-differs from MAMO is how patches are hidden (squares of 2 x 2, their pixels blanked before the encoder, so that it needs
-no mask token), what is recovered (the signal in place of a teacher's vectors), and a decoder that reads the text.
+One modality is masked at a time, as in MAMO: in the paper's Table 6 this retrieves better than masking both. What
+differs from MAMO: how patches are hidden (squares of 2 x 2, with pixels blanked before the encoder, which thus needs
+no mask token), what is recovered (the signal instead of a teacher's vectors), and a decoder that reads the text.
 
-How this differs from the paper, so that a comparison isolates the objective:
-    - one stream of fusion over [text; image] in place of two streams of cross-attention; the decoder is more of it
-    - ITM reads the fused [CLS], not the product of two class tokens, and reads whole pairs (the paper's is not known)
-    - the text encoder is ours and not RoBERTa, all weights are fresh, and one learning rate serves all of them
-    - that patches are blanked before the encoder is how a re-implementation reads the paper; 80/10/10 for masked words
+Differences from the paper, so that a comparison isolates the objective:
+    - one fusion stream over [text; image] instead of two cross-attention streams; the decoder has the same blocks
+    - ITM reads the fused [CLS], not the product of two class tokens, and reads whole pairs (the paper does not say)
+    - our text encoder instead of RoBERTa, all weights trained from scratch, and a single learning rate
+    - blanking patches before the encoder follows a re-implementation's reading of the paper; 80/10/10 for masked words
       and 0, mid grey, for blanked pixels are our choices
-    - `nano` has 4 x 4 patches, so a unit of 2 x 2 is a quarter of the picture and 60 % of four units are two
+    - `nano` has 4 x 4 patches, so a unit of 2 x 2 is a quarter of the picture, and 60 % of four units round to two
 """
 
 from dataclasses import dataclass
@@ -42,16 +42,16 @@ from siblings.masking import PixelDecoder, blank, mask_units, matched, whole_pai
 
 @dataclass
 class MaskVLMConfig(Config):
-    """What MaskVLM adds. The paper gives all four losses the weight 1 (App. A.2)."""
+    """What MaskVLM adds. In the paper, all four losses have weight 1 (App. A.2)."""
 
-    mask_image: float = 0.6  # share of the units of patches masked in I'
+    mask_image: float = 0.6  # share of the patch units masked in I'
     mask_text: float = 0.3  # share of the words masked in T'
-    mask_unit: int = 2  # side of a unit in patches, which are masked together
-    decoder_depth: int = 3  # blocks of the decoder of pixels
+    mask_unit: int = 2  # side in patches of the square units that are masked as a whole
+    decoder_depth: int = 3  # blocks of the pixel decoder
     w_mim: float = 1.0  # weight of masked image modelling
 
     def check(self) -> None:
-        """Config.check, then what MaskVLM adds."""
+        """Config.check, plus the checks that MaskVLM adds."""
         super().check()
         require(self.mask_unit > 0, f"mask_unit is {self.mask_unit}: it must be at least 1")
         require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
@@ -67,7 +67,7 @@ class MaskVLMConfig(Config):
 
 
 class MaskVLM(VisionLanguageModel):
-    """Raw pixels and words, each from the other modality, beside ITC and ITM."""
+    """Recovers raw pixels and words, each from the other modality, alongside ITC and ITM."""
 
     config_class = MaskVLMConfig
 
@@ -78,11 +78,11 @@ class MaskVLM(VisionLanguageModel):
         self.make_mlm_head()
 
     def encode_masked(self, images: Tensor, patch_mask: Tensor) -> Tensor:
-        """VisionLanguageModel.encode_masked: the pixels are blanked."""
+        """VisionLanguageModel.encode_masked, by blanking pixels."""
         return self.encode_image(blank(images, patch_mask, self.config.patch_size))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One step; batch as for MAMO -> the unweighted scalar losses by name."""
+        """One training step: batch as for MAMO -> unweighted scalar losses by name."""
         self.check_batch(batch)
         config, pixels, input_ids = self.config, batch["images"], batch["input_ids"]
         attention_mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
@@ -125,11 +125,11 @@ class MaskVLM(VisionLanguageModel):
         return losses
 
     def loss_mim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
-        """Masked image modelling: raw pixels of the masked patches, not normalised, in L1.
+        """Masked image modelling: L1 on the raw, unnormalised pixels of the masked patches.
 
         L = 1 / number of masked values * |decoder(f(I', T)) - I| over M_I
 
         Args:    predicted, pixels (b, m, 3 * patch_size ** 2)   at the masked patches, values about -1 to 1
         Returns: scalar, mean over the values of all masked patches
         """
-        return global_mean((predicted.float() - pixels).abs())  # fp32: as in MAMO's
+        return global_mean((predicted.float() - pixels).abs())  # fp32: as in MAMO.loss_mim

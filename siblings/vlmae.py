@@ -1,25 +1,25 @@
 """VLMAE (our proposal): a masked autoencoder for vision and language, a sibling of MAMO on the same encoders.
 
-Read this first. The paper is He et al., "VLMAE", arXiv 2208.09374. Only its abstract was available to us, and no code
-was found. From the abstract: masked autoencoding of the image joins vision-language pre-training, so that the model
-attends to almost all critical patches and not only to those that a caption mentions; pre-training becomes cheaper. The
-names RMIM and IFR are recalled and confirmed by nothing that we found. Every formula, ratio, depth and weight below is
-our own, in that spirit: what it measures says nothing about the paper. Tables call it "vlmae (our proposal)".
+Read this first. The paper is He et al., "VLMAE", arXiv 2208.09374. Only its abstract was available to us, and we found
+no code. According to the abstract, masked autoencoding of the image joins vision-language pre-training, so that the
+model attends to almost all critical patches and not only to those that a caption mentions; pre-training gets cheaper.
+The names RMIM and IFR are from memory, and we could not confirm them. Every formula, ratio, depth and weight below is
+our own, in that spirit: results say nothing about the paper. Tables call it "vlmae (our proposal)".
 
-Its answer to "recover what?" is: what an autoencoder recovers, with the text and without it.
+Its answer to "recover what?": what an autoencoder recovers, with and without the text.
 
-    RMIM   the pixels of dropped patches, normalised patch by patch after MAE, from the visible ones and the text
-    IFR    the teacher's image features of dropped patches, from the visible ones alone, without text
+    RMIM   the pixels of dropped patches, normalised per patch as in MAE, from the visible patches and the text
+    IFR    the teacher's image features of dropped patches, from the visible patches alone, without text
     MLM    15 % of the words, from the other words and the visible patches
-    ITC, ITM as everywhere, but on (I_vis, T): in pre-training the student never sees a whole image.
+    ITC and ITM as everywhere, but on (I_vis, T): the student never sees a whole image during pre-training.
 
-What differs from MAMO: half of the patches never enter the student, whatever the loss, which is what makes it cheap;
-the image encoder by itself recovers what lies behind; the teacher is a copy of the image encoder only.
+Differences from MAMO: half of the patches never enter the student, for any loss, which is what makes it cheap; the
+image encoder also has to recover dropped content on its own; the teacher is a copy of the image encoder only.
 
-Our choices: 50 % dropped at random; the keys of ITC are the student's; the decoder of RMIM is two more fusion blocks
-over the fused tokens of (I_vis, T), with a mask token and positions put back; the predictor of IFR is one block over
-the image and a linear map; IFR in smooth L1 with layer-normalised targets; all weights 1. Evaluation shows whole
-images, which are sequences about twice as long as those of pre-training.
+Our choices: 50 % of the patches are dropped at random; the keys of ITC are the student's; the RMIM decoder is two more
+fusion blocks over the fused tokens of (I_vis, T), with mask tokens and positions put back; the IFR predictor is one
+block over the image and a linear map; IFR is smooth L1 with layer-normalised targets; all weights are 1. Evaluation
+uses whole images, i.e. sequences about twice as long as in pre-training.
 """
 
 from dataclasses import dataclass
@@ -56,13 +56,13 @@ class VLMAEConfig(Config):
 
     mask_image: float = 0.5  # share of the patches that are dropped
     mask_text: float = 0.15  # share of the words masked for MLM
-    decoder_depth: int = 2  # blocks of the decoder of pixels
+    decoder_depth: int = 2  # blocks of the pixel decoder
     w_rmim: float = 1.0  # weight of regional masked image modelling
     w_ifr: float = 1.0  # weight of image feature reconstruction
-    ema: float = 0.995  # momentum of the teacher; train.py takes it from the length of the run unless it is given
+    ema: float = 0.995  # momentum of the teacher; unless given, train.py sets it from the length of the run
 
     def check(self) -> None:
-        """Config.check, then what our proposal adds."""
+        """Config.check, plus the checks that our proposal adds."""
         super().check()
         require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
         require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
@@ -76,7 +76,7 @@ class VLMAEConfig(Config):
 
 
 class VLMAE(VisionLanguageModel):
-    """Pixels with the text, features without it, words: all from the visible half of the image."""
+    """Recovers pixels with the text, features without it, and words, all from the visible half of the image."""
 
     config_class = VLMAEConfig
 
@@ -94,7 +94,7 @@ class VLMAE(VisionLanguageModel):
         self.make_mlm_head()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One step; batch as for MAMO -> the unweighted scalar losses by name."""
+        """One training step: batch as for MAMO -> unweighted scalar losses by name."""
         self.check_batch(batch)
         config, images, input_ids = self.config, batch["images"], batch["input_ids"]
         attention_mask = batch["attention_mask"]
@@ -145,17 +145,17 @@ class VLMAE(VisionLanguageModel):
         return self.student.image(images, kept=kept)
 
     def loss_rmim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
-        """Regional masked image modelling: predicted, pixels (b, m, 3 * patch_size ** 2) -> scalar, the mean square.
+        """Regional masked image modelling: predicted, pixels (b, m, 3 * patch_size ** 2) -> scalar, mean squared error.
 
-        Each patch is normalised by its own mean and variance, after MAE; a model that knows nothing is at 1, or below
-        where patches are of one colour, which normalise to 0.
-        differs: MAE divides the variance by one less than the number of pixels and adds 1e-6; here, as for the other
-        targets, it is by the number itself, and 1e-5.
+        Each patch is normalised by its own mean and variance, as in MAE. A model that knows nothing is at 1, or below
+        if some patches have a single colour, which normalises to 0.
+        differs: MAE's variance divides by the number of values minus one, and 1e-6 is added; here, as for the other
+        targets, it divides by the number of values, and 1e-5 is added.
         """
         return global_mean((predicted.float() - normalised(pixels)).square())
 
     def loss_ifr(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Image feature reconstruction: predicted, target (b, m, d) -> scalar, smooth L1; knowing nothing is 0.42."""
+        """Image feature reconstruction: predicted, target (b, m, d) -> scalar, smooth L1; 0.42 at chance."""
         return global_mean(F.smooth_l1_loss(predicted.float(), normalised(target), reduction="none"))
 
     @torch.no_grad()

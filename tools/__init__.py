@@ -1,1 +1,1 @@
-"""What serves some users: converters, comparisons, speed, costs, a page to look at. Nothing else imports it."""
+"""Optional tools: converters, comparisons, benchmarks, costs, figures, and pages to look at."""

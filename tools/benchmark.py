@@ -1,20 +1,19 @@
 """Measure speed as ratios within one run; absolute times on a shared machine mean little.
 
-    python -m tools.benchmark step --presets nano --length 14 --vocab-size 125   a whole step, and what bounds it
+    python -m tools.benchmark step --presets nano --length 14 --vocab-size 125   a training step and its utilisation
     python -m tools.benchmark step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
-    python -m tools.benchmark loader --data data/scenes/pairs_train.jsonl        real batches against a repeated one
-    python -m tools.benchmark decode --data my/pairs.jsonl                       JPEGs, scaled as they are decoded
+    python -m tools.benchmark loader --data data/scenes/pairs_train.jsonl        loaded batches vs. a repeated one
+    python -m tools.benchmark decode --data my/pairs.jsonl                       JPEGs, scaled while decoding vs. not
     python -m tools.benchmark frames --presets nano --length 14 --vocab-size 125   videos of 1, 2, 4 and 8 frames
-    python -m tools.benchmark agreement --data data/scenes/pairs_train.jsonl     bf16, fp16, compiled, against fp32
+    python -m tools.benchmark agreement --data data/scenes/pairs_train.jsonl     bf16, fp16 and compiled vs. fp32
 
-The variants take turns, round by round, so that a machine that slows down slows all of them; quoted is the median of
-the ratios of the rounds, with the smallest and the largest.
+The variants take turns, round by round, so that a slowdown of the machine affects all of them. What is reported is the
+median of the ratios over the rounds, with the smallest and the largest.
 
-`step` makes whole training steps, on one random batch, of each preset, objective and batch size. Their floating-point
-operations follow from a formula, and utilisation is their rate as a share of that of large matrix products, of the
-best of several shapes, in the same round. Where the formula does not count a model's fusion, neither is quoted. Peak
-memory is each variant's own on a GPU; on a CPU it is the peak of the process so far, so there only the first row's is
-its own.
+`step` makes full training steps on one random batch, for each preset, objective and batch size. Their floating-point
+operations (FLOPs) follow from a formula; utilisation is their rate relative to that of large matrix products (the best
+of several shapes) in the same round. If the formula does not cover a model's fusion encoder, neither is reported. On a
+GPU, peak memory is that of each variant; on a CPU, it is that of the process so far, so only the first row's is exact.
 """
 
 import argparse
@@ -41,13 +40,13 @@ from train import TrainConfig, make_optimizer, rate_for
 from train import parse as parse_training
 from train import start as start_training
 
-DATA = "data/scenes/pairs_train.jsonl"  # what `loader` loads unless told otherwise
-TURN = 0.2  # seconds that a turn of `step` lasts at least
-SIDE = 1024  # of the large matrices on a CPU; eight times that on a GPU
+DATA = "data/scenes/pairs_train.jsonl"  # default data of `loader`
+TURN = 0.2  # minimum duration of a turn of `step` in seconds
+SIDE = 1024  # side of the large matrices on a CPU; eight times that on a GPU
 
 
 def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
-    """A batch of random pictures and words of one length, all pairs different."""
+    """A batch of random pictures and texts of one length, all pairs different."""
     input_ids = torch.randint(max(config.special_ids) + 1, config.vocab_size, (size, length))
     return {
         "images": torch.randn(size, 3, *config.image_size),
@@ -63,7 +62,7 @@ def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
 
 
 def take_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one round that does not count."""
+    """Seconds of each variant in each round, after one warm-up round."""
     seconds = {name: [] for name in variants}
     for counted in range(-1, rounds):
         for name, variant in variants.items():
@@ -75,13 +74,13 @@ def take_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str
 
 
 def ratios(seconds: dict[str, list[float]], of: str, to: str) -> dict[str, float]:
-    """Median, smallest and largest ratio of two variants, round by round."""
+    """Median, smallest and largest ratio of two variants over the rounds."""
     values = [a / b for a, b in zip(seconds[of], seconds[to], strict=True)]
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
 
 
 class TrainingStep:
-    """A training step as train.py makes it, on one batch or another: forward, backward, clip, optimiser, teacher."""
+    """A training step as in train.py: forward, backward, gradient clipping, optimiser, teacher."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], device: torch.device, precision: str = "fp32"):
         self.model = model.to(device).train()
@@ -90,7 +89,7 @@ class TrainingStep:
         self.device, self.precision = device, precision
 
     def __call__(self, batch: dict[str, Tensor] | None = None) -> None:
-        """One step, on the batch that was given first unless another one is given."""
+        """One step, on the initial batch unless another one is given."""
         with runtime.autocast(self.device, self.precision):
             losses = self.model(batch or self.batch)
         self.model.total(losses).backward()
@@ -101,9 +100,10 @@ class TrainingStep:
 
 
 def loader(options: argparse.Namespace) -> dict:
-    """Training steps that load their batches against steps on one repeated batch, 20 steps a round.
+    """Training steps on loaded batches vs. steps on one repeated batch, 20 steps per round.
 
-    On as many rows as a round takes, so that the rounds that count find decoded pictures, as all epochs but the first.
+    Uses only as many rows as a round needs, so that the measured rounds find decoded pictures, as do all epochs but the
+    first.
     """
     (preset,), (size,) = options.presets, options.batch_size
     rows = read_rows(options.data or [DATA], "pairs")[: 20 * size]
@@ -119,9 +119,9 @@ def loader(options: argparse.Namespace) -> dict:
 
 
 def decode(options: argparse.Namespace) -> dict:
-    """Reading JPEGs at 256 x 256 px as training does, scaled while they are decoded, against decoding all of them.
+    """Reading JPEGs at 256 x 256 px as training does, scaled while decoding, vs. decoding them in full.
 
-    Synthetic photographs of three sizes (noise at all scales), and of --data the first twenty pictures.
+    Synthetic photographs of three sizes (noise at all scales) and, with --data, its first twenty pictures.
     """
     what = "JPEGs read at 256 x 256 px; differences in grey levels of 255"
     report = {"what": what, "rounds": options.rounds, "rows": [], "ratios": {}}
@@ -146,7 +146,7 @@ def decode(options: argparse.Namespace) -> dict:
     return report
 
 
-ANOTHER = {  # what is compared with fp32, as options of train.py; on a CPU only what needs no half precision
+ANOTHER = {  # compared with fp32, as options of train.py; on a CPU only those without half precision
     "fp32 again": [],
     "fp32, compiled": ["--compile"],
     "bf16": ["--precision", "bf16"],
@@ -156,7 +156,7 @@ ANOTHER = {  # what is compared with fp32, as options of train.py; on a CPU only
 
 
 def agreement(options: argparse.Namespace) -> dict:
-    """The total loss of 20 steps of train.py, the same batches and masks, against the same steps in fp32."""
+    """The total loss of 20 steps of train.py vs. the same steps in fp32, with the same batches and masks."""
     device = runtime.pick_device(options.device)
     kinds = {name: more for name, more in ANOTHER.items() if device.type == "cuda" or "--precision" not in more}
     given = ["--data", *(options.data or [DATA]), "--preset", options.presets[0], "--device", options.device]
@@ -177,7 +177,7 @@ def agreement(options: argparse.Namespace) -> dict:
 
 
 def frames(options: argparse.Namespace) -> dict:
-    """Videos of 1, 2, 4 and 8 frames against one frame: encoding them, and a whole training step, per video."""
+    """Videos of 1, 2, 4 and 8 frames vs. one frame: time per video to encode them, and for a full training step."""
     (preset,), (size,), many = options.presets, options.batch_size, (1, 2, 4, 8)
     report = {"what": f"videos of {preset}, {size} a batch, time per video against one frame", "ratios": {}}
     for objective in options.objectives:
@@ -200,12 +200,12 @@ def frames(options: argparse.Namespace) -> dict:
 
 @torch.no_grad()
 def encoded(model: nn.Module, images: Tensor) -> None:
-    """Encode pictures, and forget what came out."""
+    """Encode pictures and discard the result."""
     model.encode_image(images)
 
 
 def photograph(side: int) -> Image.Image:
-    """A square picture with detail at all scales, as photographs have it."""
+    """A square picture with detail at all scales, like a photograph."""
     draw, picture = np.random.default_rng(0), np.zeros((side, side, 3))
     for cells in (4, 16, 64, 256):
         noise = Image.fromarray(draw.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
@@ -214,7 +214,7 @@ def photograph(side: int) -> Image.Image:
 
 
 def step_of(objective: str, config: Config, size: int, options: argparse.Namespace, device) -> TrainingStep:
-    """A step of a fresh model on a random batch, with what the options ask for."""
+    """A training step of a fresh model on a random batch, as the options specify."""
     model = OBJECTIVES[objective][0](config)
     step = TrainingStep(model, random_batch(config, size, options.length), device, options.precision)
     if options.grad_checkpointing:
@@ -225,7 +225,7 @@ def step_of(objective: str, config: Config, size: int, options: argparse.Namespa
 
 
 def config_of(objective: str, preset: str, options: argparse.Namespace) -> Config:
-    """The Config of an objective at a preset's sizes, and with what the options say."""
+    """The Config of an objective with the sizes of a preset, as the options specify."""
     model, changes = OBJECTIVES[objective]
     shape = {"vocab_size": options.vocab_size, "max_tokens": max(Config.max_tokens, options.length)}
     if options.image_size:
@@ -236,13 +236,13 @@ def config_of(objective: str, preset: str, options: argparse.Namespace) -> Confi
 
 
 class Repeated:
-    """An action for take_turns, made as often as fills a turn, at most 50 times.
+    """An action for take_turns, repeated to fill a turn, at most 50 times.
 
-    A GPU that has no room for the action ends it and not the run: `action` is then None and a turn does nothing.
+    If a GPU runs out of memory, only this action ends, not the run: `action` is then None and a turn does nothing.
     """
 
     def __init__(self, device: torch.device, make: Callable[..., Callable[[], object]], *arguments):
-        """device: where the action works; make: called with the arguments, returns the action; may find no room"""
+        """device: where the action runs; make: called with the arguments, returns the action; may run out of memory"""
         before = 0.0
         if device.type == "cuda":
             torch.cuda.init()
@@ -253,14 +253,14 @@ class Repeated:
             self.action = make(*arguments)
         except torch.OutOfMemoryError:
             return
-        self()  # the first time makes what the optimiser keeps
+        self()  # the first call allocates the optimiser state
         start = time.perf_counter()
         self()
         self.times = min(max(round(TURN / (time.perf_counter() - start)), 1), 50)
         self.peak_memory_mb = runtime.peak_memory_mb(device) - before
 
     def __call__(self) -> None:
-        """One turn, to its end on the device."""
+        """One turn, until the device has finished."""
         try:
             for _ in range(self.times if self.action else 0):
                 self.action()
@@ -271,7 +271,7 @@ class Repeated:
 
 
 def products(device: torch.device, precision: str) -> tuple[dict[str, Repeated], int]:
-    """Large matrix products of several shapes, and the floating-point operations of any one of them."""
+    """Large matrix products of several shapes, and the number of floating-point operations of each of them."""
     side = SIDE if device.type == "cpu" else 8 * SIDE
     dtype = runtime.PRECISIONS[precision] or torch.float32
     actions = {}
@@ -283,10 +283,10 @@ def products(device: torch.device, precision: str) -> tuple[dict[str, Repeated],
 
 
 def measure(preset: str, size: int, options: argparse.Namespace, device: torch.device, report: dict) -> None:
-    """One preset and batch size: adds to the report a row for each objective, and its ratio to the control."""
-    gc.collect()  # the models that were measured before go now, and not at some time later
+    """Measure one preset and batch size: add to the report a row for each objective, and its ratio to the control."""
+    gc.collect()  # free the models measured before now, not at some later time
     if options.compile:
-        torch.compiler.reset()  # and so does their code: only a few kinds of one function can be compiled
+        torch.compiler.reset()  # and their compiled code: recompilations of a function are limited
     configs = {name: config_of(name, preset, options) for name in options.objectives}
     steps = {name: Repeated(device, step_of, name, config, size, options, device) for name, config in configs.items()}
     multiply, operations = products(device, options.precision)
@@ -317,8 +317,8 @@ def measure(preset: str, size: int, options: argparse.Namespace, device: torch.d
 
 
 def row_of(size: int, flops: dict[str, int], seconds: list[float], rates: list[float]) -> dict:
-    """What the rounds say of a step: its operations by part (empty where they are not counted), its seconds in each
-    round, and the rates of matrix products in the same rounds, in operations per second."""
+    """The measurements of a step. flops: by part, empty if they are not counted; seconds: in each round; rates: of
+    matrix products in the same rounds, in operations per second."""
     median = statistics.median(seconds)
     row = {"ms_per_step": 1000 * median, "pairs_per_s": size / median}
     row["product_gflop_per_s"] = statistics.median(rates) / 1e9
@@ -332,7 +332,7 @@ def row_of(size: int, flops: dict[str, int], seconds: list[float], rates: list[f
 
 
 def table(rows: list[dict]) -> str:
-    """The rows of `step` as text."""
+    """The rows of `step` as a text table."""
     titles = ("ms/step", "pairs/s", "GFLOP/step", "product GFLOP/s", "utilisation", "peak MB")
     lines = [f"{'preset':8}{'objective':10}{'batch':>6}" + "".join(f"{title:>16}" for title in titles)]
     for row in rows:
@@ -349,7 +349,7 @@ def table(rows: list[dict]) -> str:
 
 
 def step(options: argparse.Namespace) -> dict:
-    """Whole training steps of every preset, objective and batch size."""
+    """Full training steps of every preset, objective and batch size."""
     device = runtime.pick_device(options.device)
     options.precision, _ = runtime.pick_precision(options.precision, device)
     about = {"device": str(device), "precision": options.precision, "threads": torch.get_num_threads()}
@@ -365,27 +365,27 @@ COMMANDS = {"step": step, "loader": loader, "decode": decode, "agreement": agree
 
 
 def parse() -> argparse.Namespace:
-    """The command line. Raises ValueError for sizes that cannot be measured."""
+    """Parse the command line. Raises ValueError for sizes that cannot be measured."""
     parser = runtime.Parser(
         prog="python -m tools.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["nano"], help="one for loader")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[64], help="pairs; one size for loader")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["nano"], help="one, except for step")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[64], help="pairs; one size, except for step")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["mamo", "control"], help="for step")
-    parser.add_argument("--image-size", type=int, nargs="+", help="pixels in the preset's place, for step")
+    parser.add_argument("--image-size", type=int, nargs="+", help="pixels, instead of the preset's, for step")
     parser.add_argument("--length", type=int, default=30, help="tokens of a text, for step")
-    parser.add_argument("--vocab-size", type=int, default=30522, help="words of the vocabulary, for step")
+    parser.add_argument("--vocab-size", type=int, default=30522, help="size of the vocabulary, for step")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu, for step")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for step")
     parser.add_argument("--compile", action="store_true", help="compile the step, for step")
-    parser.add_argument("--drop-masked", action="store_true", help="MAMO's option of that name, for step")
-    parser.add_argument("--grad-checkpointing", action="store_true", help="compute the blocks twice, for step")
-    parser.add_argument("--data", nargs="+", help=f"JSONL files, for loader ({DATA} if none is given) and decode")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data, for loader")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the processor")
+    parser.add_argument("--drop-masked", action="store_true", help="MAMO's option of the same name, for step")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks going backward, for step")
+    parser.add_argument("--data", nargs="+", help=f"JSONL files, for loader (default: {DATA}) and decode")
+    parser.add_argument("--workers", type=int, default=0, help="data loading processes, for loader")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file to write the result to")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     for name, least in {"length": 1, "vocab_size": 6, "threads": 1, "rounds": 1}.items():
         if getattr(options, name) < least:

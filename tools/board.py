@@ -1,12 +1,12 @@
-"""Runs in TensorBoard: every number of log.csv, and a strip of what a model recovers at hidden patches.
+"""Runs in TensorBoard: every number in log.csv, and a strip of pictures with what a model recovers at hidden patches.
 
-    python -m tools.board runs/demo runs/other              what there is by now
-    python -m tools.board runs/demo --follow                and what comes, until Ctrl-C
+    python -m tools.board runs/demo runs/other              what has been logged so far
+    python -m tools.board runs/demo --follow                and everything new, until Ctrl-C
     tensorboard --logdir runs
 
-It reads a run folder and writes into its folder `board`; training knows nothing of it and needs no further package.
-TensorBoard itself is optional: `pip install tensorboard`. The strip shows pictures of val: whole, as the student sees
-them, and put together again as on the page of tools/report.py; it is made of every checkpoint that is saved meanwhile.
+It reads a run folder and writes to its subfolder `board`; training itself does not depend on it. TensorBoard is
+optional: `pip install tensorboard`. The strip shows pictures of val: whole, as the student sees them, and reassembled
+as on the page of tools/report.py. With --follow, one is written for every new checkpoint.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from eval import load_model
 from mamo import patchify
 from tools.report import picture_of, recover, val_paths, why_nothing_recovered
 
-SHOWN, AMONG = 8, 100  # pictures of the strip, and pictures whose patches may stand for hidden ones
-WAIT = 10  # seconds between two looks at a run
+SHOWN, AMONG = 8, 100  # pictures in the strip, and pictures whose patches may replace hidden ones
+WAIT = 10  # seconds between two checks of a run
 
 
 def writer_class() -> type:
-    """TensorBoard's writer. Raises ValueError where it is not installed"""
+    """TensorBoard's writer. Raises ValueError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -41,13 +41,13 @@ def writer_class() -> type:
 
 
 class Board:
-    """What of a run has been written so far."""
+    """A run, and how much of it has been written so far."""
 
     def __init__(self, run: Path, writer):
         self.run, self.writer, self.step, self.seen = run, writer, -1, 0.0
 
     def look(self) -> None:
-        """Write what is new."""
+        """Write everything new."""
         self.scalars()
         checkpoint = self.run / "checkpoint.pt"
         if checkpoint.is_file() and checkpoint.stat().st_mtime != self.seen:
@@ -56,14 +56,14 @@ class Board:
         self.writer.flush()
 
     def scalars(self) -> None:
-        """The rows of log.csv behind the last one that was written."""
+        """Write the rows of log.csv after the last one written."""
         path = self.run / "log.csv"
         if not path.is_file():
             return
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if not (row.get("step") or "").isdecimal() or None in row.values():
-                    continue  # half a line, which is being written
+                    continue  # an incomplete line, still being written
                 step = int(row.pop("step"))
                 if step > self.step:
                     for name, value in row.items():
@@ -72,7 +72,7 @@ class Board:
                     self.step = step
 
     def strip(self, checkpoint: Path) -> None:
-        """Pictures of val, what is hidden of them, and what the student recovers, one below another."""
+        """Write pictures of val; below them, what is hidden; below that, what the student recovers."""
         model, tokenizer, state = load_model(checkpoint, torch.device("cpu"))
         paths = val_paths(state["train"])
         if why_nothing_recovered(model) or not paths:
@@ -101,7 +101,7 @@ def main() -> None:
         prog="python -m tools.board", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--follow", action="store_true", help="go on looking, until Ctrl-C")
+    parser.add_argument("--follow", action="store_true", help="keep writing what is new, until Ctrl-C")
     options = parser.parse_args()
     for run in options.runs:
         if not (run / "log.csv").is_file():

@@ -1,16 +1,16 @@
-"""What a training step of each objective costs, by formula: the floating-point operations of its matrix products, and
-for MAMO and the control the memory that it holds.
+"""The cost of a training step of each objective, by formula: floating-point operations (FLOPs) of matrix products and,
+for MAMO and the control, the memory that it holds.
 
     python -m tools.costs                                            the table of docs/objectives.md
-    python -m tools.costs --memory base --batch-size 1 32 256        bytes of a step of MAMO
+    python -m tools.costs --memory base --batch-size 1 32 256        memory of a step of MAMO
     python -m tools.costs --growth base                              what doubling each size does to both
 
-A backward pass costs twice the forward pass, a gradient for each of the two factors; but pixels, the keys of a queue
-and detached targets need no gradient, and the teacher and the similarities that draw negatives have no backward pass at
-all. Work element by element is not counted, nor is the second forward pass of gradient checkpointing.
+A backward pass costs twice the forward pass, with a gradient for each of the two factors; but pixels, the keys of a
+queue and detached targets need no gradient, and the teacher and the similarities used to draw negatives have no
+backward pass at all. Element-wise operations are not counted, nor is the second forward pass of gradient checkpointing.
 
-Each objective below is the list of the passes that its forward makes, counted and not named; docs/objectives.md draws
-them. Fusion is counted as mamo.FusionEncoder computes it, see `uncounted`.
+Each objective below counts the passes that its forward makes; docs/objectives.md draws them. Fusion is counted as
+mamo.FusionEncoder computes it, see `uncounted`.
 """
 
 import argparse
@@ -32,15 +32,15 @@ from train import takes_muon
 
 @dataclass
 class Passes:
-    """What a step sends through each part, for one pair of the batch. Costs are multiply-adds of a forward pass."""
+    """What a step sends through each part, per pair of the batch. Costs are multiply-adds of a forward pass."""
 
-    images: list[int]  # tokens of each view of the image in the student's encoder, class token included
-    texts: int  # views of the text
-    fused: list[tuple[int, int]]  # image tokens of each fused view, and positions it is wanted at
+    images: list[int]  # tokens of each view of the image in the student's encoder, with the class token
+    texts: int  # number of views of the text
+    fused: list[tuple[int, int]]  # for each fused view: image tokens, and positions that are needed
     words: int = 0  # slots of masked words that MLM predicts
-    heads: int = 0  # of the objective's own heads and decoders
-    contrast: int = 0  # of its own contrasts with all rows of the batch
-    teacher: int = 0  # and what else has no backward pass
+    heads: int = 0  # cost of the objective's own heads and decoders
+    contrast: int = 0  # cost of its own contrasts with all rows of the batch
+    teacher: int = 0  # cost of the teacher and all else without a backward pass
 
 
 class Costs:
@@ -52,12 +52,12 @@ class Costs:
         self.embedding = self.n * self.patch * self.d
 
     def block(self, tokens: int, outputs: int) -> int:
-        """A Block: query, out and MLP at the outputs, key and value at all tokens, two products for attention."""
+        """A Block: query, output and MLP at the outputs, key and value at all tokens, two products for attention."""
         d = self.d
         return (2 + 8) * outputs * d * d + 2 * tokens * d * d + 2 * outputs * tokens * d
 
     def stack(self, depth: int, tokens: int, outputs: int) -> int:
-        """Blocks of which the last is wanted at some positions only."""
+        """Blocks, the last of which is needed at some positions only."""
         return (depth - 1) * self.block(tokens, tokens) + self.block(tokens, outputs)
 
     def image(self, tokens: int) -> int:
@@ -78,20 +78,20 @@ class Costs:
         return blocks + outputs * self.d * self.patch
 
     def matching(self, image_tokens: int) -> list[tuple[int, int]]:
-        """The fused views of ITM, each wanted at [CLS]."""
+        """The fused views of ITM, each needed at [CLS] only."""
         return [(image_tokens, 1)] * 3 * (self.config.w_itm > 0)
 
     def masked(self, ratio: float, of: int) -> int:
-        """How many of so many patches, or units, are masked."""
+        """How many of `of` patches, or units, are masked."""
         return mask_patches(torch.zeros(1, of), ratio)[0].shape[1]
 
     def slots(self, ratio: float) -> int:
-        """Slots of masked words."""
+        """Number of slots for masked words."""
         return math.ceil(ratio * self.l)
 
 
 def mamo(config: MAMOConfig, costs: Costs) -> Passes:
-    """The masked views, each in a pass of its own or both in one, and what the teacher sees."""
+    """The masked views, in separate passes or both in one, and what the teacher sees."""
     n, d = costs.n, costs.d
     mrm, mim, queue = config.w_mrm > 0, config.w_mim > 0, config.queue_size > 0
     patches = config.masks_patches * costs.masked(config.mask_image, n)
@@ -109,7 +109,7 @@ def mamo(config: MAMOConfig, costs: Costs) -> Passes:
 
 
 def maskvlm(config: MaskVLMConfig, costs: Costs) -> Passes:
-    """A decoder reads the image of the masked view, which is therefore wanted in full."""
+    """A decoder reads the image of the masked view, which is therefore needed in full."""
     whole, mim, unit = 1 + costs.n, config.w_mim > 0, config.mask_unit
     words = config.masks_words * costs.slots(config.mask_text)
     patches = costs.masked(config.mask_image, costs.n // unit**2) * unit**2
@@ -120,7 +120,7 @@ def maskvlm(config: MaskVLMConfig, costs: Costs) -> Passes:
 
 
 def glscl(config: GLSCLConfig, costs: Costs) -> Passes:
-    """The image also without the dropped patches, and texts with words masked in two ways."""
+    """The image with and without the dropped patches, and texts with words masked in two ways."""
     completes, mgsc, mltc, mlm = config.completes, config.w_mgsc > 0, config.w_mltc > 0, config.w_mlm > 0
     whole, kept = 1 + costs.n, 1 + costs.n - costs.masked(config.mask_drop, costs.n)
     patches = mltc * costs.masked(config.mask_image, costs.n)
@@ -128,20 +128,20 @@ def glscl(config: GLSCLConfig, costs: Costs) -> Passes:
     images, fused = [whole] * (1 + mltc) + [kept] * mgsc, [(kept, 2 + missing)] * mgsc
     fused += [(whole, 2 + missing + patches)] * completes
     fused += [(whole, patches)] * mltc + [(whole, words)] * mlm + costs.matching(whole)
-    # Each contrast is two products, of which either has one factor that takes a gradient: four in all.
+    # Each contrast is two products, each with one factor that takes a gradient: four in all.
     contrast = 4 * costs.b * costs.d * (2 * mgsc + patches**2 + missing**2)
-    # Without MGSC, the view without the dropped patches only gives targets.
+    # Without MGSC, the view without the dropped patches only provides targets.
     target = (mltc and not mgsc) * (costs.embedding + costs.image(kept) + costs.fusion(kept, 2 + missing))
     texts = (config.sees_whole or completes) + completes + mlm
     return Passes(images, texts, fused, words, contrast=contrast, teacher=target)
 
 
 def vlmae(config: VLMAEConfig, costs: Costs) -> Passes:
-    """The visible patches only, whichever the view; the teacher sees all of them."""
+    """Only the visible patches, in every view; the teacher sees all patches."""
     d, rmim, ifr = costs.d, config.w_rmim > 0, config.w_ifr > 0
     dropped, words = costs.masked(config.mask_image, costs.n), config.masks_words * costs.slots(config.mask_text)
     visible = 1 + costs.n - dropped
-    # RMIM wants all of the positive pair, of which ITM, if it has a weight, reads [CLS].
+    # RMIM needs all of the positive pair, of which ITM, if it has a weight, reads [CLS].
     pairs = [(visible, costs.l + visible), *costs.matching(visible)[1:]] if rmim else costs.matching(visible)
     fused = [(visible, words)] * config.masks_words + pairs
     heads = rmim * costs.decoder(dropped) + ifr * (costs.block(1 + costs.n, dropped) + dropped * d * d)
@@ -154,7 +154,7 @@ PASSES = {MAMOConfig: mamo, MaskVLMConfig: maskvlm, GLSCLConfig: glscl, VLMAECon
 
 
 def uncounted(fusion: nn.Module | None) -> str:
-    """Why the formula says nothing of a model with this fusion encoder, in one sentence; "" where it holds."""
+    """Why the formula does not apply to a model with this fusion encoder, in one sentence; "" if it does."""
     if fusion is None or type(fusion) is FusionEncoder:
         return ""
     return (
@@ -191,13 +191,13 @@ def memory_of_step(
 ) -> dict[str, int]:
     """Bytes that a training step in fp32 holds between its forward and its backward pass.
 
-    A block keeps 3 vectors of each token for the backward pass (what it was given, key, value) and 13 of each output:
-    query, mixed values, what enters either norm or the MLP, and the MLP's middle twice, which is four times as wide.
-    Not counted: what single operations need for a moment, and what the allocator keeps.
+    For the backward pass, a block keeps 3 vectors per token (its input, key and value) and 13 per output: query, mixed
+    values, the inputs of both norms and of the MLP, and twice the hidden layer of the MLP, which is four times as wide.
+    Not counted: temporary memory of single operations, and what the allocator holds back.
 
-    Args:    grad_checkpointing   a block then keeps what it was given, and one at a time makes the rest again
-    Returns: "weights" of student, heads and teacher, "gradients", "optimiser" (of matrices in blocks one moment, of the
-             rest two), "activations"
+    Args:    grad_checkpointing   each block then keeps only its input, and the rest is recomputed one block at a time
+    Returns: "weights" of student, heads and teacher, "gradients", "optimiser" (one moment for matrices in blocks, two
+             for the rest), "activations"
     """
     costs, d = Costs(config, batch_size, length), config.width
     passes, n = mamo(config, costs), costs.n
@@ -206,7 +206,7 @@ def memory_of_step(
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained = sum(p.numel() for p in learning.values())
     by_muon = sum(p.numel() for name, p in learning.items() if takes_muon(name, p))
-    # The stacks of blocks that run in one call: depth, tokens of all views, and outputs of the last block.
+    # Stacks of blocks that run in one call: (depth, tokens of all views, outputs of the last block).
     stacks = [(config.image_depth, sum(passes.images), sum(passes.images))]
     stacks.append((config.text_depth, passes.texts * length, passes.texts * length))
     fused = sum(length + tokens for tokens, _ in passes.fused)
@@ -231,7 +231,7 @@ def memory_of_step(
 def memory_table(
     preset: str, batch_sizes: Sequence[int] = (1, 8, 32, 64, 256), length: int = 30, words: int = 30522
 ) -> str:
-    """GB of a step of MAMO by batch size: as it is, with checkpointing, with masked patches dropped, and with both."""
+    """GB of a step of MAMO by batch size: as it is, with masked patches dropped, with checkpointing, and with both."""
     rows = []
     for size in batch_sizes:
         cells = [str(size)]
@@ -244,7 +244,7 @@ def memory_table(
 
 
 def growth_table(preset: str, batch_size: int = 64, length: int = 30, words: int = 30522) -> str:
-    """By which power of each size operations and memory of a step of MAMO grow, from the preset to twice the size."""
+    """The powers of each size with which FLOPs and memory of a step of MAMO grow, from the preset to twice the size."""
 
     def both(batch_size: int = batch_size, length: int = length, words: int = words, **changes) -> tuple[int, int]:
         config = MAMOConfig(**PRESETS[preset] | changes, vocab_size=words)
@@ -268,7 +268,7 @@ def growth_table(preset: str, batch_size: int = 64, length: int = 30, words: int
 
 
 def table() -> str:
-    """The rows of the table in docs/objectives.md: relative to control, and shares in base."""
+    """The rows of the table in docs/objectives.md: cost relative to control, and shares in base."""
 
     def counted(name: str, preset: str, length: int, words: int) -> dict[str, int]:
         model, changes = OBJECTIVES[name]
@@ -286,10 +286,10 @@ def table() -> str:
 
 
 def main() -> None:
-    """Command line: print the rows, unless the encoders fuse in a way that is not counted here."""
+    """Command line: print the rows, unless the formula does not cover the fusion encoder."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", choices=PRESETS, help="bytes of a step of this preset, in place of operations")
-    parser.add_argument("--growth", choices=PRESETS, help="powers by which operations and memory grow")
+    parser.add_argument("--memory", choices=PRESETS, help="memory of a step of this preset, instead of FLOPs")
+    parser.add_argument("--growth", choices=PRESETS, help="powers with which FLOPs and memory grow")
     parser.add_argument("--batch-size", type=int, nargs="+", default=(1, 8, 32, 64, 256), help="for --memory")
     options = parser.parse_args()
     why = uncounted(Encoders(MAMOConfig()).fusion)

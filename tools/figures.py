@@ -1,10 +1,10 @@
-"""Draw the figures of docs/: architecture.svg, what MAMO is made of, and for each objective the passes of its step.
+"""Draw the figures of docs/: architecture.svg, the parts of MAMO, and for each objective the passes of its step.
 
     python -m tools.figures --out docs
 
-The passes are traced, not written by hand. A model of the preset nano makes a step on a picture and a caption of the
-built-in world, which shows what each encoder is given and what is masked in it. Then the step is made again and again,
-each time with the output of one pass spoiled: the losses that change are those that read it.
+The passes are traced, not drawn by hand. A model of the preset nano makes a step on a picture and a caption of the
+built-in world, which shows the input of each encoder and what is masked in it. The step is then repeated, each time
+with the output of one pass corrupted: the losses that change are those that read it.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from siblings import OBJECTIVES
 from tokenizer import Tokenizer
 from world.shapes import COLOURS, Scene, place, render
 
-# The pair whose step is traced, and another one, from which matching takes a wrong picture and a wrong caption.
+# The pair whose step is traced, and another one, which supplies a wrong picture and a wrong caption for matching.
 CAPTIONS = ("a red circle above a blue cross", "a yellow square")
 SCENES = (
     Scene(238, (place("red", "circle", "medium", 13, (11, 8)), place("blue", "cross", "medium", 13, (11, 24)))),
     Scene(238, (place("yellow", "square", "medium", 15, (16, 16)),)),
 )
-PATCHES = 16  # of a picture of the preset nano, in four rows
+PATCHES = 16  # per picture in the preset nano, in four rows
 WIDTH = 1120
 INK, QUIET, LINE, PAPER = "#1c1c1c", "#5c5f66", "#9aa0a8", "#ffffff"
 STUDENT, TEACHER, MASKED, TOKEN = "#eef4fa", "#f3f1ec", "#4a5a78", "#f7f7f4"
-ON_COLOUR = "#fffffe"  # of words on a colour, in a dark page too
-DARK = {  # what stands for a colour in a dark page
+ON_COLOUR = "#fffffe"  # text on a colour, also in dark mode
+DARK = {  # replacements of the colours in dark mode
     INK: "#e8e5de",
     QUIET: "#b3b5ba",
     LINE: "#4a4f57",
@@ -52,7 +52,7 @@ DARK = {  # what stands for a colour in a dark page
     "#f1f2f4": "#2b2f35",
 }
 FILLS = {"token": MASKED, "blank": "#7f7f7f", "drop": PAPER}
-# Of each loss: a colour that the colour-blind can tell, what the prediction should be, what compares them.
+# For each loss: a colour-blind safe colour, the target, the distance.
 LOSSES = {
     "itc": ("#a64d86", "class token of I, [CLS] of T: own partner in the batch", "cross-entropy"),
     "itm": ("#6a4c00", "right or wrong, for one right pair and two wrong", "cross-entropy"),
@@ -65,31 +65,31 @@ LOSSES = {
     "rmim": ("#0072b2", "normalised pixels, by a decoder that reads the text", "squared distance"),
     "ifr": ("#b35900", "before fusion, the teacher's image features", "smooth absolute distance"),
 }
-PARTS = {"teacher": "teacher: image encoder", "decoder.stream": "decoder of pixels"}  # others: student: image encoder
+PARTS = {"teacher": "teacher: image encoder", "decoder.stream": "decoder of pixels"}  # or: student: image encoder
 HOW = {"token": "mask token", "blank": "blanked", "drop": "dropped"}
 
 # ----------------------------------------------------------------------------------------------------- a traced step
 
 
 class Side(NamedTuple):
-    """A picture or a text as an encoder is given it."""
+    """A picture or a text as an encoder receives it."""
 
-    how: str  # "whole"; "token", "blank" or "drop" for patches, "mask" for words; "fused", which is neither any more
-    masked: tuple[int, ...] = ()  # patches, or words counted from the first one after [CLS]
-    other: bool = False  # of the other pair
+    how: str  # "whole"; "token", "blank" or "drop" for patches, "mask" for words; "fused" after fusion
+    masked: tuple[int, ...] = ()  # patches, or words, counted from the first one after [CLS]
+    other: bool = False  # from the other pair
 
 
 class Pass(NamedTuple):
-    """A batch of rows on its way through an encoder."""
+    """A batch of rows passing through an encoder."""
 
     part: str  # the encoder's name in the model, such as student.fusion
-    call: int  # number of the call in the step, which several passes may share
+    call: int  # number of the call within the step; several passes may share a call
     image: Side | None
     text: Side | None
 
 
 class Trace:
-    """A step of an objective: the passes that it makes, and what each loss reads of them."""
+    """A step of an objective: the passes that it makes, and what each loss reads from them."""
 
     def __init__(self, objective: str, seed: int = 100, **changes):
         """changes: fields of the Config"""
@@ -100,10 +100,10 @@ class Trace:
         self.model = model(model.config_class(**fields | changes | ids))
         pictures = [Image.fromarray(render(scene, 32)) for scene in SCENES]
         self.batch = make_batch(pictures, list(CAPTIONS), self.model.config, tokenizer, seed)
-        self.batch["replace_noise"] *= 0  # every masked word becomes [MASK], and none another word
+        self.batch["replace_noise"] *= 0  # every masked word becomes [MASK], none a random word
         self.length = self.batch["input_ids"].shape[1]
         self.passes: list[Pass] = []
-        self.given: list[tuple[Side, Side, Tensor]] = []  # what encoders gave, to recognise what fusion is given
+        self.given: list[tuple[Side, Side, Tensor]] = []  # encoder outputs, to recognise the inputs of fusion
         self.parts = []
         fusions = FusionEncoder, type(self.model.student.fusion)
         for name, part in self.model.named_modules():
@@ -115,7 +115,7 @@ class Trace:
         self.tracing, self.spoiled = True, (-1, "")
         losses = self.step()
         self.tracing, self.losses = False, list(losses)
-        self.reads = [{} for _ in self.passes]  # of each pass: by loss, at which places it reads what the pass gave
+        self.reads = [{} for _ in self.passes]  # for each pass, by loss: the places at which the loss reads its output
         for number, one in enumerate(self.passes):
             for places in ("[CLS]", "words", "class token", "patches") if one.image and one.text else ("",):
                 self.spoiled = number, places
@@ -130,7 +130,7 @@ class Trace:
         return {name: loss.item() for name, loss in self.model(self.batch).items()}
 
     def image(self, part: str, forward, images: Tensor, patch_mask=None, kept=None) -> Tensor:
-        """An image encoder at work, in the place of its forward."""
+        """Replaces the forward of an image encoder, to note its passes."""
         sides = []
         for number, pixels in enumerate(patchify(images, 8)):
             changed = (pixels != patchify(self.batch["images"], 8)[number % 2]).any(dim=-1)
@@ -143,7 +143,7 @@ class Trace:
         return self.encoded(part, "image", sides, forward(images, patch_mask, kept))
 
     def text(self, part: str, forward, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """A text encoder at work, in the place of its forward."""
+        """Replaces the forward of a text encoder, to note its passes."""
         sides = []
         for number, ids in enumerate(input_ids):
             masked = (ids != self.batch["input_ids"][number % 2]).nonzero().flatten() - 1
@@ -151,7 +151,7 @@ class Trace:
         return self.encoded(part, "text", sides, forward(input_ids, attention_mask))
 
     def encoded(self, part: str, modality: str, sides: list[Side], vectors: Tensor) -> Tensor:
-        """Note the passes of a call of an encoder, of two pairs each."""
+        """Note the passes of an encoder call, two pairs each."""
         self.calls += 1
         views = list(zip(sides[::2], sides[1::2], vectors.split(2), strict=True))
         if self.tracing:
@@ -159,7 +159,7 @@ class Trace:
         return torch.cat([self.passed(part, view, **{modality: side}) for side, _, view in views])
 
     def fusion(self, part: str, fuse_views, *views: View) -> list[Tensor]:
-        """A fusion encoder at work, in the place of its fuse_views."""
+        """Replaces the fuse_views of a fusion encoder, to note its passes."""
         self.calls += 1
         return [
             self.passed(part, fused, self.side(view.image), self.side(view.text), view.places)
@@ -167,7 +167,7 @@ class Trace:
         ]
 
     def side(self, vectors: Tensor) -> Side:
-        """What was encoded into these vectors. Two pairs the other way round are a wrong picture or text for each."""
+        """What was encoded into these vectors. Two pairs in swapped order are a wrong picture or text for each."""
         for side, other, given in self.given if self.tracing else ():
             for found, rows in ((side, given), (other, given.flip(0))):
                 if rows.shape == vectors.shape and rows.equal(vectors):
@@ -175,7 +175,7 @@ class Trace:
         return Side("fused")
 
     def passed(self, part: str, vectors: Tensor, image=None, text=None, places: Tensor | None = None) -> Tensor:
-        """Note a pass; where it is the one to spoil, turn around the vectors at the places that are to be spoiled."""
+        """Note a pass; if it is the one to corrupt, flip the vectors at the chosen places."""
         number, self.count = self.count, self.count + 1
         if self.tracing:
             self.passes.append(Pass(part, self.calls, image, text))
@@ -191,7 +191,7 @@ class Trace:
         return torch.where(kinds[self.spoiled[1]][..., None], vectors.flip(-1), vectors)
 
     def names(self, modality: str) -> dict[Side, str]:
-        """I, T: whole. I', I'': masked, the most first. I_vis: masked, and the student sees no more. I⁻, T⁻: wrong."""
+        """I, T: whole. I', I'': masked, most first. I_vis: masked, if the student sees no more. I⁻, T⁻: wrong."""
         letter, seen = modality[0].upper(), {getattr(one, modality) for one in self.passes} - {None, Side("fused")}
         masked = sorted((-len(side.masked), side) for side in seen if side.masked and not side.other)
         names = {Side("whole"): letter} | {side: letter + "'" * (1 + rank) for rank, (_, side) in enumerate(masked)}
@@ -200,7 +200,7 @@ class Trace:
         return names | {side: letter + "⁻" for side in seen if side.other}
 
     def name(self, one: Pass) -> str:
-        """I, T, (I', T) and so on."""
+        """The name of a pass: I, T, (I', T) and so on."""
         if Side("fused") in one:
             return "what was fused"
         sides = [self.names(kind)[side] for kind, side in zip(("image", "text"), one[2:], strict=True) if side]
@@ -209,7 +209,7 @@ class Trace:
 
 @functools.cache
 def traced(objective: str) -> Trace:
-    """The step of an objective."""
+    """The traced step of an objective."""
     return Trace(objective)
 
 
@@ -217,7 +217,7 @@ def traced(objective: str) -> Trace:
 
 
 class Drawing:
-    """Lines of an SVG, with its own background, light or dark as the page that shows it."""
+    """Lines of an SVG with its own background, light or dark like the page that shows it."""
 
     def __init__(self, height: int, title: str):
         dark = " ".join(
@@ -235,22 +235,22 @@ class Drawing:
         self.box(1, 1, WIDTH - 2, height - 2, PAPER, LINE)
 
     def add(self, kind: str, text: str = "", **attributes) -> None:
-        """An element; _ in the name of an attribute stands for -."""
+        """Add an element; _ in the name of an attribute stands for -."""
         told = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in attributes.items())
         self.lines.append(f"<{kind} {told}>{escape(pretty(text))}</{kind}>" if text else f"<{kind} {told}/>")
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none", **more) -> None:
-        """A rectangle, with round corners unless rx=0."""
+        """A rectangle, with rounded corners unless rx=0."""
         place = {"x": f"{x:g}", "y": f"{y:g}", "width": f"{width:g}", "height": f"{height:g}"}
         self.add("rect", **place, **{"rx": 7, "fill": fill, "stroke": stroke} | more)
 
     def text(self, x: float, y: float, text: str, size: int = 14, anchor: str = "start", fill: str = INK, bold=False):
-        """One line; y is its base line."""
+        """One line of text; y is its baseline."""
         weight = {"font_weight": "bold"} if bold else {}
         self.add("text", text, x=f"{x:g}", y=f"{y:g}", text_anchor=anchor, font_size=size, fill=fill, **weight)
 
     def labelled(self, x: float, y: float, width: float, height: float, title: str, *lines: str) -> None:
-        """A box with centred lines, of which the first is bold."""
+        """A box with centred lines, the first in bold."""
         self.box(x, y, width, height, PAPER, INK, stroke_width=1.5)
         top = y + height / 2 - 9 * len(lines) + 5
         self.text(x + width / 2, top, title, anchor="middle", bold=True)
@@ -258,24 +258,24 @@ class Drawing:
             self.text(x + width / 2, top + 18 * number, line, 12, "middle", QUIET)
 
     def lines_of(self, x: float, y: float, text: str) -> None:
-        """Centred small lines, in a column of a loss."""
+        """Small centred lines in the column of a loss."""
         for number, line in enumerate(textwrap.wrap(text.replace(", T", ",\u00a0T").replace("of ", "of\u00a0"), 17)):
             self.text(x, y + 14 * number, line, 11, "middle")
 
     def loss(self, name: str, x: float, y: float) -> None:
-        """A loss: its name on its colour."""
+        """The name of a loss, on its colour."""
         self.box(x, y, 58, 28, LOSSES[name][0])
         self.text(x + 29, y + 19, name.upper(), anchor="middle", fill=ON_COLOUR, bold=True)
 
     def arrows(self, *paths: str, **more) -> None:
-        """Straight lines from point to point, such as "0,0 9,0", with a tip at the end."""
+        """Straight lines from point to point, such as "0,0 9,0", with an arrowhead at the end."""
         for path in paths:
             self.add(
                 "polyline", points=path, fill="none", stroke=QUIET, stroke_width=1.8, marker_end="url(#tip)", **more
             )
 
     def picture(self, x: float, y: float, size: float, side: Side) -> None:
-        """The picture of the pair, or of the other one, with patches masked."""
+        """The picture of the pair, or of the other one, with masked patches."""
         scene, scale, cell = SCENES[side.other], size / 32, size / 4
         self.box(x, y, size, size, rgb([scene.background] * 3), rx=0)
         for thing in scene.objects:
@@ -291,7 +291,7 @@ class Drawing:
                 self.text(left + cell / 2, top + cell * 0.7, "×", round(cell * 0.7), "middle", QUIET)
 
     def words(self, x: float, y: float, side: Side) -> None:
-        """The caption of the pair, or of the other one, in two lines; masked words stand behind a mask."""
+        """The caption of the pair, or of the other one, in two lines; masked words are covered."""
         left = x
         for number, word in enumerate(CAPTIONS[side.other].split()):
             if number == 4:
@@ -308,12 +308,12 @@ class Drawing:
 
 
 def rgb(colour: Iterable[int]) -> str:
-    """A colour as SVG writes it."""
+    """A colour in SVG notation."""
     return "rgb({},{},{})".format(*colour)
 
 
 def pretty(text: str) -> str:
-    """With typographic primes behind I and T."""
+    """The text with typographic primes after I and T."""
     return re.sub(r"\b([IT])('+)", lambda found: found[1] + {"'": "′", "''": "″"}[found[2]], text)
 
 
@@ -361,7 +361,7 @@ def draw_step(objective: str) -> Drawing:
 
 
 def draw_pass(sheet: Drawing, trace: Trace, one: Pass, y: float) -> None:
-    """What goes into a pass: its name, and its picture and caption with what is masked in them."""
+    """The input of a pass: its name, and its picture and caption with what is masked in them."""
     sheet.text(258, y + 30, trace.name(one), bold=True)
     if Side("fused") in one:
         return
@@ -388,7 +388,7 @@ def draw_architecture() -> Drawing:
 
 
 def draw_inputs(sheet: Drawing) -> None:
-    """The pair, whole and with masks, and the whole pair again for the teacher."""
+    """The pair, whole and masked, and the whole pair again for the teacher."""
     config, whole = MAMOConfig(), Side("whole")
     image, text = (next(side for side in traced("mamo").names(kind) if side.masked) for kind in ("image", "text"))
     for x, y, size, side, name in ((30, 84, 72, whole, "I"), (122, 84, 72, image, "I'"), (76, 412, 68, whole, "I")):
@@ -402,12 +402,12 @@ def draw_inputs(sheet: Drawing) -> None:
 
 
 def depths(field: str) -> str:
-    """How many blocks the smallest and the paper's size have."""
+    """The number of blocks in the smallest preset and in the paper's size."""
     return f"{PRESETS['nano'][field]} blocks in nano, {PRESETS['base'][field]} in base"
 
 
 def draw_student(sheet: Drawing) -> None:
-    """Encoders, heads and losses."""
+    """The student: encoders, heads and losses."""
     sheet.box(232, 40, 660, 296, STUDENT, "#b8cde2")
     sheet.text(246, 62, "student", bold=True)
     sheet.labelled(256, 76, 200, 76, "image encoder", "ViT", depths("image_depth"))
@@ -435,7 +435,7 @@ def draw_student(sheet: Drawing) -> None:
 
 
 def draw_teacher(sheet: Drawing) -> None:
-    """The moving average, and what the losses compare with."""
+    """The teacher: a moving average, and the targets of the losses."""
     sheet.box(232, 384, 500, 196, TEACHER, "#cfc8b8", stroke_dasharray="6 4")
     sheet.text(246, 406, "teacher: whole pairs only, no gradient", bold=True)
     for x, y, width, kind in ((256, 420, 200, "image"), (256, 508, 200, "text"), (540, 464, 170, "fusion")):
@@ -454,8 +454,8 @@ def draw_teacher(sheet: Drawing) -> None:
 
 
 def draw_video() -> Drawing:
-    """Which token attends to which in the image encoder, for a video of three frames of 2 x 2 patches. It is not
-    written by hand: a row is filled where the gradient of that token's output reaches."""
+    """Which token attends to which in the image encoder, for a video of three frames of 2 x 2 patches. It is computed,
+    not drawn by hand: a row is filled where the gradient of that token's output is not zero."""
     frames, n, cell, left, top = 3, 4, 24, 250, 96
     config = MAMOConfig(image_size=(16, 16), patch_size=8, frames=frames)
     hidden = torch.randn(1, frames + frames * n, config.width, requires_grad=True)
@@ -495,7 +495,7 @@ FIGURES |= {f"{objective}.svg": functools.partial(draw_step, objective) for obje
 
 
 def main() -> None:
-    """Command line: all figures."""
+    """Command line: draw all figures."""
     parser = runtime.Parser(
         prog="python -m tools.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Frames of video files, as pictures: what tools/prepare.py makes of .mp4 and its like.
+"""Frames of video files as pictures, for tools/prepare.py: .mp4 and similar formats.
 
-PyAV reads the files (`pip install av`); the rest of the project does without it. Frames are spread evenly over the
-video, made no larger than is of use, and kept: a second run finds them.
+PyAV reads the files (`pip install av`); the rest of the project does not need it. Frames are spread evenly over the
+video, scaled down to a useful size, and kept on disk, so that a second run reuses them.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ SIDE = 320  # pixels of the longer side
 
 
 def frames_of_file(path: Path, folder: Path, count: int) -> list[str]:
-    """Write so many frames of a video file as JPEGs into a folder, unless they are there -> their names, in order.
+    """Write `count` frames of a video file as JPEGs to a folder, unless they exist -> their names, in order.
 
-    Raises:  ValueError without PyAV, or for a file that cannot be decoded
+    Raises:  ValueError if PyAV is not installed, or the file cannot be decoded
     """
     names = [f"{number:03d}.jpg" for number in range(count)]
     if not all((folder / name).is_file() for name in names):
@@ -39,7 +39,7 @@ def frames_of_file(path: Path, folder: Path, count: int) -> list[str]:
 
 
 def decoded(path: Path) -> Iterator:
-    """The frames of a video file, one after another, as PyAV gives them."""
+    """The frames of a video file, one after another, as PyAV objects."""
     try:
         import av
     except ImportError as error:

@@ -1,7 +1,7 @@
 "use strict";
-// What the pages of tools/ share: elements, pictures, and one style of heat map. It is put into each page as it is written.
+// Shared by the pages of tools/: elements, pictures, and one style of heat map. Inserted into each page when it is written.
 
-/** An element with attributes (null and false are left out) and children; texts among them are never read as HTML. */
+/** An element with attributes (null and false are left out) and children; text is never parsed as HTML. */
 function make(tag, attributes = {}, ...children) {
   const svg = ["svg", "path", "line", "text"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -19,7 +19,7 @@ const placeName = (patch, columns) => `row ${Math.floor(patch / columns) + 1}, c
 const CELL = 32; // pixels of the canvas for a patch
 const LARGEST = 0.85; // side of the square of the hottest patch, as a share of the patch
 
-/** A square of some heat, 0 to 1, in a cell of a canvas; its area is the heat. */
+/** A square of some heat, 0 to 1, in a cell of a canvas; its area is proportional to the heat. */
 function square(pen, column, row, heat) {
   const side = LARGEST * CELL * Math.sqrt(heat), x = (column + 0.5) * CELL - side / 2, y = (row + 0.5) * CELL - side / 2;
   if (side < 3) return;
@@ -33,8 +33,8 @@ function square(pen, column, row, heat) {
 }
 
 /**
- * A picture over which a map can lie. heat(levels of 0 to 255 by patch) draws a square in each patch and a frame around
- * the hottest, and gives its number, -1 if there is none; hide(numbers of patches) covers them; heat(null) shows all.
+ * A picture that can show a map. heat(levels from 0 to 255, by patch) draws a square in each patch and a frame around the
+ * hottest, and returns its number, -1 if there is none; hide(numbers of patches) covers patches; heat(null) clears all.
  */
 function framed(picture, alt, [rows, columns], shape = picture) {
   const canvas = make("canvas", { width: columns * CELL, height: rows * CELL, "aria-hidden": "true" });
@@ -67,14 +67,14 @@ function framed(picture, alt, [rows, columns], shape = picture) {
   return { frame, heat, hide, image, canvas };
 }
 
-/** The scale of all maps: squares of a tenth, a half and all of the heat of the hottest patch. */
+/** The scale of all maps: squares for 10, 50 and 100 % of the heat of the hottest patch. */
 function scaleOfMaps() {
   const canvas = make("canvas", { width: 3 * CELL, height: CELL, "aria-hidden": "true", class: "scale" }), pen = canvas.getContext("2d");
   [0.1, 0.5, 1].forEach((heat, column) => square(pen, column, 0, heat));
-  return make("span", { class: "soft scale" }, canvas, "a tenth, half, all of the heat of the hottest patch");
+  return make("span", { class: "soft scale" }, canvas, "10, 50 and 100 % of the heat of the hottest patch");
 }
 
-/** A caption, words of [word, whether it has a map], of which those are buttons. Tab reaches the caption, arrow keys its words; show(number, word) moves the map. */
+/** A caption from pairs [word, whether it has a map]; words with a map are buttons. Tab reaches the caption, arrow keys its words; show(number, word, button) updates the map. */
 function captionOf(words, text, mapped, show) {
   const buttons = [];
   const line = make("div", { class: "text", ...(mapped ? { role: "toolbar", "aria-label": `words of: ${text}` } : {}) });

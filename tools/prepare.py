@@ -5,11 +5,11 @@
 
 docs/data.md lists the data sets, where their files come from, and the command for each. Nothing is downloaded.
 
-A converter is a generator: it reads what its data set publishes and yields (place, split, row). The place says where in
-which file the entry stands, for error messages; pictures are named relative to --images. `convert` does the rest: it
-checks every row with the schema of its task, looks for the pictures, and writes TASK_SPLIT.jsonl, such as
-pairs_train.jsonl. A split called dev is written as val, where finetune.py looks for it. The converters come first,
-then what they share, then `convert` and the command line.
+A converter is a generator: it reads the published files of a data set and yields (place, split, row). The place says in
+which file, and where in it, the entry is, for error messages; pictures are named relative to --images. `convert` does
+the rest: it checks every row against the schema of its task, checks that the pictures exist, and writes
+TASK_SPLIT.jsonl, such as pairs_train.jsonl. A split called dev is written as val, where finetune.py looks for it. The
+converters come first, then the helpers they share, then `convert` and the command line.
 """
 
 import argparse
@@ -41,9 +41,9 @@ Rows = Iterator[tuple[str, str, dict]]  # (place, split, row)
 
 
 def karpathy(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """COCO and Flickr with Karpathy's splits: one row for each picture, with all its captions.
+    """COCO and Flickr with Karpathy's splits: one row per picture, with all its captions.
 
-    restval, the part of COCO's val2014 that is neither val nor test, joins train, as is usual.
+    restval, the part of COCO's val2014 that is in neither val nor test, is added to train, as is common.
     """
     splits = {"train": "train", "restval": "train", "val": "val", "test": "test"}
     for place, entry in entries(args.annotations, "images"):
@@ -57,9 +57,9 @@ def karpathy(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def coco_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """COCO's own captions_train2017.json, and files of that form: one row for each picture, with all its captions.
+    """COCO's own captions_train2017.json, and files in the same format: one row per picture, with all its captions.
 
-    The published splits, not Karpathy's: a file is one of them, --split says which.
+    These are the published splits, not Karpathy's: each file is one split, and --split says which.
     """
     names, captions = {}, {}
     for place, entry in entries(args.annotations, "images"):
@@ -79,9 +79,9 @@ def coco_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def flickr8k(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """Flickr8k: one row for each picture. Pictures that no official list in --splits names are left out.
+    """Flickr8k: one row per picture. Pictures in none of the official lists in --splits are left out.
 
-    Without the lists, a hash of the picture's name decides, in the official proportions of six to one to one.
+    Without the lists, a hash of the picture's name chooses the split, in the official proportions of six to one to one.
     """
     official = {}
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test")) if args.splits else ():
@@ -97,8 +97,8 @@ def flickr8k(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:
-    """The captions of each picture, from lines picture#number<Tab>caption, a header image,caption and such lines, or
-    Kaggle's Flickr30k, whose header is image_name| comment_number| comment."""
+    """The captions of each picture, from lines of the form picture#number<Tab>caption, a CSV file with the header
+    image,caption, or Kaggle's Flickr30k, whose header is image_name| comment_number| comment."""
     captions, header = {}, None
     for place, line in lines_of(path):
         with at(place):
@@ -108,10 +108,10 @@ def read_captions(path: Path) -> dict[str, list[str]]:
                     continue
             if header == "image,caption":
                 image, *fields = next(csv.reader([line]))
-                caption = ",".join(fields)  # the captions of some files hold commas without being quoted
+                caption = ",".join(fields)  # in some files captions with commas are not quoted
             elif header == KAGGLE:
                 image, *fields = (part.strip() for part in line.split("|"))
-                caption = re.sub(r"^\d+\s*", "", " ".join(fields))  # the number; in one line no | stands behind it
+                caption = re.sub(r"^\d+\s*", "", " ".join(fields))  # the number; in one line no | follows it
             else:
                 name, *fields = line.split("\t")
                 image, caption = name.rpartition("#")[0], " ".join(fields)
@@ -130,12 +130,12 @@ CAMERA = {"img", "image", "dsc", "dscf", "dscn", "pxl", "mvimg", "photo", "pictu
 
 
 def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """Your own pictures and videos, also in subfolders: a row for each. Captions come from the first of these there is:
+    """Your own pictures and videos, also in subfolders: a row each. Captions come from the first of these that exists:
 
     captions.txt or captions.csv in the folder (see read_captions); metadata.jsonl or metadata.csv there or in
-    subfolders (see read_metadata); dog.txt beside dog.jpg, one caption a line; the name of the picture, as in
-    a_red-circle_03.png. A hash of the name decides which pictures go to val; where metadata list the pictures, a folder
-    called train, validation or test at the top does.
+    subfolders (see read_metadata); dog.txt beside dog.jpg, one caption per line; the name of the picture, as in
+    a_red-circle_03.png. A hash of the name decides which pictures go to val; if metadata list the pictures, a top-level
+    folder called train, validation or test takes precedence.
     """
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val-share is {args.val_share}: give a share from 0 to below 1")
@@ -160,7 +160,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     source = lists[0].name if lists else ", ".join(sorted({path.name for path in metadata}))
     source = source or ("the .txt beside each picture" if beside else "the names of the pictures")
     print(f"captions are read from {source}")
-    without, first = [], {}  # first: by its resolved path, the name of a picture that lies there several times
+    without, first = [], {}  # first: by resolved path, the first name of a picture that is there more than once
     for name in sorted(names | listed.keys()):  # convert reports those that are listed but missing
         path = args.images / name
         if lists or metadata:
@@ -182,7 +182,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """MSR-VTT: one row for each video, with all its captions."""
+    """MSR-VTT: one row per video, with all its captions."""
     splits, shown = {"train": "train", "validate": "val", "test": "test"}, {}
     for place, entry in entries(args.annotations, "videos"):
         with at(place):
@@ -191,7 +191,7 @@ def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
         with at(place):
             name = take(entry, "video_id")
             if name not in shown:
-                raise ValueError(f"video_id is {name!r}: expected the one of a video in the list")
+                raise ValueError(f"video_id is {name!r}: expected that of a video in the list")
             shown[name][2].extend(not_blank([take(entry, "caption")], left_out))
     for name, (place, split, captions) in shown.items():
         if captions:
@@ -201,8 +201,8 @@ def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def lsmdc(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """LSMDC: one row for each line, clip, four times and sentence, with tabs between. A clip lies in its film's folder,
-    whose name is that of the clip without its last part."""
+    """LSMDC: one row per line of clip, four times and sentence, separated by tabs. A clip is in the folder of its film,
+    whose name is the clip's without the last part."""
     for place, line in lines_of(args.annotations):
         with at(place):
             clip, *times, sentence = line.rstrip("\r\n").split("\t")
@@ -215,7 +215,7 @@ def lsmdc(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def is_junk(path: Path) -> bool:
-    """Whether a path, from the folder of the pictures on, is what a system or an editor leaves: ._x.png, __MACOSX."""
+    """Whether a path, relative to the folder of pictures, is left by a system or an editor: ._x.png, __MACOSX."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
@@ -228,10 +228,10 @@ SPLIT_FOLDERS = {
 
 
 def read_metadata(path: Path, images: Path, column: str) -> dict[str, list[str]]:
-    """The captions of each picture, from metadata.jsonl or metadata.csv in the form of Hugging Face's image folders.
+    """The captions of each picture, from metadata.jsonl or metadata.csv in the format of Hugging Face's image folders.
 
-    Each entry has file_name, which counts from the folder of the file, and the caption, or a list, in a column of the
-    given name; without one, in "text" or "caption".
+    Each entry has file_name, relative to the folder of the file, and a caption or a list of captions in the given
+    column, by default in "text" or "caption".
     """
     if path.suffix == ".parquet":
         raise ValueError(f"{path} is a Parquet file, which is not read here: save it as metadata.jsonl beside it")
@@ -248,7 +248,7 @@ def read_metadata(path: Path, images: Path, column: str) -> dict[str, list[str]]
 
 
 def csv_entries(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, entry) of the lines of a CSV file with a header."""
+    """(place, entry) for each line of a CSV file with a header."""
     with open(path, encoding="utf-8-sig", newline="") as file, at(str(path)):
         reader = csv.DictReader(file)
         for entry in reader:
@@ -262,10 +262,10 @@ def caption_in_name(name: str) -> list[str]:
 
 
 def conceptual_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """Conceptual Captions 3M (caption<Tab>url) and 12M (url<Tab>caption): one row for each line.
+    """Conceptual Captions 3M (caption<Tab>url) and 12M (url<Tab>caption): one row per line.
 
-    img2dataset names a picture by the number of its line, counted from 0 after the header caption<Tab>url that it
-    needs, in folders ("shards") of 10,000.
+    img2dataset names a picture by its line number, counted from 0 after the header caption<Tab>url that it requires, in
+    folders ("shards") of 10,000.
     """
     number = -1
     for place, line in lines_of(args.annotations):
@@ -288,7 +288,7 @@ def conceptual_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def questions_of(args: argparse.Namespace, pattern: str) -> dict[int, tuple[str, int, dict]]:
-    """VQA v2's questions: question_id -> where it stands, the picture's number, the row without answers"""
+    """The questions of VQA v2: question_id -> its place, the picture's number, the row without answers"""
     asked = {}
     for place, entry in entries(args.questions, "questions"):
         with at(place):
@@ -308,7 +308,7 @@ def vqa_test(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def vqa(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """VQA v2: one row for each question. eval.py reports each "type" of answer (yes/no, number, other)."""
+    """VQA v2: one row per question. eval.py reports results by "type" of answer (yes/no, number, other)."""
     same_split = f"expected {args.questions} and {args.annotations} to be of the same split"
     asked = questions_of(args, "COCO_{split}2014_{id:012d}.jpg")
     for place, entry in entries(args.annotations, "annotations"):
@@ -333,12 +333,12 @@ def vqa(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def scores(answers: list[str]) -> dict[str, float]:
-    """The official score of each answer: min(1, others who agree / 3), the mean over leaving each annotator out.
+    """The official score of each answer: min(1, agreeing annotators / 3), averaged over leaving out one annotator.
 
-    differs: the official evaluation normalises what a program says, of the annotators' answers only the punctuation,
-    and not even that where all ten are equal to the letter. Here both are normalised alike, so that an answer has the
-    same name in every row; of the published annotations, which are in lower case already, the scores are the same.
-    Of more or fewer than ten annotators the shares count as if ten had answered: min(1, 10 share / 3).
+    differs: the official evaluation fully normalises predictions, but only the punctuation of the annotators' answers,
+    and not even that if all ten are identical. Here both are normalised alike, so that an answer has the same spelling
+    in every row; for the published annotations, which are already in lower case, the scores are the same. With more or
+    fewer than ten annotators, shares count as if ten had answered: min(1, 10 * share / 3).
     """
     counts, n = Counter(filter(None, map(normalise, answers))), len(answers)
     if n != 10:
@@ -354,9 +354,9 @@ TRUTH = {"true": True, "True": True, "false": False, "False": False}
 
 
 def nlvr(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """Cornell NLVR: --orders rows for each entry, whose six pictures show the same three boxes in six orders.
+    """Cornell NLVR: --orders rows per entry, whose six pictures show the same three boxes in six orders.
 
-    A group holds the pictures, up to four, that one sentence was written for; consistency is counted over it.
+    A group consists of the pictures, up to four, that one sentence was written for; consistency is per group.
     """
     for place, entry in json_lines(args.annotations):
         with at(place):
@@ -368,7 +368,7 @@ def nlvr(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def nlvr2(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """NLVR2: one row for each entry, of two photographs. A group holds the pairs that one sentence is about."""
+    """NLVR2: one row per entry, with two photographs. A group consists of the pairs that share a sentence."""
     for place, entry in json_lines(args.annotations):
         with at(place):
             split, images, pair, sentence = parts_of(entry, "split-set-pair-sentence")
@@ -387,7 +387,7 @@ def parts_of(entry: dict, form: str) -> list[str]:
 
 
 def snli_ve(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """SNLI-VE: one row for each hypothesis about a photograph of Flickr30k. Releases spell its key in two ways."""
+    """SNLI-VE: one row per hypothesis about a Flickr30k photograph, whose key releases spell in two ways."""
     for place, entry in json_lines(args.annotations):
         with at(place):
             if take(entry, "gold_label") == "-":
@@ -400,9 +400,9 @@ def snli_ve(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def refcoco(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """RefCOCO, RefCOCO+, RefCOCOg: one row for each sentence, with the box of the instance that it refers to.
+    """RefCOCO, RefCOCO+, RefCOCOg: one row per sentence, with the box of the instance that it refers to.
 
-    The proposals are the boxes of all instances that are annotated in the picture.
+    The proposals are the boxes of all annotated instances in the picture.
     """
     pictures, boxes, splits = {}, {}, {split: split for split in ("train", "val", "test", "testA", "testB")}
     for place, entry in entries(args.instances, "images"):
@@ -431,10 +431,10 @@ def refcoco(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def clip(box: list, width: int, height: int) -> list[float] | None:
-    """The part of a box [x, y, width, height] inside its picture, None if there is none.
+    """The part of a box [x, y, width, height] inside its picture; None if there is none.
 
-    COCO's boxes reach over the border by rounding. Rounding to hundredths of a pixel, the precision of COCO, keeps the
-    sum x + width from exceeding the picture by a floating-point error.
+    Some COCO boxes extend beyond the border through rounding. Rounding to hundredths of a pixel, COCO's precision,
+    keeps x + width from exceeding the picture by a floating-point error.
     """
     if len(box) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
         raise ValueError(f"bbox is {box}: expected [x, y, width, height]")
@@ -445,7 +445,7 @@ def clip(box: list, width: int, height: int) -> list[float] | None:
 
 # ---------------------------------------------------------------------------------------------- any task, as in ALBEF
 
-ALBEF = {  # of each task the keys of an entry and their types
+ALBEF = {  # for each task, the keys of an entry and their types
     "pairs": {"image": str, "caption": object},
     "vqa": {"image": str, "question": str, "answer": object},
     "reasoning": {"images": list, "sentence": str, "label": str},
@@ -455,12 +455,12 @@ ALBEF = {  # of each task the keys of an entry and their types
 
 
 def albef(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """JSON lists in the form of ALBEF, for every task: one row for each entry.
+    """JSON lists in the format of ALBEF, for every task: one row per entry.
 
-    Ten answers are scored as VQA scores them; of fewer, each is worth its share. Lists for grounding hold no boxes:
-    they can be trained on, not evaluated with.
+    Ten answers are scored as in VQA; otherwise each answer is worth its share. Lists for grounding have no boxes: they
+    serve for training, not for evaluation.
     """
-    top = args.strip.rstrip("/") + "/"  # a whole folder: "coco" is no beginning of coco2/a.jpg
+    top = args.strip.rstrip("/") + "/"  # whole folder names only: "coco" does not match coco2/a.jpg
     for place, entry in entries(args.annotations):
         with at(place):
             row = {key: take(entry, key, kind) for key, kind in ALBEF[args.task].items()}
@@ -497,7 +497,7 @@ KINDS = {str: "a text", int: "a whole number", list: "a list", object: "a value"
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Put the place of an entry in front of the message of a ValueError."""
+    """Prefix the message of a ValueError with the place of an entry."""
     try:
         yield
     except (ValueError, csv.Error) as fault:
@@ -505,9 +505,9 @@ def at(place: str) -> Iterator[None]:
 
 
 def take(entry: Any, key: str, kind: type | dict = str) -> Any:
-    """The value of a key that an entry must have. A text loses the white space around it.
+    """The value of a required key. Text is stripped of surrounding white space.
 
-    Args:    kind   the type of the value, or a dict whose keys are the texts allowed, and whose values are returned
+    Args:    kind   the type of the value, or a dict whose keys are the allowed texts and whose values are returned
     """
     expected = ", ".join(kind) if isinstance(kind, dict) else KINDS[kind]
     if not isinstance(entry, dict):
@@ -521,14 +521,14 @@ def take(entry: Any, key: str, kind: type | dict = str) -> Any:
 
 
 def not_blank(texts: list[str], left_out: Counter) -> list[str]:
-    """The texts that are not blank; official files hold a few that are."""
+    """The texts that are not blank; official files contain a few that are."""
     texts = [text.strip() for text in texts]
     left_out["blank texts"] += texts.count("")
     return [text for text in texts if text]
 
 
 def fill(pattern: str, values: dict[str, Any]) -> str:
-    """The name of a picture: a pattern, such as {id:012d}.jpg, filled with values."""
+    """The name of a picture: a pattern such as {id:012d}.jpg, filled with values."""
     try:
         if any(re.search(r"\d{4}", field) for field in re.findall(r"\{[^}]*\}", pattern)):
             raise ValueError("a width of thousands")  # which would be written out
@@ -538,12 +538,12 @@ def fill(pattern: str, values: dict[str, Any]) -> str:
 
 
 def entries(path: Path, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(place, entry) of a list: the whole document, or what it holds under a key. A place: "a.json: images[17]".
+    """(place, entry) of a list: the whole document, or the value of a key. A place: "a.json: images[17]".
 
-    Documents are read whole; docs/data.md says how much memory the official ones take.
+    Documents are read into memory as a whole; docs/data.md says how much the official ones take.
     """
     try:
-        if path.suffix in (".p", ".pkl", ".pickle"):  # Python 2 wrote the official ones, with byte strings for texts
+        if path.suffix in (".p", ".pkl", ".pickle"):  # the official ones are from Python 2, with byte strings
             with open(path, "rb") as file:
                 document = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
         else:
@@ -557,7 +557,7 @@ def entries(path: Path, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts, lists and dicts, and refuses everything that it would have to import and call."""
+    """Reads numbers, texts, lists and dicts, and refuses anything that would have to be imported and called."""
 
     def find_class(self, module: str, name: str):
         raise ValueError(f"it asks to run {module}.{name}, but a pickle of plain lists was expected")
@@ -570,14 +570,14 @@ MISSING = "rows whose picture is missing"
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write the rows of a data set, and print how many there are, what was left out, and what else is in the folder.
+    """Write the rows of a data set; print how many there are, what was left out, and what else is in the folder.
 
-    Raises:  ValueError for an entry of another form, a picture that is missing (unless args.skip_missing), no rows, or
-             without args.force a file that is there
+    Raises:  ValueError for an entry in another format, a missing picture (unless args.skip_missing), no rows, or an
+             existing file (unless args.force)
     """
     schema = "phrases" if args.converter is albef and args.task == "grounding" else args.task  # without boxes
     schema = "questions" if args.converter is vqa_test else schema  # without answers
-    # Resolved first: behind a symbolic link, ".." leads elsewhere than the path says.
+    # Resolved first: after a symbolic link, ".." does not lead where the path suggests.
     root = Path(os.path.relpath(args.images.resolve(), args.out.resolve())).as_posix()
     written, left_out, pictures, missing = Counter(), Counter(), set(), {}  # missing: a dict, to keep their order
     run = " ".join([args.command, args.task, *([args.split] if "split" in args else [])])
@@ -643,14 +643,14 @@ OPTIONS = {
     "--refs": {"type": Path, "required": True, "help": 'the pickle, such as "refs(unc).p"; no code in it runs'},
     "--instances": {"type": Path, "required": True, "help": "instances.json of the same release"},
     "--splits": {"type": Path, "help": "folder of Flickr_8k.trainImages.txt, .devImages.txt and .testImages.txt"},
-    "--split": {"choices": SPLITS, "default": "train", "help": "what the file holds (%(default)s)"},
-    "--pattern": {"help": "other names of pictures: cc knows {row}, {shard}, {name} (of the url), vqa {id}, {split}"},
-    "--orders": {"type": int, "choices": range(1, 7), "default": 1, "help": "pictures of each entry (%(default)s)"},
+    "--split": {"choices": SPLITS, "default": "train", "help": "split that the file holds (%(default)s)"},
+    "--pattern": {"help": "pattern of picture names; cc: {row}, {shard}, {name} (from the url); vqa: {id}, {split}"},
+    "--orders": {"type": int, "choices": range(1, 7), "default": 1, "help": "pictures per entry (%(default)s)"},
     "--task": {"choices": tuple(ALBEF), "required": True, "help": "what the list is for"},
     "--column": {"default": "", "help": 'column of metadata that holds the caption ("text" or "caption")'},
-    "--val-share": {"type": float, "default": 0.0, "help": "share of the pictures to keep apart as val (%(default)s)"},
+    "--val-share": {"type": float, "default": 0.0, "help": "share of the pictures held out as val (%(default)s)"},
     "--frames": {"type": int, "default": 16, "help": "pictures to take from each video file (%(default)s)"},
-    "--strip": {"default": "", "help": "beginning of the paths in the file, which --images stands for"},
+    "--strip": {"default": "", "help": "leading part of the paths in the file, which --images replaces"},
 }
 ONE = ("--annotations",)
 # command: (converter, task, help, options); the task of ALBEF's lists is an option
@@ -665,8 +665,8 @@ COMMANDS = {
         "captions.txt or Flickr8k.token.txt; Kaggle's results.csv of Flickr30k",
         (*ONE, "--splits"),
     ),
-    "msrvtt": (msrvtt, "pairs", "MSR-VTT: train_val_videodatainfo.json or its like of test", (*ONE, "--frames")),
-    "lsmdc": (lsmdc, "pairs", "LSMDC: LSMDC16_annos_training.csv and its siblings", (*ONE, "--split", "--frames")),
+    "msrvtt": (msrvtt, "pairs", "MSR-VTT: train_val_videodatainfo.json or the test file", (*ONE, "--frames")),
+    "lsmdc": (lsmdc, "pairs", "LSMDC: LSMDC16_annos_training.csv and other splits", (*ONE, "--split", "--frames")),
     "cc": (conceptual_captions, "pairs", "Conceptual Captions 3M and 12M", (*ONE, "--split", "--pattern")),
     "vqa": (vqa, "vqa", "VQA v2 with its answers", ("--questions", *ONE, "--split", "--pattern")),
     "vqa-test": (vqa_test, "vqa", "VQA v2's test questions, without answers", ("--questions", "--split", "--pattern")),
@@ -674,7 +674,7 @@ COMMANDS = {
     "nlvr2": (nlvr2, "reasoning", "NLVR2", (*ONE, "--split")),
     "snli-ve": (snli_ve, "entailment", "SNLI-VE", (*ONE, "--split")),
     "refcoco": (refcoco, "grounding", "RefCOCO, RefCOCO+, RefCOCOg", ("--refs", "--instances")),
-    "albef": (albef, "", "JSON lists in the form of ALBEF", (*ONE, "--task", "--split", "--strip")),
+    "albef": (albef, "", "JSON lists in the format of ALBEF", (*ONE, "--task", "--split", "--strip")),
 }
 
 
@@ -703,7 +703,7 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # a user's mistake ends with a sentence, not with a traceback
+    except (ValueError, OSError) as error:  # user errors end with one sentence, not with a traceback
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,18 +1,18 @@
-"""A page to look at: what a checkpoint finds, where it looks, what it recovers, how it learned. One HTML file.
+"""An HTML report on a checkpoint: what it retrieves, where it looks, what it recovers, how it learned. One file.
 
     python -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
 
-The file needs no server and no network: pictures, figures and maps are inside it, and page.html, the template, draws
+The file needs no server and no network: pictures, figures and maps are inside it, and the template page.html draws
 them. Its five parts:
 
-    gallery     retrieval both ways by eval.retrieval, as many wrong answers as right ones where there are enough
-    words       for each word of a caption a heat map by hiding, see explain.py
-    recovered   what the student says of hidden patches, as the patches of other pictures whose teacher feature is
-                nearest to it (MAMO only: others do not predict features)
+    gallery     retrieval in both directions by eval.retrieval, half right and half wrong answers if there are enough
+    words       for each word of a caption, a heat map made by hiding parts of the picture, see explain.py
+    recovered   what the student predicts at hidden patches, shown as the patches of other pictures whose teacher
+                features are nearest to it (MAMO only: other objectives do not predict features)
     curves      log.csv beside the checkpoint, each loss with the level of a model that knows nothing
-    results     this gallery's recalls, and what results.json beside the checkpoint holds, beside chance
+    results     recalls on this gallery, and what results.json beside the checkpoint holds, compared with chance
 
-How to read it: `describe` calls the parts in this order, and each is a plain dictionary that page.html reads.
+How to read it: `describe` calls the parts in this order; each returns a plain dictionary that page.html reads.
 """
 
 import argparse
@@ -42,21 +42,21 @@ from tokenizer import CHUNK, Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DIRECTIONS = ("image_to_text", "text_to_image")
-SHOWN = 4  # answers of a query on the page, of the ten best that are known
-MOSAICS = 6  # pictures of which the page shows what was recovered
-PATCHES = 65_536  # patches of the data that may stand for a hidden one, which bounds the memory
-LONG_SIDE = 320  # pixels of a photograph on the page
-DRAWING = 128  # a picture of at most so many pixels a side stays exact, as PNG
-PICTURE_BYTES = 40_000  # of a photograph, so that 50 of them stay below 3 MB as text
+SHOWN = 4  # answers per query on the page, from the ten best that are known
+MOSAICS = 6  # pictures for which the page shows what was recovered
+PATCHES = 65_536  # most patches of the data that may replace a hidden one, to bound the memory
+LONG_SIDE = 320  # of a photograph on the page, in pixels
+DRAWING = 128  # pictures up to this many pixels a side are kept exact, as PNG
+PICTURE_BYTES = 40_000  # most bytes of a photograph, so that 50 of them stay below 3 MB as text
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def embed(picture: Image.Image) -> dict:
-    """A picture as the page holds it -> {"src": data URI, "width", "height" in pixels, "crisp": drawn in squares}
+    """A picture for the page -> {"src": data URI, "width", "height" in pixels, "crisp": draw pixels as squares}
 
-    A small drawing stays as it is; a photograph is made small, and coarser until it is light enough.
+    A small drawing stays as it is; a photograph is scaled down, and compressed until it is small enough.
     """
     width, height = picture.size
     file, crisp = io.BytesIO(), max(picture.size) <= DRAWING
@@ -76,19 +76,19 @@ def embed(picture: Image.Image) -> dict:
 
 
 def text_of(raw: bytes) -> str:
-    """Bytes as text that JSON can hold."""
+    """Bytes as base64 text, for JSON."""
     return base64.b64encode(raw).decode("ascii")
 
 
 class Album:
-    """The pictures of the page, each embedded once, under the number by which the page calls it."""
+    """The pictures of the page, each embedded once and referred to by its number."""
 
     def __init__(self, captions: dict[str, list[str]], frames: int):
-        """frames: that the model sees of a video, which is one strip of them, so that a map can lie over it"""
+        """frames: how many the model sees of a video, shown as one strip, so that a map can cover it"""
         self.captions, self.frames, self.numbers, self.pictures = captions, frames, {}, []
 
     def number(self, path: str) -> int:
-        """The number of a picture, which is embedded when it is first asked for."""
+        """The number of a picture, which is embedded on first use."""
         if path not in self.numbers:
             self.numbers[path] = len(self.pictures)
             self.pictures.append(embed(shown(path, self.frames, apart=False)) | {"alt": "; ".join(self.captions[path])})
@@ -99,7 +99,7 @@ class Album:
 
 
 def words_of(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[tuple[str, list[int]]]:
-    """The words of a text as they are written, each with the rows of its tokens; no row where it is not read."""
+    """The words of a text as they are written, each with the rows of its tokens; no rows if it is cut off."""
     words, start = [], 1  # row 0 is [CLS]
     for chunk in CHUNK.findall(text):
         stop = start + len(tokenizer.tokenize(chunk))
@@ -109,22 +109,22 @@ def words_of(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[tuple[str
 
 
 def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], how: How, device) -> list[Tensor]:
-    """By hiding, of each pair (picture's path, text) -> (words that are read + 1, n); the last row is the whole text.
+    """Maps by hiding, for each pair (picture's path, text) -> (words that are read + 1, n); the last row: whole text.
 
-    A model that has no head for words has a map of whole texts alone.
+    A model without a head for words only has maps of whole texts.
     """
     maps = {}
     model.eval()
     for path, text in sorted(set(pairs)):
-        if path not in maps:  # a picture's views are made once, for all its texts
+        if path not in maps:  # the views of a picture are made once, for all its texts
             views, maps[path] = hidden_views(model, pixels_of(path, model.config).to(device), how), {}
         maps[path][text] = maps_of_words(model, tokenizer, *views, text)
     return [maps[path][text] for path, text in pairs]
 
 
 def maps_of_words(model, tokenizer: Tokenizer, views: Tensor, masks: tuple[Tensor, Tensor], text: str) -> Tensor:
-    """By hiding, of a text and a picture's views and masks, see hidden_views -> (words that are read + 1, n), as
-    word_maps."""
+    """Maps by hiding, for a text and a picture's views and masks (see hidden_views) -> (words that are read + 1, n), as
+    in word_maps."""
     longest = model.config.max_tokens
     ids = tokenizer.encode(text, longest)
     words = words_of(tokenizer, text, longest) if model.config.w_mlm > 0 else []
@@ -142,7 +142,7 @@ def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tup
 
 
 def packed(maps: Tensor, grid: tuple[int, int]) -> str:
-    """Maps (words + 1, n) as bytes, each on a scale of its own; of a video the frames side by side."""
+    """Maps (words + 1, n) as bytes, each with its own scale; for a video, with the frames side by side."""
     maps = rearrange(maps, "w (f y x) -> w (y f x)", y=grid[0], x=grid[1])
     levels = maps / maps.amax(dim=1, keepdim=True).clamp(min=1e-12)
     return text_of((255 * levels).round().byte().numpy().tobytes())
@@ -152,13 +152,13 @@ def packed(maps: Tensor, grid: tuple[int, int]) -> str:
 
 
 def spaced(items: list, count: int) -> list:
-    """Up to so many of the items, evenly spread over them."""
+    """Up to `count` of the items, evenly spaced."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]
 
 
 def choose(queries: list[dict], count: int) -> list[dict]:
-    """Queries that were answered right and wrong in turn, as many of both where there are enough."""
+    """Queries with right and wrong answers in turn, as many of both if there are enough."""
     right, wrong = ([one for one in queries if one["right"] is good] for good in (True, False))
     few = min(len(wrong), max(count // 2, count - len(right)))
     turns = itertools.zip_longest(spaced(right, count - few), spaced(wrong, few))
@@ -166,7 +166,7 @@ def choose(queries: list[dict], count: int) -> list[dict]:
 
 
 def answers_to(query: str, found: list[str], right: set[str], direction: str) -> list[dict]:
-    """The first of the ten best answers, and the best right one if it is not among them; its place may be unknown."""
+    """The first few of the ten best answers, plus the best right one if it is not among them; its rank may be None."""
     answers = [{"name": name, "place": place} for place, name in enumerate(found)]
     best = next((one for one in answers if one["name"] in right), {"name": min(right), "place": None})
     shown = answers[:SHOWN] if best in answers[:SHOWN] else [*answers[:SHOWN], best]
@@ -178,9 +178,9 @@ def answers_to(query: str, found: list[str], right: set[str], direction: str) ->
 
 
 def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) -> dict[str, list[dict]]:
-    """By direction the queries to show; together they show at most so many pictures, which are put into the album.
+    """By direction, the queries to show; together they show at most `pictures` pictures, which are added to the album.
 
-    Args:    lists   what eval.retrieval took up: the ten best of each query, re-ranked behind those of contrast
+    Args:    lists   as filled by eval.retrieval: the ten best of each query by contrast, then re-ranked
     Returns: {direction: [{"right": whether the first answer is, "answers": [{"path", "text", "right", "place"}]}]}
     """
     (right, names), way = right_answers(rows, lists), lists[-1]["way"]
@@ -204,10 +204,10 @@ def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) 
 
 
 def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, how: How, device) -> None:
-    """Give each answer "contrast", its cosine; "matching", its probability, None behind the k best, which matching does
-    not order; and "maps", see packed, None without matching."""
+    """Give each answer "contrast", its cosine; "matching", its probability (None beyond the k best, which matching does
+    not re-rank); and "maps", see packed (None without matching)."""
     pairs = [(answer["path"], answer["text"]) for answer in answers]
-    shown = [{"image": path, "caption": text} for path, text in pairs]  # not the whole gallery once more
+    shown = [{"image": path, "caption": text} for path, text in pairs]  # without encoding the whole gallery again
     images, texts, encoded = encode_rows(model, tokenizer, shown, device, captions_of)
     i, t = (torch.tensor(places) for places in zip(*((images[path], texts[text]) for path, text in pairs), strict=True))
     cosines = (encoded.image_embed[i] * encoded.text_embed[t]).sum(dim=1).tolist()
@@ -221,7 +221,7 @@ def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, how: How, de
 
 
 def number(value: float | None) -> float | None:
-    """A number that JSON knows, or None."""
+    """A number rounded for JSON; None if it is not finite."""
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
@@ -229,7 +229,7 @@ def number(value: float | None) -> float | None:
 
 
 def why_nothing_recovered(model) -> str:
-    """Why a model cannot be asked what it recovers; empty if it can."""
+    """Why a model cannot show what it recovers; empty if it can."""
     if not hasattr(model, "mim_head"):
         return (
             "Nothing to show: this checkpoint has no head that predicts the features of hidden patches. Only MAMO's "
@@ -242,16 +242,16 @@ def why_nothing_recovered(model) -> str:
 
 @torch.no_grad()
 def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], shown: int, device) -> dict:
-    """What the student predicts at hidden patches of pictures, beside what their teacher features are.
+    """What the student predicts at hidden patches of pictures, compared with the teacher's features there.
 
     Args:    paths, captions   distinct pictures, each with a right caption; the first `shown` of them become mosaics
     Returns: {"ratio", "pictures", "cosines": [[of what, mean cosine with the teacher's own feature]],
-             "items": [{"hidden": patches, "mosaic": the picture with each hidden patch from another picture}]}
+             "items": [{"hidden": patches, "mosaic": the picture with hidden patches from other pictures}]}
     """
     config, count = model.config, len(paths)
     noise = torch.rand(count, config.num_patches, generator=torch.Generator().manual_seed(0))
     index, patch_mask = model.mask_image(noise)
-    pixels = torch.stack([to_pixels(path, config.image_size) for path in paths])  # bytes
+    pixels = torch.stack([to_pixels(path, config.image_size) for path in paths])  # uint8
     predicted, misled, target = [], [], []
     for start in range(0, count, 50):
         some = slice(start, start + 50)
@@ -264,7 +264,7 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
             said.append(model.mim_head(at(fused, 1 + index[some].to(device))).float().cpu())
         target.append(normalised(model.teacher.image(images)[:, 1:]).cpu())
     predicted, misled, target = map(torch.cat, (predicted, misled, target))
-    mean_there = (target.sum(dim=0) - target) / (count - 1)  # (b, n, d), of all other pictures, patch by patch
+    mean_there = (target.sum(dim=0) - target) / (count - 1)  # (b, n, d), over all other pictures, patch by patch
     candidates = {
         "the student's prediction, with the right caption": predicted,
         "the student's prediction, with another picture's caption": misled,
@@ -285,15 +285,15 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
 
 
 def nearest(predicted: Tensor, target: Tensor, own: int) -> Tensor:
-    """predicted (m, d), target (b, n, d) -> (m,): the patch, counted through all pictures but one's own, that is
-    nearest by cosine."""
+    """predicted (m, d), target (b, n, d) -> (m,): the nearest patch by cosine, numbered over all pictures, from any
+    picture but `own`."""
     likeness = torch.einsum("md,bnd->mbn", F.normalize(predicted, dim=-1), F.normalize(target, dim=-1))
     likeness[:, own] = -math.inf
     return likeness.flatten(1).argmax(dim=1)
 
 
 def picture_of(patches: Tensor, config) -> Image.Image:
-    """patches (n, 3 * patch_size ** 2) of bytes, as patchify gives them -> the picture"""
+    """patches (n, 3 * patch_size ** 2) of uint8, as patchify returns them -> the picture"""
     rows, p = config.grid[0], config.patch_size
     return Image.fromarray(rearrange(patches, "(y x) (c p q) -> (y p) (x q) c", y=rows, p=p, q=p).numpy())
 
@@ -302,7 +302,7 @@ def picture_of(patches: Tensor, config) -> Image.Image:
 
 
 def curves(log: Path, chance: dict[str, float]) -> list[dict]:
-    """log.csv's losses and validation -> [{"name", "chance": level or None, "points": [[step, value], ...]}, ...]"""
+    """Losses and val scores of log.csv -> [{"name", "chance": level or None, "points": [[step, value], ...]}, ...]"""
     if not log.is_file():
         return []
     with open(log, newline="", encoding="utf-8") as file:
@@ -318,13 +318,13 @@ def curves(log: Path, chance: dict[str, float]) -> list[dict]:
 
 
 def val_paths(train: dict) -> list[Path]:
-    """The files that a run of pre-training evaluated on; none where they are gone."""
+    """The validation files of a pre-training run; none if they are gone."""
     paths = [Path(path) for path in train["val"]] or [Path(train["data"][0]).with_name("pairs_val.jsonl")]
     return [] if "task" in train or not all(path.is_file() for path in paths) else paths
 
 
 def val_chance(tokenizer: Tokenizer, longest: int, train: dict) -> dict[str, float]:
-    """The random baseline of retrieval on val, under the names that the log has."""
+    """The random baseline of retrieval on val, under the names used in the log."""
     if not (paths := val_paths(train)):
         return {}
     rows, _ = one_name(sample_of(read_rows(paths, "pairs"), 1000, "val"), tokenizer, longest)  # as train.py samples it
@@ -338,7 +338,7 @@ def val_chance(tokenizer: Tokenizer, longest: int, train: dict) -> dict[str, flo
 
 
 def recall_table(title: str, result: dict) -> dict:
-    """Recalls of eval.retrieval as a table, with their intervals."""
+    """The recalls of eval.retrieval as a table, with their confidence intervals."""
     rows = []
     for direction in DIRECTIONS:
         for way in ("contrast", "matching", "chance"):
@@ -352,19 +352,19 @@ def recall_table(title: str, result: dict) -> dict:
 
 
 def interval(low_high: list[float] | None) -> str:
-    """The interval behind a figure, or nothing."""
+    """The interval in parentheses, or nothing."""
     return f" ({low_high[0]:.1f} to {low_high[1]:.1f})" if low_high else ""
 
 
 def foil_table(title: str, result: dict) -> dict:
-    """Accuracies of eval.foils as a table; chance is 50 %."""
+    """The accuracies of eval.foils as a table; chance is 50 %."""
     ways = [way for way in ("contrast", "matching") if result[way]]
     rows = [[kind, *(f"{result[way][kind]:.1f}" for way in ways), "50.0", str(n)] for kind, n in result["n"].items()]
     return {"title": f"{title}: the caption beats its foil", "head": ["in %", *ways, "chance", "n"], "rows": rows}
 
 
 def grounding_table(title: str, result: dict) -> dict:
-    """Figures of metrics.judge_grounding as a table."""
+    """The results of metrics.judge_grounding as a table."""
     rows = [
         [name, f"{one['value']:.1f}{interval([one['low'], one['high']])}", f"{one['chance']:.1f}", str(one["n"])]
         for name, one in result.items()
@@ -375,11 +375,11 @@ def grounding_table(title: str, result: dict) -> dict:
 
 
 def tables(result: dict, data: str, kept: Path) -> list[dict]:
-    """This gallery's recalls, then what results.json holds of retrieval, foils and grounding."""
+    """The recalls on this gallery, then the results on retrieval, foils and grounding in results.json."""
     found = [recall_table(f"this page, {data}", result)]
     for name, one in (json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}).items():
         if "images" in one and one["contrast"] == result["contrast"]:
-            continue  # the same gallery, which stands above
+            continue  # the same gallery, already shown above
         if "images" in one:
             found.append(recall_table(name, one))
         elif "contrast" in one:
@@ -406,14 +406,14 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
     lists, how = [], How(passes=options.passes)
     result = retrieval(model, tokenizer, rows, device, lists=lists)
     album, frames = Album(captions, config.frames), config.frames if is_video(rows[0]["image"]) else 1
-    grid = config.grid[0], frames * config.grid[1]  # of a strip of frames
+    grid = config.grid[0], frames * config.grid[1]  # for a strip of frames
     chosen = galleries(rows, lists, album, options.pictures)
     answers = [answer for queries in chosen.values() for query in queries for answer in query["answers"]]
     score(model, tokenizer, answers, result["k"], how, device)
     first = list(dict.fromkeys(answer["path"] for query in chosen["image_to_text"] for answer in query["answers"]))
     for answer in answers:
-        answer["picture"] = album.number(answer.pop("path"))  # the page knows pictures by their numbers
-    mapped = config.w_itm > 0 and config.w_mlm > 0  # without a head for words only whole texts have a map
+        answer["picture"] = album.number(answer.pop("path"))  # the page refers to pictures by number
+    mapped = config.w_itm > 0 and config.w_mlm > 0  # without a head for words, only whole texts have maps
     words = {
         text: words_of(tokenizer, text, config.max_tokens) for text in sorted({answer["text"] for answer in answers})
     }
@@ -433,7 +433,7 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
 
 
 def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], album: Album, device) -> dict:
-    """What `recover` says of some of the gallery's pictures, or {"why": nothing can be shown}."""
+    """What `recover` returns for some of the gallery's pictures, or {"why": reason} if nothing can be shown."""
     if why := why_nothing_recovered(model) or "Nothing to show: only pictures are put together." * is_video(first[0]):
         return {"why": why}
     room, others = max(PATCHES // model.config.num_patches, 2), [path for path in captions if path not in first]
@@ -448,7 +448,7 @@ def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict
     """What the checkpoint is, in words."""
     config, (rows, columns) = model.config, model.config.grid
     (height, width), task = config.image_size, state.get("head", {}).get("task")
-    seen = ", which it was trained on, so this is memory" if data.split() == state["train"]["data"] else ""
+    seen = ", which it was trained on, so it tests memory" if data.split() == state["train"]["data"] else ""
     millions = sum(part.numel() for name, part in model.named_parameters() if not name.startswith("teacher.")) / 1e6
     return {
         "objective": f"{task}, fine-tuned" if task else state["objective"],
@@ -463,13 +463,13 @@ def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict
 
 
 def page_of(report: dict) -> str:
-    """The template with the report in it."""
+    """The template filled with the report."""
     return filled(TEMPLATE, report)
 
 
 def filled(template: Path, content: dict) -> str:
-    """A template with the style and the script that all pages share, and its content as JSON, in which no < can end
-    the script."""
+    """A template with the style and script that all pages share, and its content as JSON, with < escaped so that it
+    cannot end the script."""
     page = template.read_text(encoding="utf-8")
     for mark, name in (("PAGES_STYLE", "pages.css"), ("PAGES_SCRIPT", "pages.js")):
         page = page.replace(mark, template.with_name(name).read_text(encoding="utf-8"))
@@ -478,30 +478,30 @@ def filled(template: Path, content: dict) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line; the fields that only eval.py's commands have are set for load_for."""
+    """Parse the command line; fields that only eval.py's commands have are set for load_for."""
     parser = runtime.Parser(
         prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs to search among")
-    parser.add_argument("--pictures", type=int, default=50, help="most pictures on the page")
+    parser.add_argument("--pictures", type=int, default=50, help="maximum number of pictures on the page")
     parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
-    parser.add_argument("--out", type=Path, help="HTML file to write; without: report.html beside the checkpoint")
+    parser.add_argument("--out", type=Path, help="HTML file to write (default: report.html beside the checkpoint)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.set_defaults(command="retrieval", **UNASKED)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Load a checkpoint, look at it, write the page."""
+    """Load a checkpoint, evaluate it, write the page."""
     options = parse()
     device = runtime.pick_device(options.device)
     model, tokenizer = load_for(options, device)
-    state = runtime.load_checkpoint(options.checkpoint)  # for what it says of its training
+    state = runtime.load_checkpoint(options.checkpoint)  # for what it says about its training
     out = options.out or options.checkpoint.parent / "report.html"
     page = page_of(describe(model, tokenizer, state, options, device))
     runtime.write_beside(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    print(f"a page to look at, {out.stat().st_size / 1e6:.2f} MB: open {out} in a browser")
+    print(f"report written, {out.stat().st_size / 1e6:.2f} MB: open {out} in a browser")
 
 
 if __name__ == "__main__":

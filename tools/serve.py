@@ -1,12 +1,12 @@
-"""A page to try a checkpoint: a picture and a text, both scores, a map for each word, the nearest of a gallery.
+"""A page to try a checkpoint: a picture and a text, both scores, a map for each word, nearest matches in a gallery.
 
     python -m tools.serve --checkpoint weights/demo.pt --data data/scenes/pairs_test.jsonl
 
-Then open the address that is printed. It is for one person at one machine: it listens on the loopback only, answers
-nothing that another site asks through the browser, and looks at one picture at a time. What is dropped on the page is
-decoded in memory and never written; file names are not read.
+Then open the printed address. It is for one person on one machine: it listens on the loopback interface only, refuses
+requests that other sites make through the browser, and processes one picture at a time. Files dropped on the page are
+decoded in memory and never written; their names are not sent.
 
-How to read it: `Looker.look` is what the page asks for, `Handler` is how it asks.
+How to read it: `Looker.look` computes what the page shows, `Handler` serves its requests.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from tokenizer import Tokenizer
 from tools.report import embed, filled, maps_of_words, number, packed, words_of
 
 TEMPLATE = Path(__file__).with_name("serve.html")
-LONGEST = 1000  # letters of a text
+LONGEST = 1000  # most characters of a text
 MOST_BYTES = 30 * 2**20  # of a request
-MOST_PIXELS = 50_000_000  # of a picture, which takes 150 MB once it is decoded
-GALLERY = 5000  # pictures at most
-NEAREST = 5  # pictures and captions that are shown
-OFFERED = 8  # pictures of the gallery to begin with
-RERANKED = 32  # candidates that matching orders too
+MOST_PIXELS = 50_000_000  # of a picture, which takes 150 MB when decoded
+GALLERY = 5000  # most pictures
+NEAREST = 5  # nearest pictures and captions that are shown
+OFFERED = 8  # pictures of the gallery that are offered at the start
+RERANKED = 32  # candidates that matching re-ranks
 
 
 class Looker:
-    """A checkpoint and a gallery, encoded once; looks at one picture at a time."""
+    """A checkpoint and a gallery, encoded once; processes one picture at a time."""
 
     def __init__(self, model, tokenizer: Tokenizer, rows: list[dict], device: torch.device, how: How):
         self.model, self.tokenizer, self.device, self.how = model.eval(), tokenizer, device, how
@@ -53,7 +53,7 @@ class Looker:
         self.captions = {row["image"]: captions_of(row)[0] for row in reversed(rows)}
 
     def about(self, checkpoint: Path) -> dict:
-        """What the page says before anything is asked."""
+        """What the page shows before the first request."""
         offered = self.encoded.images[:OFFERED] if self.encoded else []
         sizes = {"pictures": len(self.encoded.images), "captions": len(self.encoded.texts)} if self.encoded else {}
         return {
@@ -72,7 +72,7 @@ class Looker:
         return embed(load_image(name)) | {"number": number, "caption": self.captions[name]}
 
     def picture(self, asked: dict) -> Image.Image:
-        """The picture that is asked about. Raises ValueError, in one sentence, for one that is none"""
+        """The picture of a request. Raises ValueError, in one sentence, if it is missing or cannot be read."""
         if "number" in asked:
             if type(asked["number"]) is not int or not self.encoded or not 0 <= asked["number"] < len(self.captions):
                 raise ValueError(f"there is no picture {asked['number']!r:.50} in the gallery")
@@ -80,13 +80,13 @@ class Looker:
         try:
             raw = base64.b64decode(asked["picture"], validate=True)
         except (LookupError, TypeError, ValueError, binascii.Error) as error:
-            raise ValueError("a picture is missing: drop one, or choose one of the gallery") from error
+            raise ValueError("a picture is missing: drop one, or choose one from the gallery") from error
         try:
             with Image.open(io.BytesIO(raw), formats=FORMATS) as file:
                 size = file.size
                 if size[0] * size[1] <= MOST_PIXELS:
                     return to_rgb(file)
-        except Exception as error:  # Pillow raises many kinds for broken files
+        except Exception as error:  # Pillow raises many kinds of exceptions for broken files
             raise ValueError("this file cannot be read as a picture: give a JPEG, a PNG or a WebP") from error
         raise ValueError(
             f"a picture of {size[0]} x {size[1]} pixels is larger than the {MOST_PIXELS // 10**6} million that this "
@@ -95,19 +95,19 @@ class Looker:
 
     @torch.inference_mode()
     def look(self, asked: dict) -> dict:
-        """What the page shows of a picture and a text.
+        """What the page shows for a picture and a text.
 
-        Args:    asked   {"text", and "picture": the bytes of a file in base64, or "number": of the gallery}
+        Args:    asked   {"text", and "picture": the bytes of a file in base64, or "number": in the gallery}
         Returns: {"picture", "words": [[word, whether it has a map]], "maps", "contrast", "matching", "unknown": words,
                  "captions": [{"text", "contrast", "matching"}], "pictures": [{...}]}; see report.py for maps
-        Raises:  ValueError, in one sentence, for what cannot be looked at
+        Raises:  ValueError, in one sentence, for a request that cannot be answered
         """
         text = asked.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ValueError("a text is missing: say what the picture might show")
         if len(text) > LONGEST:
             raise ValueError(f"the text has {len(text):,} letters: give at most {LONGEST:,}")
-        text.encode("utf-8")  # half a surrogate pair raises a ValueError
+        text.encode("utf-8")  # an unpaired surrogate raises a ValueError
         picture, model, config = self.picture(asked), self.model, self.model.config
         words = words_of(self.tokenizer, text, config.max_tokens)
         with self.lock:
@@ -116,7 +116,7 @@ class Looker:
             image, read = model.encode_image(pixels[None]), model.encode_text(ids, mask)
             embeds = model.embed_image(image).cpu(), model.embed_text(read).cpu()
             own = Encoded([""], [text], image.cpu(), read.cpu(), mask.cpu(), *embeds)
-            maps, each = None, config.w_itm > 0 and config.w_mlm > 0  # else only the whole text has a map
+            maps, each = None, config.w_itm > 0 and config.w_mlm > 0  # otherwise only the whole text has a map
             if config.w_itm > 0:
                 views = hidden_views(model, pixels, self.how)
                 maps = packed(maps_of_words(model, self.tokenizer, *views, text), config.grid)
@@ -138,7 +138,7 @@ class Looker:
         }
 
     def scored(self, own: Encoded, gallery: Encoded, direction: str) -> list[dict]:
-        """The gallery for one's own picture or text, best first, as retrieval ranks: [{"place", "contrast",
+        """The gallery ranked for the user's picture or text, best first, as in retrieval -> [{"place", "contrast",
         "matching"}]"""
         to_text, model = direction == "image_to_text", self.model
         cosines = own.image_embed @ gallery.text_embed.T if to_text else own.text_embed @ gallery.image_embed.T
@@ -159,9 +159,9 @@ class Looker:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, POST /look asks. Everything else is refused."""
+    """GET / returns the page, POST /look answers a request. Everything else is refused."""
 
-    timeout = 30  # seconds that a request may be silent
+    timeout = 30  # seconds without data after which a request ends
     server_version = "mamo"
 
     def __init__(self, looker: Looker, page: bytes, *given):
@@ -169,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*given)
 
     def answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
-        """Send one whole answer."""
+        """Send one complete response."""
         self.send_response(status)
         for name, value in (
             ("Content-Type", f"{kind}; charset=utf-8"),
@@ -184,19 +184,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def refuse(self, status: int, sentence: str) -> None:
-        """Say in one sentence why not; what is left of the request is not read."""
+        """Refuse with a reason in one sentence; the rest of the request is not read."""
         self.close_connection = True
         self.answer(status, json.dumps({"error": sentence}).encode())
 
     def is_ours(self) -> bool:
-        """Whether the page itself asks, and not another site through the same browser, whatever name it gave itself."""
+        """Whether the page itself asks, and not another site in the same browser, whatever name that site uses."""
         port = self.server.server_address[1]
         ours = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
         origin = self.headers.get("Origin")
         return self.headers.get("Host") in ours and (origin is None or origin.removeprefix("http://") in ours)
 
     def do_GET(self) -> None:
-        """The page."""
+        """Serve the page."""
         if not self.is_ours():
             self.refuse(403, "this page answers its own address only")
         elif self.path != "/":
@@ -205,12 +205,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, self.page, "text/html")
 
     def do_POST(self) -> None:
-        """What the page asks."""
+        """Answer a request of the page."""
         length = self.headers.get("Content-Length", "")
         if not self.is_ours():
             self.refuse(403, "this page answers its own address only")
         elif self.path != "/look":
-            self.refuse(404, "only /look is asked")
+            self.refuse(404, "only /look takes requests")
         elif not length.isascii() or not length.isdecimal():
             self.refuse(411, "the length of the request is missing")
         elif int(length[:20]) > MOST_BYTES:
@@ -219,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 asked = json.loads(self.rfile.read(int(length)))
                 if not isinstance(asked, dict):
-                    raise ValueError("a request holds a text and a picture")
+                    raise ValueError("a request must hold a text and a picture")
                 found = self.looker.look(asked)
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
                 self.refuse(400, "the request is not JSON")
@@ -229,15 +229,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(200, json.dumps(found).encode())
 
     def log_message(self, form: str, *given) -> None:
-        """Nothing for what went well."""
+        """Do not log successful requests."""
 
     def log_error(self, form: str, *given) -> None:
-        """What went wrong, without the letters that would steer a terminal."""
+        """Log errors, without characters that could control a terminal."""
         print((form % given).encode("unicode_escape").decode(), file=sys.stderr)
 
 
 def make_server(looker: Looker, checkpoint: Path, port: int) -> ThreadingHTTPServer:
-    """A server that is not running yet; port 0 = any free one. Raises ValueError for a port that is taken"""
+    """A server that is not yet running; port 0 = any free one. Raises ValueError for a port that is taken."""
     page = filled(TEMPLATE, looker.about(checkpoint)).encode()
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, looker, page))
@@ -246,13 +246,13 @@ def make_server(looker: Looker, checkpoint: Path, port: int) -> ThreadingHTTPSer
 
 
 def parse() -> argparse.Namespace:
-    """The command line; the fields that only eval.py's commands have are set for load_for."""
+    """Parse the command line; fields that only eval.py's commands have are set for load_for."""
     parser = runtime.Parser(
         prog="python -m tools.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt of train.py, or weights/demo.pt")
     parser.add_argument("--data", nargs="+", default=[], help="JSONL files of pairs, the gallery to search")
-    parser.add_argument("--port", type=int, default=8000, help="port of the loopback (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port on the loopback interface (%(default)s)")
     parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.set_defaults(command="search", **UNASKED)

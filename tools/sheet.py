@@ -1,4 +1,4 @@
-"""Sheets to look at, as PNG: pictures beside what was found or answered, right in green and wrong in red."""
+"""Contact sheets as PNG: pictures beside what was found or answered, correct in green and wrong in red."""
 
 import textwrap
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from data import is_video, pictures_of, shown
 from explain import Heat, save_png
 from metrics import fits, points_into, right_answers, right_label, score_answers, text_of
 
-RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # beside + and -, so that a sheet does not rest on colour alone
+RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # along with + and -, so that a sheet does not rely on colour alone
 GAP, LINE = 12, 22  # pixels
 
 
 @dataclass
 class Cell:
-    """A part of a sheet: pictures side by side, and to their right lines of text, each with its colour."""
+    """A cell of a sheet: pictures side by side, and to their right lines of text, each with its colour."""
 
     pictures: list[Image.Image]
     lines: list[tuple[str, str]]
 
 
 def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600, title: str = "") -> None:
-    """Cells row by row, each so many pixels wide, below a title."""
+    """Draw cells row by row, each `width` pixels wide, below a title."""
     pen_font = ImageFont.load_default(size=15)
     height = max(picture.height for cell in cells for picture in cell.pictures) + GAP
     top = GAP + (LINE + GAP if title else 0)
@@ -43,7 +43,7 @@ def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600
 
 
 def thumbnail(path: str, side: int = 128) -> Image.Image:
-    """A picture in its own proportions, its longer side so many pixels; of a video a strip of frames, so many high."""
+    """A picture scaled to `side` pixels along its longer side; for a video, a strip of frames, `side` pixels high."""
     picture = shown(path)
     side = side if not is_video(path) else side * picture.width // picture.height
     return ImageOps.contain(
@@ -52,23 +52,23 @@ def thumbnail(path: str, side: int = 128) -> Image.Image:
 
 
 def some_of(items: list, count: int) -> list:
-    """So many of the items, from all over them."""
+    """`count` of the items, spread over all of them."""
     return items[:: max(len(items) // count, 1)][:count]
 
 
 def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
-    """Each picture beside itself with its map over it; of a video, all frames with their maps."""
+    """Each picture without and with its heat map; for a video, all frames with their maps."""
     panels = [panel for heat in heats for panel in (heat.picture, heat.image())]
     line += "   larger = hotter"
     draw_sheet([Cell(panels, [])], path, width=sum(panel.width + GAP for panel in panels), title=line)
 
 
 def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int = 8, best: int = 5) -> None:
-    """Some pictures of a gallery beside the captions ranked first, re-ranked where there is matching; where no right
-    one is among them, the right one below."""
+    """Some pictures of a gallery beside their top captions, re-ranked if there is matching; if none of these is
+    correct, a correct one below."""
     right, names = right_answers(rows, lists)
     picture, text = names["image_to_text"]
-    way = lists[-1]["way"]  # matching comes behind contrast
+    way = lists[-1]["way"]  # matching comes after contrast
     ranked = {one["query"]: one["found"] for one in lists if one["way"] == way and one["direction"] == "image_to_text"}
     cells = []
     for image in some_of(list(ranked), pictures):
@@ -81,7 +81,7 @@ def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int =
 
 
 def draw_found(text: str, found: list[dict], path: Path) -> None:
-    """The pictures that were found for a text, best first, row by row, with their scores. found: see eval.search"""
+    """The pictures found for a text, best first, row by row, with their scores. found: see eval.search"""
     cells = []
     for place, one in enumerate(found, 1):
         scores = [f"{way} {one[way]:.2f}" for way in ("contrast", "matching") if one[way] is not None]
@@ -90,10 +90,10 @@ def draw_found(text: str, found: list[dict], path: Path) -> None:
 
 
 def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Path, each: int = 6) -> None:
-    """Right answers on the left, wrong ones on the right, with picture, text, answer and what would have been right.
+    """Correct answers on the left, wrong ones on the right, with picture, text, answer and the correct answer.
 
-    Of grounding the right box is drawn in green, and inside it or elsewhere the proposal, or else the box, in red; the
-    point is a dot.
+    For grounding, correct boxes are drawn in green, the chosen proposal, or else the predicted box, in red; the point
+    is a dot.
     """
     cells = {True: [], False: []}
     for row, prediction in zip(rows, predictions, strict=True):
@@ -120,14 +120,14 @@ def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Pa
 
 
 def hit(row: dict, prediction: dict) -> bool:
-    """Whether the chosen proposal, or without proposals the point, is right."""
+    """Whether the chosen proposal, or without proposals the point, is correct."""
     if "proposals" in row:
         return fits(prediction.get("proposal"), row["boxes"])
     return points_into(prediction.get("point"), row["boxes"])
 
 
 def with_boxes(path: str, row: dict, prediction: dict) -> Image.Image:
-    """A thumbnail, of grounding with its boxes and the point."""
+    """A thumbnail; for grounding, with its boxes and the point."""
     small = thumbnail(path)
     scale, pen = small.width / shown(path).width, ImageDraw.Draw(small)
     chosen = prediction.get("proposal") or prediction.get("box")

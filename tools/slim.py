@@ -1,9 +1,9 @@
-"""A checkpoint to hand on: the weights of a run in half precision, its vocabulary and options, and no optimiser.
+"""A checkpoint to share: the weights of a run in half precision, its vocabulary and options, without the optimiser.
 
     python -m tools.slim runs/demo/checkpoint.pt --out weights/demo.pt
 
-It is a quarter to a sixth as large. Everything that loads a checkpoint loads it, evaluation and fine-tuning too; only
---resume refuses it, because the state of the optimiser is gone. Scores change in the fourth digit.
+The file is four to six times smaller. Everything that loads checkpoints loads it, including evaluation and fine-tuning;
+only --resume refuses it, because the optimiser state is gone. Scores change in the fourth digit.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import torch
 
 import runtime
 
-LEFT_OUT = ("optimizer", "scaler", "meter", "best")  # what only a run that goes on needs
+LEFT_OUT = ("optimizer", "scaler", "meter", "best")  # needed only to resume a run
 
 
 def slim(state: dict) -> dict:
-    """The content of a checkpoint as it is handed on. Raises ValueError for weights too large for half precision"""
+    """The content of the checkpoint to share. Raises ValueError for weights too large for half precision."""
     kept = {name: value for name, value in state.items() if name not in LEFT_OUT}
     weights = {name: value.half() if value.is_floating_point() else value for name, value in state["model"].items()}
     runtime.check_finite(weights, "in half precision", "cannot be handed on in it")
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     options = parser.parse_args()
     if options.out.resolve() == options.checkpoint.resolve():
-        raise ValueError(f"{options.out} is the run's own checkpoint: give another --out, or the run cannot go on")
+        raise ValueError(f"{options.out} is the run's own checkpoint: give another --out, or the run cannot be resumed")
     state = slim(runtime.load_checkpoint(options.checkpoint))
     runtime.write_beside(options.out, lambda temporary: torch.save(state, temporary))
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, step {state['step']} of {state['objective']}")

@@ -1,17 +1,17 @@
-"""One step, line by line, on one page: left the source that ran, right what each line made of a batch.
+"""One training step, line by line, on one page: left the source that ran, right what each line computed for a batch.
 
     python -m tools.trace --checkpoint weights/demo.pt --out trace.html
-    python -m tools.trace --steps 0 150 500 --variants all --out trace.html         a short run of its own, and others
+    python -m tools.trace --steps 0 150 500 --variants all --out trace.html         a short run, and variants of it
     python -m tools.trace --steps 0 300 --train="--objective glscl" --out glscl.html        with options of train.py
 
 The page shows the forward pass of the model's objective and every function of mamo.py and siblings/ that it calls, in
-the order of their first call: which values each line assigned, and beside some lines pictures of them: hidden patches
-and words, the cosines of the batch with the negatives that were drawn, which numbers a loss compares at a patch, what
-was recovered, the losses beside those of a model that knows nothing, and the norms of the gradients. A slider moves
-through the steps of the run, a switch through the variants. The page cannot go stale: it holds the source that ran.
+the order of their first calls: the values that each line assigned and, for some functions, pictures of them: hidden
+patches and words, the cosines of the batch with the drawn negatives, the numbers that a loss compares at a patch, what
+was recovered, the losses compared with those of a model that knows nothing, and gradient norms. A slider selects the
+step of the run, a switch the variant. The page cannot become outdated: it contains the source that ran.
 
-How to read it: `Recorder` watches a call through Python's own hook for debuggers, and no line of the model is changed
-for it; `snapshot` makes a step with it; `pictured` is what stands beside some lines.
+How to read it: `Recorder` watches a call through Python's hook for debuggers, so no line of the model is changed for
+it; `snapshot` records a step with it; `pictured` makes the pictures.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from world import scenes
 TEMPLATE = Path(__file__).with_name("trace.html")
 ROOT = Path(mamo.__file__).parent
 FOLLOWED = (mamo.__file__, *map(str, Path(siblings.__file__).parent.glob("*.py")))
-# Of these the page would learn nothing.
+# Functions that would not help a reader of the page.
 LEFT_OUT = (
     "require",
     "gather",
@@ -59,7 +59,7 @@ LEFT_OUT = (
 LEFT_OUT += ("VisionLanguageModel.temperature", "VisionLanguageModel.total", "MAMO.contrasts_parts", "global_mean")
 OBJECTIVE_NAMES = {cls.__name__ for cls, _ in siblings.OBJECTIVES.values()}
 SAMPLES = 4  # pairs of the batch that are shown
-CELLS = 32, 64  # most rows and columns of a tensor that are drawn
+CELLS = 32, 64  # most rows and columns that are drawn of a tensor
 VARIANTS = {
     "as it is": "",
     "MRM alone": "--w-itc 0 --w-itm 0 --w-mlm 0 --w-mim 0",
@@ -73,11 +73,11 @@ VARIANTS = {
 
 
 class Recorder:
-    """Around a call: what every line of the followed functions assigned, each function in its first call."""
+    """Records during a call what every line of the followed functions assigned, in each function's first call."""
 
     def __init__(self):
         self.functions: dict[types.CodeType, dict] = {}  # in the order of their first calls
-        self.locals: dict[str, dict] = {}  # by qualified name, what a function held when it returned
+        self.locals: dict[str, dict] = {}  # by qualified name, the local variables of a function when it returned
 
     def __enter__(self):
         self.before = sys.gettrace()
@@ -88,7 +88,7 @@ class Recorder:
         sys.settrace(self.before)
 
     def called(self, frame: types.FrameType, event: str, _) -> Callable | None:
-        """A function begins; what is given back watches its lines."""
+        """Called when a function begins; returns what watches its lines."""
         code = frame.f_code
         if event != "call" or code.co_filename not in FOLLOWED or not follows(code):
             return None
@@ -122,14 +122,14 @@ class Recorder:
 
 
 def follows(code: types.CodeType) -> bool:
-    """Whether the page shows a function: not comprehensions, not what only checks or looks up."""
+    """Whether the page shows a function: no comprehensions, and nothing that only checks or looks up."""
     owner = code.co_qualname.rpartition(".")[0]
     configures = owner.endswith("Config") or owner in ("MaskedWords", "View", "Fused")
     return not code.co_name.startswith(("<", "__")) and code.co_qualname not in LEFT_OUT and not configures
 
 
 def names_of(frame: types.FrameType) -> dict[str, tuple]:
-    """What a function holds, dicts by their keys: name -> (what changes when it is assigned anew, value)"""
+    """The local variables of a function, dicts by key: name -> (identity, which changes on assignment; value)"""
     found = {}
     for name, value in frame.f_locals.items():
         if name == "self":
@@ -142,12 +142,12 @@ def names_of(frame: types.FrameType) -> dict[str, tuple]:
 
 
 def merged(old: list, new: list) -> list:
-    """Values of a line that runs more than once: the last stay."""
+    """The values of a line that runs more than once: the last ones are kept."""
     return [*(one for one in old if one[0] not in {name for name, _ in new}), *new]
 
 
 def statements_of(code: types.CodeType) -> dict[int, int]:
-    """Line -> the last line of the statement that it belongs to, where its values are shown."""
+    """Line -> the last line of its statement, where the values are shown."""
     lines, first = inspect.getsourcelines(code)
     tree, shift, last = ast.parse(textwrap.dedent("".join(lines))), first - 1, {}
     for node in ast.walk(tree):
@@ -157,8 +157,8 @@ def statements_of(code: types.CodeType) -> dict[int, int]:
 
 
 def described(value, inside: bool = False) -> dict:
-    """A value for the page: a number, a tensor with its shape, statistics and first row, or a few words. What stands
-    inside another is not drawn: it was, where it was made."""
+    """A value for the page: a number, a tensor with its shape, statistics and first row, or a few words. Tensors inside
+    other values are not drawn: they were, where they were made."""
     if isinstance(value, Tensor):
         found = tensor(value.detach())
         return {name: part for name, part in found.items() if not (inside and name in ("map", "size", "most"))}
@@ -176,7 +176,7 @@ def described(value, inside: bool = False) -> dict:
 
 
 def tensor(value: Tensor) -> dict:
-    """Shape and statistics of a tensor, and its first row as bytes around zero: 127 is 0, 0 and 254 the largest."""
+    """Shape and statistics of a tensor, and its first row as bytes: 127 is zero, 0 and 254 the largest magnitude."""
     found = {"shape": list(value.shape), "kind": str(value.dtype).removeprefix("torch.")}
     if value.numel() == 1:
         return found | {"value": number(value.float().item())}
@@ -206,7 +206,7 @@ def tensor(value: Tensor) -> dict:
 
 
 def pictured(model, recorder: Recorder, batch: dict, tokenizer: Tokenizer, losses: dict, chance: dict) -> dict:
-    """What stands beside the end of some functions, by their qualified names: a list of {"kind", ...}."""
+    """What is shown below some functions, by their qualified names: lists of {"kind", ...}."""
     found, held = {}, recorder.locals
     forward = f"{type(model).__name__}.forward"
     mine = held[forward]
@@ -238,7 +238,7 @@ def pictured(model, recorder: Recorder, batch: dict, tokenizer: Tokenizer, losse
 
 
 def words_of_masked(batch: dict, words: MaskedWords, tokenizer: Tokenizer) -> list:
-    """Of each shown text its tokens as [what is read, what stood there, whether it is to be recovered]."""
+    """For each shown text, its tokens as [what is read, the original, whether it is to be recovered]."""
     rows = []
     for row in range(SAMPLES):
         chosen = set(words.index[row][words.valid[row]].tolist())
@@ -249,7 +249,7 @@ def words_of_masked(batch: dict, words: MaskedWords, tokenizer: Tokenizer) -> li
 
 
 def guesses(likely: Tensor, words: MaskedWords, tokenizer: Tokenizer) -> list:
-    """likely (b, m, v) -> for each shown text, each masked word with the three likeliest [word, probability]"""
+    """likely (b, m, v) -> for each masked word of the shown texts, the three most likely [word, probability]"""
     rows = []
     for row in range(SAMPLES):
         for slot in words.valid[row].nonzero().flatten().tolist():
@@ -265,7 +265,7 @@ def guesses(likely: Tensor, words: MaskedWords, tokenizer: Tokenizer) -> list:
 
 @torch.no_grad()
 def comparisons(model, held: dict) -> dict[str, dict]:
-    """By loss: what it compares at the hidden patches of the shown pictures, one's own and the target, (s, m, d)."""
+    """By loss: what it compares at the hidden patches of the shown pictures, prediction and target, (s, m, d)."""
     found = {}
 
     def put(name: str, ours: Tensor, target: Tensor, what: str, source: str) -> None:
@@ -297,14 +297,14 @@ def comparisons(model, held: dict) -> dict[str, dict]:
             target = mine.get("target", mine.get("pixels"))
             target = target if name == "MaskVLM.loss_mim" else normalised(target)
             source = "ImageEncoder.forward" if name == "VLMAE.loss_ifr" else "patchify"
-            put(name, mine["predicted"], target, "what is predicted, and what is there", source)
+            put(name, mine["predicted"], target, "the prediction, and the target", source)
     return found
 
 
 @torch.no_grad()
 def recovered(model, held: dict, batch: dict, hidden: Tensor | None) -> list[dict]:
-    """The shown pictures, put together again: pixels as they are predicted; of features the nearest patch of another
-    picture of the batch, see tools/report.py."""
+    """The shown pictures, reassembled: pixels as predicted; for features, the nearest patch of another picture of the
+    batch, see tools/report.py."""
     config, images = model.config, batch["images"]
     names = {name.rpartition(".")[2]: name for name in held}
     loss = names.get("loss_mim", names.get("loss_rmim"))
@@ -332,8 +332,8 @@ def recovered(model, held: dict, batch: dict, hidden: Tensor | None) -> list[dic
 
 
 def snapshot(model, batch: dict, tokenizer: Tokenizer) -> tuple[dict, dict]:
-    """One step of a copy of the model, watched -> what the page shows of it, and the functions {code: source}."""
-    model.watch = {}  # of the last step, with what it was computed from
+    """Record one step of a copy of the model -> what the page shows of it, and the functions {qualified name: code}."""
+    model.watch = {}  # drop the values of the last step, which hold its graph
     model = copy.deepcopy(model).train()
     chance = model.chance(len(batch["images"]))
     with Recorder() as recorder:
@@ -351,7 +351,7 @@ def snapshot(model, batch: dict, tokenizer: Tokenizer) -> tuple[dict, dict]:
 
 
 def gradients(model) -> list:
-    """[part, norm of its gradient, number of parameters], of the encoders block by block"""
+    """[part, gradient norm, number of parameters], block by block for the encoders"""
     groups: dict[str, list] = {}
     for name, parameter in model.named_parameters():
         if not name.startswith("teacher."):
@@ -366,31 +366,31 @@ def gradients(model) -> list:
 
 
 def source_of(code: types.CodeType) -> dict:
-    """A function as it stands in its file."""
+    """The source of a function, as in its file."""
     lines, first = inspect.getsourcelines(code)
     return {"file": Path(code.co_filename).relative_to(ROOT).as_posix(), "first": first,
             "lines": [line.rstrip("\n") for line in lines]}  # fmt: skip
 
 
 def order_of(functions: dict[str, dict], forward: str) -> list[str]:
-    """The functions as the page shows them: the forward pass, then losses, then the rest as they were called first."""
+    """The functions in the order of the page: the forward pass, losses, then the rest in the order of first calls."""
     losses = [name for name in functions if name.rpartition(".")[2].startswith(("loss_", "contrast", "teach"))]
     return [forward, *losses, *(name for name in functions if name != forward and name not in losses)]
 
 
 def variant(name: str, options: argparse.Namespace, out: str) -> "train.Run":
-    """A run that has not begun. Raises ValueError for options that train.py refuses"""
+    """A run that has not begun. Raises ValueError for options that train.py refuses."""
     given = shlex.split(f"{options.train} {VARIANTS[name]}")
     steps = max(max(options.steps), 1)
     run = train.start(*train.parse(["--data", *options.data, *given, "--steps", str(steps), "--out", out]))
     if name == "no stop-gradient":
-        run.model.teacher = run.model.student  # whose gradient teach, without its torch.no_grad, lets through
+        run.model.teacher = run.model.student  # teach, without its torch.no_grad, passes gradients to it
         run.model.teach = types.MethodType(MAMO.teach.__wrapped__, run.model)
     return run
 
 
 def watched_runs(options: argparse.Namespace, texts: tuple[list, list]) -> tuple[list[dict], dict, Tokenizer, Config]:
-    """Short runs, one for each variant -> snapshots with "step" and "variant", the functions, tokenizer, config"""
+    """Make short runs, one per variant -> snapshots with "step" and "variant", the functions, tokenizer, config"""
     shots, functions = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for place, name in enumerate(options.variants):
@@ -407,7 +407,7 @@ def watched_runs(options: argparse.Namespace, texts: tuple[list, list]) -> tuple
 
 
 def page_of(shots: list[dict], functions: dict, batch: dict, texts: list[str], config: Config, about: str) -> str:
-    """The page."""
+    """The page as HTML."""
     pixels = ((batch["images"][:SAMPLES] + 1) * 127.5).round().clamp(0, 255).byte()
     pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
     sources = {name: source_of(code) for name, code in functions.items()}
@@ -426,7 +426,7 @@ def page_of(shots: list[dict], functions: dict, batch: dict, texts: list[str], c
 
 
 def own_world() -> list[str]:
-    """A few pictures of the built-in world, made anew in a folder that stays until the program ends."""
+    """A few pictures of the built-in world, drawn into a folder that is deleted when the program ends."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     arguments = ["--out", folder, "--train", "640", "--val", "20", "--test", "20"]
@@ -435,18 +435,18 @@ def own_world() -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = runtime.Parser(
         prog="python -m tools.trace", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", type=Path, help="a run's checkpoint.pt, or weights/demo.pt; without: short runs"
+        "--checkpoint", type=Path, help="checkpoint.pt of a run, or weights/demo.pt; default: short runs"
     )
-    parser.add_argument("--data", nargs="+", help="JSONL files of pairs; without: a few pictures of the built-in world")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 150, 500], help="of short runs, where to look")
-    of = f"of short runs of MAMO: all, or some of {', '.join(VARIANTS)}"
+    parser.add_argument("--data", nargs="+", help="JSONL files of pairs; default: a few pictures of the built-in world")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 150, 500], help="steps of short runs to show")
+    of = f"variants of short runs of MAMO: all, or some of {', '.join(VARIANTS)}"
     parser.add_argument("--variants", nargs="+", default=["as it is"], metavar="NAME", help=of)
-    parser.add_argument("--train", default="", help="further options of train.py for short runs, as one text")
+    parser.add_argument("--train", default="", help="more options of train.py for short runs, as one string")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of the batch that is traced (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("trace.html"), help="page to write")
     options = parser.parse_args()
@@ -472,7 +472,7 @@ def main() -> None:
     if options.checkpoint:
         model, tokenizer, state = load_model(options.checkpoint, torch.device("cpu"))
         if "head" in state:
-            raise ValueError(f"{options.checkpoint} is of fine-tuning: give a checkpoint of train.py")
+            raise ValueError(f"{options.checkpoint} is from fine-tuning: give a checkpoint of train.py")
         batch = make_batch(*texts, model.config, tokenizer)
         shot, functions = snapshot(model, batch, tokenizer)
         shots, config = [{"variant": "as it is", "step": state.get("step", 0)} | shot], model.config
@@ -480,9 +480,7 @@ def main() -> None:
     else:
         shots, functions, tokenizer, config = watched_runs(options, texts)
         batch = make_batch(*texts, config, tokenizer)
-        about = (
-            f"short runs, {options.train or 'the preset nano'}, on {len(rows)} of the pairs that are traced and more"
-        )
+        about = f"short runs, {options.train or 'the preset nano'}; the traced batch has {len(rows)} pairs"
     page = page_of(shots, functions, batch, texts[1], config, about)
     runtime.write_beside(options.out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     print(f"{options.out}, {options.out.stat().st_size / 1e6:.2f} MB: open it in a browser")

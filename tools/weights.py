@@ -1,4 +1,4 @@
-"""Published encoders: convert a file that is on this disk, then start from it with train.py --init.
+"""Published encoders: convert a file on disk, then start from it with train.py --init.
 
     python -m tools.weights deit_small_patch16_224.pth --out image.pt
     python -m tools.weights MiniLM/model.safetensors --out text.pt        with tokenizer.json and config.json beside it
@@ -6,16 +6,16 @@
 
 It reads ViTs with timm's names (timm, DeiT, MAE, DINO), CLIP's image encoder (OpenAI's file, or with Hugging Face's
 names) and BERTs with Hugging Face's names (BERT, MiniLM); .pth, .pt, .bin and .safetensors. Nothing is downloaded, and
-no file can run code while it is read. What comes out holds plain tensors under the names of mamo.py:
+no file can run code while it is read. The output holds plain tensors under the names of mamo.py:
 
-    image   patches, class token, positions, blocks, norms; CLIP's projection becomes ITC's where the width is the same
-    text    words, positions, norm, layers, the head of MLM if there is one, and the vocabulary
+    image   patch embedding, class token, positions, blocks, norms; CLIP's projection becomes ITC's if the widths match
+    text    word embeddings, positions, norm, layers, the MLM head if there is one, and the vocabulary
 
-`take` puts them into a model: the lower layers of a BERT into the text encoder, those that follow into the fusion
-encoder. Pixels are in [-1, 1] here; the mean and deviation that a ViT was trained with go into its patch embedding.
+`take` loads them into a model: the lower layers of a BERT into the text encoder, the next ones into the fusion encoder.
+Pixels are in [-1, 1] here; the mean and deviation that a ViT was trained with are folded into its patch embedding.
 
-differs: positions are interpolated as in ALBEF where the picture has another size; DINO's own code shifts the grid by a
-tenth of a patch. BERT's second token type is left out, because here a text has one.
+differs: positions are interpolated as in ALBEF if the picture size differs; DINO's own code shifts the grid by a tenth
+of a patch. BERT's second token type is dropped, because texts here have only one.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from mamo import ImageEncoder, VisionLanguageModel, move_teacher
 from tasks import resized
 from tokenizer import Tokenizer
 
-PIXELS = {  # mean and standard deviation by which a peer normalises values in [0, 1]
+PIXELS = {  # mean and standard deviation with which an encoder expects values in [0, 1] to be normalised
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # timm's "augreg" weights
 }
 
-# A peer's name, as a pattern -> ours; {0} is the number of the block. None: not part of the encoder, left out.
+# Published name, as a pattern -> our name; {0} is the block number. None: not part of the encoder, left out.
 IMAGE_NAMES = {
     r"patch_embed\.proj|conv1|embeddings\.patch_embedding": "patch_embedding",
     r"cls_token|class_embedding|embeddings\.class_embedding": "class_token",
@@ -83,19 +83,19 @@ TEXT_NAMES = {
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a published file by name, as fp32.
 
-    Raises:  ValueError, in one sentence, for a file that is damaged, holds more than tensors or is of something else
+    Raises:  ValueError, in one sentence, for a file that is damaged, holds more than tensors, or is something else
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give the weights of a published encoder, on this disk")
     try:
         if path.suffix == ".safetensors":
             state = read_safetensors(path)
-        elif is_script(path):  # OpenAI's CLIP; TorchScript holds no pickled code, and none of its own is run
+        elif is_script(path):  # OpenAI's CLIP; TorchScript has no pickled code, and its own is not run
             with warnings.catch_warnings(action="ignore"):  # it is deprecated
                 state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many kinds of exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} is damaged, or holds more than plain tensors ({reason}): download it again"
@@ -104,7 +104,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         inner = next((state[name] for name in ("model", "state_dict", "teacher") if name in state), None)
         if inner is None:
             break
-        state = inner  # DeiT and MAE put the weights under "model", a whole checkpoint of DINO under "teacher"
+        state = inner  # DeiT and MAE put the weights under "model", a full checkpoint of DINO under "teacher"
     tensors = (
         {name: value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     )
@@ -119,7 +119,7 @@ def is_script(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """A .safetensors file: the length of a header, the header in JSON, and the bytes of all tensors."""
+    """Read a .safetensors file: the length of the header, the header as JSON, and the bytes of all tensors."""
     kinds = {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -162,9 +162,9 @@ def read_vocabulary(path: Path) -> list[str]:
 
 
 def renamed(tensors: dict[str, Tensor], names: dict[str, str | None], path: Path) -> dict[str, Tensor]:
-    """Tensors under our names, query, key and value apart as Attention has them.
+    """Tensors under our names, with query, key and value split as in Attention.
 
-    Raises:  ValueError for a tensor that is not known: it would change what the encoder computes
+    Raises:  ValueError for an unknown tensor, since it would change what the encoder computes
     """
     found = {}
     for name, value in tensors.items():
@@ -195,7 +195,7 @@ def renamed(tensors: dict[str, Tensor], names: dict[str, str | None], path: Path
 
 
 def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str) -> dict:
-    """A ViT's tensors -> what `convert` saves of an image encoder."""
+    """The tensors of a ViT -> what `convert` saves for an image encoder"""
     if any("dist_token" in name for name in tensors):
         raise ValueError(
             f"{path} is a distilled DeiT, with two tokens before the patches: take one that is not distilled"
@@ -217,36 +217,38 @@ def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str)
     d, _, p, _ = kernel.shape
     mean, deviation = map(torch.tensor, PIXELS[pixels or ("clip" if clip else "imagenet")])
     bias = found.get("patch_embedding.bias", torch.zeros(d))
-    # Here a value x is in [-1, 1]; the peer saw ((x + 1) / 2 - mean) / deviation.
+    # Here a value x is in [-1, 1]; the encoder was trained on ((x + 1) / 2 - mean) / deviation.
     found["patch_embedding.bias"] = bias + (kernel * ((0.5 - mean) / deviation)[:, None, None]).sum(dim=(1, 2, 3))
     found["patch_embedding.weight"] = (kernel * (0.5 / deviation)[:, None, None]).reshape(d, -1)
     found["class_token"] = found["class_token"].flatten()
     found["positions"] = found.pop("positions.weight", found.get("positions")).reshape(-1, d)
-    if "projection" in found:  # OpenAI multiplies from the other side
+    if "projection" in found:  # OpenAI stores the transpose
         found["projection.weight"] = found.pop("projection").T.contiguous()
     side = round((len(found["positions"]) - 1) ** 0.5)
     if side**2 != len(found["positions"]) - 1:
-        raise ValueError(f"{path} has {len(found['positions']) - 1} patches, which is no square: its grid is not known")
+        raise ValueError(
+            f"{path} has {len(found['positions']) - 1} patches, not a square number: its grid is not known"
+        )
     if not heads and d % 64:
-        raise ValueError(f"{path} is {d} wide, and how many attention heads it has is not known: give --heads")
+        raise ValueError(f"{path} has width {d}, and its number of attention heads is not known: give --heads")
     fields = {"width": d, "heads": heads or d // 64, "patch_size": p, "clip_image": clip}
     return {"what": "image", "fields": fields, "grid": (side, side), "tensors": found}
 
 
 def has(found: dict[str, Tensor], name: str) -> bool:
-    """Whether there is a tensor of the name, or a table of it."""
+    """Whether there is a tensor of that name, or an embedding table."""
     return name in found or name + ".weight" in found
 
 
 def text_tower(tensors: dict[str, Tensor], path: Path, heads: int, vocab: Path | None) -> dict:
-    """A BERT's tensors -> what `convert` saves of a text encoder."""
+    """The tensors of a BERT -> what `convert` saves for a text encoder"""
     own = {name.removeprefix("bert."): value for name, value in tensors.items()}
     found = renamed(own, TEXT_NAMES, path)
     lacking = [name for name in ("words", "positions", "norm") if name + ".weight" not in found]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}: it is not a whole BERT")
     types = found.pop("types.weight", torch.zeros(1, found["words.weight"].shape[1]))
-    found["positions"] = found.pop("positions.weight") + types[0]  # a single text is of type 0 everywhere
+    found["positions"] = found.pop("positions.weight") + types[0]  # a single text has type 0 everywhere
     beside = [path.with_name(name) for name in ("vocab.txt", "tokenizer.json")]
     vocab = vocab or next((one for one in beside if one.is_file()), None)
     if vocab is None:
@@ -262,17 +264,15 @@ def text_tower(tensors: dict[str, Tensor], path: Path, heads: int, vocab: Path |
         if config.get("hidden_act", "gelu") != "gelu":
             raise ValueError(f"{path} was trained with {config['hidden_act']}, and the blocks here have a GELU")
     if not heads:
-        raise ValueError(
-            f"how many attention heads {path} has does not follow from it: give --heads (BERT-base, MiniLM: 12)"
-        )
+        raise ValueError(f"the number of attention heads of {path} is not known: give --heads (BERT-base, MiniLM: 12)")
     fields = {"width": found["words.weight"].shape[1], "text_heads": heads}
     return {"what": "text", "fields": fields, "vocab": words, "tensors": found}
 
 
 def convert(path: Path, out: Path, heads: int = 0, pixels: str = "", vocab: Path | None = None) -> str:
-    """Write a published encoder as a file for train.py --init. -> what it is, in one line
+    """Convert a published encoder to a file for train.py --init -> what it is, in one line
 
-    Args:    heads    attention heads, 0 = from config.json, or one for 64 of the width of a ViT
+    Args:    heads    attention heads, 0 = from config.json or, for a ViT, one per 64 of the width
              pixels   a key of PIXELS, "" = CLIP's for CLIP, else ImageNet's
              vocab    vocab.txt or tokenizer.json of a BERT, None = beside the file
     Raises:  ValueError, in one sentence, for a file that is not such an encoder
@@ -292,7 +292,7 @@ def convert(path: Path, out: Path, heads: int = 0, pixels: str = "", vocab: Path
 
 
 def depth_of(tensors: dict[str, Tensor]) -> int:
-    """How many blocks there are."""
+    """The number of blocks."""
     return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
 
 
@@ -300,9 +300,9 @@ def depth_of(tensors: dict[str, Tensor]) -> int:
 
 
 def load_tower(path: str | Path) -> dict:
-    """What `convert` wrote. Raises ValueError for another file."""
+    """Read what `convert` wrote. Raises ValueError for any other file."""
     try:
-        tower = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # who asks for words reads no tensor
+        tower = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # to read words alone
     except Exception as error:
         raise ValueError(f"{path} cannot be read: give a file that tools/weights.py wrote") from error
     if not isinstance(tower, dict) or not {"what", "fields", "tensors"} <= tower.keys():
@@ -311,7 +311,7 @@ def load_tower(path: str | Path) -> dict:
 
 
 def vocabulary(paths: list[str], given: str = "") -> list[str] | None:
-    """The words of the text encoder among some files, or None. Raises ValueError if other ones are given beside it."""
+    """The vocabulary of the text encoder among some files, or None. Raises ValueError if `given` is a different one."""
     words = next((tower["vocab"] for tower in map(load_tower, paths) if tower["what"] == "text"), None)
     if words and given and Tokenizer.from_file(given).vocab != words:
         raise ValueError(f"{given} is not the vocabulary of the text encoder in --init: leave --vocab out")
@@ -320,9 +320,9 @@ def vocabulary(paths: list[str], given: str = "") -> list[str] | None:
 
 @torch.no_grad()
 def take(model: VisionLanguageModel, paths: list[str]) -> str:
-    """Put converted encoders into a fresh model, and copy its teacher anew. -> what was taken and what stayed fresh
+    """Load converted encoders into a fresh model and copy its teacher again -> what was loaded and what stayed fresh
 
-    Raises:  ValueError for encoders of another shape, or two of one kind; then nothing has changed
+    Raises:  ValueError for encoders of another shape, or two of one kind; the model is then unchanged
     """
     towers, state, said, wanted = [load_tower(path) for path in paths], model.state_dict(), [], {}
     if len({tower["what"] for tower in towers}) < len(towers):
@@ -357,12 +357,12 @@ def part_of(name: str) -> str:
 
 
 def option(name: str, value) -> str:
-    """An option of train.py that makes the model fit."""
+    """The option of train.py that makes the model fit."""
     return name.replace("_", "-") if value is True else f"{name.replace('_', '-')} {value}, or another --preset"
 
 
 def place_image(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tensor], str]:
-    """An image encoder's tensors under the model's names, and a note."""
+    """The tensors of an image encoder under the model's names, and a note."""
     tensors, note = dict(tower["tensors"]), ""
     grid = model.config.grid
     if tuple(tower["grid"]) != grid:
@@ -378,7 +378,7 @@ def place_image(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tens
 
 
 def place_text(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tensor], str]:
-    """A text encoder's tensors under the model's names, and a note."""
+    """The tensors of a text encoder under the model's names, and a note."""
     config, tensors = model.config, dict(tower["tensors"])
     if config.max_tokens > len(tensors["positions"]):
         raise ValueError(
@@ -407,12 +407,12 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="published weights: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--out", type=Path, required=True, help="file to write, for train.py --init")
     parser.add_argument(
-        "--heads", type=int, default=0, help="attention heads; without: of a BERT from config.json beside it"
+        "--heads", type=int, default=0, help="attention heads; default, for a BERT: from config.json beside it"
     )
     parser.add_argument(
-        "--pixels", choices=PIXELS, default="", help="how pixels were normalised; without: imagenet, or clip"
+        "--pixels", choices=PIXELS, default="", help="how pixels were normalised; default: imagenet, for CLIP clip"
     )
-    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json; without: beside the file")
+    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json; default: the one beside the file")
     options = parser.parse_args()
     print(convert(options.file, options.out, options.heads, options.pixels, options.vocab))
 

@@ -1,1 +1,1 @@
-"""The built-in world: data to learn from without a download, and the one definition of what is true in it."""
+"""The built-in world: training data without a download, and the single definition of what is true in it."""

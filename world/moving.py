@@ -1,23 +1,23 @@
-"""The built-in world in motion: short videos in which time carries the meaning.
+"""The built-in world in motion: short videos whose meaning depends on time.
 
     python -m world.moving --out data/moving
 
-A *meaning* says what happens; `words(meaning)` tells it; `frames(meaning, seed)` draws it, 9 frames of 32 x 32 pixels.
-The files are those of the built-in world, with "video" in place of "image": pairs, foils and vqa of train, val, test.
+A *meaning* says what happens; `words(meaning)` puts it into words; `frames(meaning, seed)` draws it in 9 frames of
+32 x 32 pixels. The files are as in the built-in world, with "video" instead of "image": pairs, foils and vqa.
 
-Only time tells. `backwards(meaning)` is what happens when a video is played from its end, and it is drawn as the same
-frames in the other order. The foils of three kinds are the captions of such a video:
+Only time tells meanings apart. `backwards(meaning)` is what happens when a video is played in reverse; it is drawn as
+the same frames in reverse order. Three kinds of foils are captions of such a reversed video:
 
     direction   a red circle moves right                          a red circle moves left
     mover       a red circle moves up and a blue ring moves down  a blue ring moves up and a red circle moves down
     order       a red circle blinks, then a blue ring swells      a blue ring swells, then a red circle blinks
 
-So who sees all frames but not their order is right half of the time, and so is who sees the middle one alone. Of the
-other kinds, `path` (the two legs of a path exchanged) and `change` (grows for shrinks, appears for goes away, the
-colours of what changes its colour exchanged), no such thing is claimed.
+So a model that sees all frames but not their order is right half of the time, and so is one that sees only the middle
+frame. This is not claimed for the other kinds, `path` (the two legs of a path exchanged) and `change` (grows for
+shrinks, appears for goes away, or the two colours of a colour change exchanged).
 
-Training videos come in twins: one played backwards, or with the two objects exchanged. Whatever holds of captions and
-foils, holds of text alone: a caption is as likely as its foil.
+Training videos come in twins: a video and its reverse, or the same with the two objects exchanged. Text alone gives
+nothing away: a caption is as likely as its foil.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from world.shapes import COLOURS, PAPER, SHAPES, paint
 
 FRAMES, MIDDLE, EXTENT = 9, 4, 32
 THINGS = tuple(f"{colour} {shape}" for colour, shape in product(tuple(COLOURS)[:6], tuple(SHAPES)[:5]))
-STEPS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # in the picture, x to the right, y downwards
+STEPS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
 BACK = {"right": "left", "left": "right", "up": "down", "down": "up"}
 BACK |= {"grows": "shrinks", "shrinks": "grows", "appears": "goes away", "goes away": "appears"}
 ACTS = ("blinks", "swells", "hops")  # each looks the same backwards
@@ -45,7 +45,7 @@ ACTS = ("blinks", "swells", "hops")  # each looks the same backwards
 
 @dataclass(frozen=True)
 class Moves:
-    """A thing moves along a path of one leg or two."""
+    """A thing moves along a path of one or two legs."""
 
     thing: str
     path: tuple[str, ...]
@@ -53,16 +53,16 @@ class Moves:
 
 @dataclass(frozen=True)
 class Apart:
-    """Two things move against each other, side by side."""
+    """Two things move in opposite directions, side by side."""
 
     thing: str
     other: str
-    way: str  # of the first
+    way: str  # direction of the first
 
 
 @dataclass(frozen=True)
 class Passes:
-    """A thing moves past another, which rests."""
+    """A thing moves past another, which stays still."""
 
     thing: str
     other: str
@@ -70,15 +70,15 @@ class Passes:
 
 @dataclass(frozen=True)
 class Changes:
-    """A thing grows, shrinks, appears, goes away, or turns into another colour."""
+    """A thing grows, shrinks, appears, goes away, or changes its colour."""
 
     thing: str
-    how: str  # or the other colour
+    how: str  # or the new colour
 
 
 @dataclass(frozen=True)
 class Then:
-    """A thing acts, then another."""
+    """One thing acts, then another."""
 
     thing: str
     act: str
@@ -90,7 +90,7 @@ Meaning = Moves | Apart | Passes | Changes | Then
 
 
 def words(meaning: Meaning) -> str:
-    """A caption."""
+    """The caption of a meaning."""
     match meaning:
         case Moves(thing, path):
             return f"a {thing} moves {', then '.join(path)}"
@@ -105,7 +105,7 @@ def words(meaning: Meaning) -> str:
 
 
 def backwards(meaning: Meaning) -> Meaning:
-    """What happens when the video is played from its end."""
+    """What happens when the video is played in reverse."""
     match meaning:
         case Moves(thing, path):
             return Moves(thing, tuple(BACK[way] for way in reversed(path)))
@@ -121,12 +121,12 @@ def backwards(meaning: Meaning) -> Meaning:
 
 
 def exchanged(meaning: Apart | Passes) -> Meaning:
-    """Each of two things does what the other one did."""
+    """The same event with the two things exchanged."""
     return replace(meaning, thing=meaning.other, other=meaning.thing)
 
 
 def foils_of(meaning: Meaning) -> dict[str, str]:
-    """Wrong captions by kind, as like the right one as can be."""
+    """Wrong captions by kind, as close to the right one as possible."""
     match meaning:
         case Moves(_, path) if len(path) == 2:
             other = replace(meaning, path=path[::-1])
@@ -144,7 +144,7 @@ def foils_of(meaning: Meaning) -> dict[str, str]:
 
 
 def question_of(meaning: Meaning) -> tuple[str, str, str]:
-    """Kind, question, answer."""
+    """A question about a video: kind, question, answer."""
     match meaning:
         case Moves(thing, path):
             return "direction", f"which way does the {thing} move{' last' if len(path) == 2 else ''}?", path[-1]
@@ -160,7 +160,7 @@ def question_of(meaning: Meaning) -> tuple[str, str, str]:
 
 
 def draw_meaning(rng: random.Random) -> Meaning:
-    """What happens in a video."""
+    """Draw at random what happens in a video."""
     thing, other = rng.sample(THINGS, 2)
     match rng.randrange(8):
         case 0 | 1:
@@ -184,14 +184,14 @@ def draw_meaning(rng: random.Random) -> Meaning:
 
 
 def frames(meaning: Meaning, seed: str) -> list[np.ndarray]:
-    """The pictures of a video, each (32, 32, 3) of bytes. With one seed, frames(backwards(meaning)) are these in the
-    other order: all is drawn around the middle frame."""
+    """The frames of a video, each (32, 32, 3) of uint8. With the same seed, frames(backwards(meaning)) are these in
+    reverse order: everything is drawn around the middle frame."""
     rng = random.Random(seed)
     paper, middle = rng.randint(*PAPER), [rng.randint(14, 18) for _ in range(2)]
     lanes, near = rng.sample((8, 24), 2), rng.randint(9, 10)
     pictures = []
     for time in range(-MIDDLE, FRAMES - MIDDLE):
-        # The paper flickers by one grey level: of frames that are equal a WebP file would keep one.
+        # The background flickers by one grey level: a WebP file would merge identical frames.
         pixels = np.full((EXTENT, EXTENT, 3), paper - time % 2, dtype=np.float32)
         for thing, centre, extent, strength in placed(meaning, time, middle, lanes, near):
             colour, shape = thing.split()
@@ -203,15 +203,15 @@ def frames(meaning: Meaning, seed: str) -> list[np.ndarray]:
 
 
 def placed(meaning: Meaning, time: int, middle: list[int], lanes: list[int], extent: int) -> list[tuple]:
-    """What is seen so many frames after the middle one: thing, centre, extent, and how much of its colour is seen."""
-    far = int(9 * time / MIDDLE)  # pixels from the middle, the same before it as behind it
+    """What is visible `time` frames after the middle one: thing, centre, extent, opacity."""
+    far = int(9 * time / MIDDLE)  # pixels from the middle, symmetric in time
     match meaning:
         case Moves(thing, path):
             x, y = STEPS[path[0] if time < 0 else path[-1]]
             return [(thing, (middle[0] + far * x, middle[1] + far * y), extent, 1.0)]
         case Apart(thing, other, way):
             x, y = STEPS[way]
-            first, second = sorted((thing, other)), lanes  # a thing keeps its lane when the video is played backwards
+            first, second = sorted((thing, other)), lanes  # a thing keeps its lane when the video is reversed
             lane = dict(zip(first, second, strict=True))
             along = {thing: middle[0] + far * (x + y), other: middle[1] - far * (x + y)}
             return [
@@ -224,7 +224,7 @@ def placed(meaning: Meaning, time: int, middle: list[int], lanes: list[int], ext
         case Changes(thing, how):
             if how in ("grows", "shrinks"):
                 return [(thing, middle, extent + int(time if how == "grows" else -time), 1.0)]
-            seen = 0.5 + np.sign(time) / 2  # of what comes
+            seen = 0.5 + np.sign(time) / 2  # opacity of what appears
             if how in ("appears", "goes away"):
                 return [(thing, middle, extent, seen if how == "appears" else 1 - seen)]
             parts = [(thing, 1 - seen), (f"{how} {thing.split()[1]}", seen)]
@@ -247,7 +247,7 @@ def placed(meaning: Meaning, time: int, middle: list[int], lanes: list[int], ext
 
 
 def videos(split: str, size: int, seed: int) -> list[tuple[Meaning, list[np.ndarray], int | None]]:
-    """So many videos: what happens, the frames, and of training the number of the twins."""
+    """`size` videos: what happens, the frames and, for training, the number of the pair of twins."""
     made, rng = [], random.Random(f"{seed} {split}")
     while len(made) < size:
         meaning, look = draw_meaning(rng), f"{seed} {split} {len(made)}"
@@ -261,7 +261,7 @@ def videos(split: str, size: int, seed: int) -> list[tuple[Meaning, list[np.ndar
 
 
 def write(folder: Path, split: str, size: int, seed: int, bar: tqdm) -> None:
-    """One split of all tasks."""
+    """Write one split of all tasks."""
     rows = {"pairs": [], "foils": [], "vqa": []}
     (folder / "videos" / split).mkdir(parents=True)
     for number, (meaning, pictures, twin) in enumerate(videos(split, size, seed)):
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/moving"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=10000, help="training videos, two by two twins (%(default)s)")
+    parser.add_argument("--train", type=int, default=10000, help="training videos, in pairs of twins (%(default)s)")
     parser.add_argument("--val", type=int, default=500, help="videos for validation (%(default)s)")
     parser.add_argument("--test", type=int, default=500, help="videos for test (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -1,7 +1,7 @@
-"""A world of coloured shapes: what a picture may show, what is true of it, how that is said, how it is drawn.
+"""A world of coloured shapes: what a picture may show, what is true of it, how it is described, how it is drawn.
 
-A *scene* says what stands where; a *meaning* is a claim about a scene; `holds(meaning, scene)` is the one definition
-of truth; `words(meaning)` puts a meaning into a sentence; `render(scene)` draws it. scenes.py makes data sets of these,
+A *scene* says what is where; a *meaning* is a claim about a scene; `holds(meaning, scene)` is the single definition of
+truth; `words(meaning)` puts a meaning into words; `render(scene)` draws a scene. scenes.py makes data sets from these,
 questions.py asks about them.
 """
 
@@ -13,7 +13,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-COLOURS = {  # far from each other and from light paper
+COLOURS = {  # well separated from each other and from the light background
     "red": (220, 40, 40),
     "green": (40, 160, 60),
     "blue": (50, 80, 220),
@@ -23,10 +23,10 @@ COLOURS = {  # far from each other and from light paper
     "orange": (240, 135, 30),
     "black": (20, 20, 20),
 }
-# Grey levels of the paper. Not mid grey: that is 0 after normalisation, so an empty patch would be its position alone,
-# which the first layer norm blows up; in a trial, R@1 on val after 500 steps was 16 % on grey and 34 % on light paper.
+# Grey levels of the background. Mid grey would be 0 after normalisation: an empty patch would be its position alone,
+# which the first layer norm amplifies; in a trial, R@1 on val after 500 steps was 16 % on mid and 34 % on light grey.
 PAPER = (225, 243)
-SHAPES = {  # True inside; u to the right and v downwards, both from -1 to 1 across the box, which every shape touches
+SHAPES = {  # True inside; u to the right and v downwards, from -1 to 1 across the box, whose sides every shape touches
     "circle": lambda u, v: u**2 + v**2 <= 1,
     "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 1,
     "triangle": lambda u, v: 2 * abs(u) <= v + 1,
@@ -38,7 +38,7 @@ SHAPES = {  # True inside; u to the right and v downwards, both from -1 to 1 acr
 
 @dataclass(frozen=True)
 class Level:
-    """What a level shows and says. Weights are those of relation, single-object and count captions in training."""
+    """What a level shows and says. weights: of relation, single-object and count captions in training."""
 
     picture: int  # width and height in pixels
     colours: tuple[str, ...]
@@ -46,7 +46,7 @@ class Level:
     sizes: dict[str, tuple[int, int]]  # name: smallest and largest extent in pixels
     styles: int  # how many wordings of one meaning are used, the plainest first
     weights: tuple[float, float, float]
-    twin_kinds: tuple[str, ...] = ("swap", "relation", "axis")  # foils that the twins of training teach
+    twin_kinds: tuple[str, ...] = ("swap", "relation", "axis")  # kinds of foils that the training twins teach
     other_kinds: tuple[str, ...] = ("colour", "shape")
     covers: bool = False  # whether an area of each picture is covered
 
@@ -80,18 +80,18 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn. The first two objects are those by which twins differ."""
+    """A picture before it is drawn. Twins differ in the first two objects."""
 
     background: int  # grey level
-    objects: tuple[Object, ...]  # what is seen
+    objects: tuple[Object, ...]  # the visible ones
     cover: tuple[int, int, int, int] | None = None  # box of the covered area
-    hidden: tuple[Object, ...] = ()  # what is behind the cover: no pixel shows it
-    clutter: tuple[tuple[int, int, int, int, int], ...] = ()  # (x, y, width, height, difference in grey) of faint marks
+    hidden: tuple[Object, ...] = ()  # behind the cover, visible in no pixel
+    clutter: tuple[tuple[int, int, int, int, int], ...] = ()  # faint marks: (x, y, width, height, difference in grey)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is said of one object; None is not said."""
+    """What is said about one object; None = not mentioned."""
 
     colour: str | None = None
     shape: str | None = None
@@ -100,14 +100,14 @@ class Description:
 
 @dataclass(frozen=True)
 class Exists:
-    """At least one such object is seen."""
+    """At least one such object is visible."""
 
     what: Description
 
 
 @dataclass(frozen=True)
 class Count:
-    """So many such objects are seen: exactly, at least or at most."""
+    """Exactly, at least or at most `number` such objects are visible."""
 
     what: Description
     number: int
@@ -116,7 +116,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Related:
-    """A first object stands left of, right of, above or below a second."""
+    """A first object is left of, right of, above or below a second."""
 
     first: Description
     relation: str
@@ -128,11 +128,11 @@ Meaning = Exists | Count | Related
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TRANSPOSED = {"left of": "above", "above": "left of", "right of": "below", "below": "right of"}
 AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
-ALIGNED = 3  # centres of two objects on one axis differ by at most so many pixels across it
+ALIGNED = 3  # most pixels by which the centres of two aligned objects differ across the axis
 
 
 def found(what: Description, scene: Scene) -> list[Object]:
-    """The visible objects that a description fits."""
+    """The visible objects that match a description."""
     return [
         thing
         for thing in scene.objects
@@ -141,7 +141,7 @@ def found(what: Description, scene: Scene) -> list[Object]:
 
 
 def stands(a: Object, relation: str, b: Object) -> bool:
-    """Whether two boxes are apart along the axis of the relation, in its order, and aligned across it."""
+    """Whether two boxes are separated along the axis of the relation, in its order, and aligned across it."""
     axis = AXIS[relation]
     near, far = (a.box, b.box) if relation in ("left of", "above") else (b.box, a.box)
     gap = far[axis] - (near[axis] + near[axis + 2])
@@ -155,7 +155,7 @@ def agrees(count: int, number: int, bound: str) -> bool:
 
 
 def holds(meaning: Meaning, scene: Scene) -> bool:
-    """Whether a meaning is true of what is seen in a scene: the one definition of truth."""
+    """Whether a meaning is true of what is visible in a scene: the single definition of truth."""
     match meaning:
         case Exists(what):
             return bool(found(what, scene))
@@ -185,12 +185,12 @@ def phrase(what: Description) -> str:
 
 
 def plural(what: Description, number: int = 2) -> str:
-    """The description of so many objects: large red circles."""
+    """The description for a number of objects: large red circles."""
     return phrase(what) + ("" if number == 1 else "es" if what.shape == "cross" else "s")
 
 
 def words(meaning: Meaning, style: int = 0) -> str:
-    """A sentence for a meaning. Style 0 is the plain one; a caption and its foils share their style."""
+    """A sentence for a meaning. Style 0 is the plainest; a caption and its foils share a style."""
     frame, synonym = style % 4, style // 4
     match meaning:
         case Exists(what):
@@ -209,19 +209,19 @@ def words(meaning: Meaning, style: int = 0) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """What may be shown and said where. Pools hold every relation between two different objects once, without sizes."""
+    """What each split may show and say. Pools hold every relation between two different objects once, without sizes."""
 
     name: str
     level: Level
     seed: int
     novel: frozenset[tuple[str, str]]  # (colour, shape)
     ordinary: tuple[tuple[str, str], ...]  # all other combinations
-    heldout: frozenset[tuple]  # keys
+    heldout: frozenset[tuple]  # keys, see key
     pools: dict[str, list[Related]]  # seen, exchangeable (a part of seen), heldout, novel
 
 
 def key(meaning: Related) -> tuple:
-    """What all bindings, orders and axes of two objects share: their colours and their shapes."""
+    """What all bindings, orders and axes of two objects have in common: their colours and their shapes."""
     pair = (meaning.first, meaning.second)
     return tuple(sorted(what.colour for what in pair)), tuple(sorted(what.shape for what in pair))
 
@@ -229,11 +229,11 @@ def key(meaning: Related) -> tuple:
 def make_world(name: str, seed: int) -> World:
     """Choose the novel combinations and the held-out meanings, and sort all relations into pools."""
     level, rng = LEVELS[name], random.Random(f"{seed} world")
-    # One combination for each shape, of different colours: every colour and every shape is still seen in others.
+    # One combination per shape, in different colours: every colour and every shape still occurs in other combinations.
     novel = frozenset(zip(rng.sample(level.colours, len(level.shapes)), level.shapes, strict=True))
     combinations = [Description(colour, shape) for colour, shape in product(level.colours, level.shapes)]
     ordinary = tuple((what.colour, what.shape) for what in combinations if (what.colour, what.shape) not in novel)
-    # One of two equivalent meanings: "left of" and "above" speak for "right of" and "below".
+    # One of each two equivalent meanings: "left of" and "above" stand for "right of" and "below" too.
     meanings = [Related(a, relation, b) for a, b in permutations(combinations, 2) for relation in ("left of", "above")]
     pools = {"novel": [meaning for meaning in meanings if count_novel(meaning, novel)]}
     rest = [meaning for meaning in meanings if not count_novel(meaning, novel)]
@@ -254,17 +254,17 @@ def count_novel(meaning: Related, novel: frozenset[tuple[str, str]]) -> int:
 
 
 def status(meaning: Related, world: World) -> tuple[int, bool]:
-    """What a caption and its foils must share, since training texts tell it: novel objects, and whether held out."""
+    """What a caption and its foils must share, since training texts reveal it: novel objects, and whether held out."""
     return count_novel(meaning, world.novel), key(meaning) in world.heldout
 
 
 def mirrored(meaning: Related) -> Related:
-    """The same meaning, told from the other object."""
+    """The same meaning, stated from the other object."""
     return Related(meaning.second, OPPOSITE[meaning.relation], meaning.first)
 
 
 def tell(meaning: Related, world: World, rng: random.Random) -> Related:
-    """Choose which object is mentioned first and, where the level has sizes, which sizes are mentioned."""
+    """Choose which object is mentioned first and, if the level has sizes, which sizes are mentioned."""
     meaning = rng.choice((meaning, mirrored(meaning)))
     if len(world.level.sizes) == 1:
         return meaning
@@ -273,7 +273,7 @@ def tell(meaning: Related, world: World, rng: random.Random) -> Related:
 
 
 def swap(meaning: Related, world: World) -> Related | None:
-    """Exchange the colours of the two objects; none where only the order would change, or the status."""
+    """Exchange the colours of the two objects; None if that only changes their order, or changes the status."""
     first, second = meaning.first, meaning.second
     if first.colour == second.colour or first.shape == second.shape:
         return None
@@ -295,12 +295,12 @@ def turn(meaning: Related, rng: random.Random) -> Related:
 
 
 def place(colour: str, shape: str, size: str, pixels: int, centre: tuple[int, int]) -> Object:
-    """An object of so many pixels around a centre."""
+    """An object, `pixels` wide and high, around a centre."""
     return Object(colour, shape, size, (centre[0] - pixels // 2, centre[1] - pixels // 2, pixels, pixels))
 
 
 def embody(what: Description, centre: tuple[int, int], world: World, rng: random.Random) -> Object:
-    """An object that a description fits; what is not said is drawn, never as a novel combination."""
+    """An object that matches a description; what is not mentioned is random, but never a novel combination."""
     colour, shape, size = what.colour, what.shape, what.size or rng.choice(tuple(world.level.sizes))
     if colour is None or shape is None:
         colour, shape = rng.choice([c for c in world.ordinary if colour in (None, c[0]) and shape in (None, c[1])])
@@ -308,7 +308,7 @@ def embody(what: Description, centre: tuple[int, int], world: World, rng: random
 
 
 def draw_easy(meaning: Related, world: World, rng: random.Random) -> Scene:
-    """The two objects of a relation on one axis, the pair anywhere in the picture."""
+    """The two objects of a relation aligned on one axis, the pair anywhere in the picture."""
     distance = rng.randint(14, 18)
     start, across = rng.randint(7, 25 - distance), rng.randint(8, 24)
     centres = [(start, across), (start + distance, across + rng.randint(-1, 1))]
@@ -322,7 +322,7 @@ def draw_easy(meaning: Related, world: World, rng: random.Random) -> Scene:
 
 
 def draw_full(meaning: Related | Count, world: World, rng: random.Random) -> Scene:
-    """Three to five objects in the cells of a jittered 3 x 3 grid, a cover over an empty one, faint marks anywhere."""
+    """Three to five objects in a jittered 3 x 3 grid, a cover over an empty cell, faint marks anywhere."""
     cells = rng.sample(list(product(range(3), range(3))), 9)
     if isinstance(meaning, Related):
         wanted = [meaning.first, meaning.second]
@@ -331,7 +331,7 @@ def draw_full(meaning: Related | Count, world: World, rng: random.Random) -> Sce
         if meaning.relation in ("right of", "below"):
             pair.reverse()
         cells = pair + [cell for cell in cells if cell not in pair]
-    else:  # the second object is another one, so that exchanging the places of the first two changes the picture
+    else:  # the second object is not one of the counted, so that exchanging the first two changes the picture
         wanted = [meaning.what, Description()] + [meaning.what] * (meaning.number - 1)
     wanted += [Description()] * (rng.randint(3, 5) - len(wanted))
     shift_x, shift_y = rng.randint(-2, 2), rng.randint(-2, 2)
@@ -351,14 +351,14 @@ DRAW = {"easy": draw_easy, "full": draw_full}
 
 
 def clear(meaning: Meaning, scene: Scene) -> bool:
-    """Whether a caption holds and each object it relates is the only one that its description fits."""
+    """Whether a caption holds, and each object it relates is the only one that matches its description."""
     if isinstance(meaning, Related) and not len(found(meaning.first, scene)) == len(found(meaning.second, scene)) == 1:
         return False
     return holds(meaning, scene)
 
 
 def places_exchanged(scene: Scene) -> Scene:
-    """The first two objects exchange their places."""
+    """The scene with the places of the first two objects exchanged."""
     a, b, *rest = scene.objects
     middle_a, middle_b = ((x + w // 2, y + h // 2) for x, y, w, h in (a.box, b.box))
     a = place(a.colour, a.shape, a.size, a.box[2], middle_b)
@@ -367,7 +367,7 @@ def places_exchanged(scene: Scene) -> Scene:
 
 
 def transposed(scene: Scene) -> Scene:
-    """The picture's rows become its columns, so left of becomes above; the shapes themselves stay upright."""
+    """The scene with rows and columns exchanged, so left of becomes above; the shapes themselves stay upright."""
 
     def over(things: tuple[Object, ...]) -> tuple[Object, ...]:
         return tuple(replace(t, box=(t.box[1], t.box[0], t.box[3], t.box[2])) for t in things)
@@ -378,13 +378,13 @@ def transposed(scene: Scene) -> Scene:
 
 
 def exchanged(scene: Scene) -> Scene:
-    """The first two objects exchange their colours."""
+    """The scene with the colours of the first two objects exchanged."""
     a, b, *rest = scene.objects
     return replace(scene, objects=(replace(a, colour=b.colour), replace(b, colour=a.colour), *rest))
 
 
 def differ(difference: str, meaning: Related, scene: Scene, world: World, rng: random.Random) -> tuple[Related, Scene]:
-    """The scene with one difference, and the meaning that is then true."""
+    """Apply one difference -> the meaning that is then true, and the scene"""
     if difference == "colours":
         return swap(meaning, world), exchanged(scene)
     if difference == "places" or (difference == "axis" and rng.random() < 0.5):
@@ -395,7 +395,7 @@ def differ(difference: str, meaning: Related, scene: Scene, world: World, rng: r
 
 
 def told_apart(captions: list[Meaning], scenes: list[Scene]) -> bool:
-    """Whether the first caption is clear in the first scene and false of the second, unless both captions are one."""
+    """Whether the first caption is clear in the first scene and false of the second, unless both captions are equal."""
     return clear(captions[0], scenes[0]) and (captions[0] == captions[1] or not holds(captions[0], scenes[1]))
 
 
@@ -407,7 +407,7 @@ def draw_count(combinations: tuple[tuple[str, str], ...], rng: random.Random) ->
 
 
 def facts(scene: Scene) -> set[Related]:
-    """Every relation between two objects of a scene, in the form of the pools."""
+    """Every relation between two objects of a scene, in the form used in the pools."""
     return {
         Related(Description(a.colour, a.shape), relation, Description(b.colour, b.shape))
         for a, b in permutations(scene.objects, 2)
@@ -421,22 +421,21 @@ def facts(scene: Scene) -> set[Related]:
 
 @cache
 def sprite(shape: str, pixels: int) -> np.ndarray:
-    """How much of each pixel a shape covers, (pixels, pixels, 1), from 8 x 8 points a pixel."""
+    """How much of each pixel a shape covers, (pixels, pixels, 1), from 8 x 8 sample points per pixel."""
     at = (np.arange(8 * pixels) + 0.5) / (4 * pixels) - 1
     inside = SHAPES[shape](at[None, :], at[:, None]) & np.ones((8 * pixels, 8 * pixels), dtype=bool)
     return inside.reshape(pixels, 8, pixels, 8).mean(axis=(1, 3), dtype=np.float32)[..., None]
 
 
 def paint(pixels: np.ndarray, shape: str, colour: tuple[int, int, int], box: tuple[int, int, int, int]) -> None:
-    """Lay a shape into its box (x, y, width, height) of a picture (height, width, 3), where it covers pixels in part
-    with what was there shining through."""
+    """Draw a shape into its box (x, y, width, height) of a picture (height, width, 3), anti-aliased."""
     x, y, w, h = box
     region = pixels[y : y + h, x : x + w]
     region += sprite(shape, w) * (np.array(colour, dtype=np.float32) - region)
 
 
 def render(scene: Scene, extent: int) -> np.ndarray:
-    """The picture of a scene, (extent, extent, 3) of bytes."""
+    """The picture of a scene, (extent, extent, 3) of uint8."""
     pixels = np.full((extent, extent, 3), scene.background, dtype=np.float32)
     for x, y, w, h, difference in scene.clutter:
         pixels[y : y + h, x : x + w] = scene.background + difference

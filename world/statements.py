@@ -1,12 +1,12 @@
-"""What people say of three boxes: statements in the manner of Cornell NLVR, true or false; and captions and phrases.
+"""Statements about three boxes in the style of Cornell NLVR, true or false; and captions and phrases.
 
 The wordings follow sentences of NLVR's training set; nothing was taken from its development or test set.
 
-How to read it: a `Said` is a piece of a sentence and its readings. People say "there are two towers" of two and of
-three: such a sentence has two readings, and is said only of pictures in which both agree.
+How to read it: a `Said` is a fragment of a sentence with its readings. People say "there are two towers" if there are
+exactly two, but also if there are three: such a sentence has two readings, and is used only where both agree.
 
-Two pictures are drawn together, and statements until some are true of the first only and some of the second only: so
-each text is true once and false once, and so is each picture, and text or picture alone are worth exactly 50 %.
+Two pictures are drawn together, and statements until enough are true of only the first and of only the second. So each
+text is true once and false once, and likewise each picture: the text alone or the picture alone gives exactly 50 %.
 """
 
 import random
@@ -43,7 +43,7 @@ from world.towers import (
 
 @dataclass(frozen=True)
 class Said:
-    """A piece of a sentence: its text, and what it may mean; plural where it is about several."""
+    """A fragment of a sentence: its text, and its possible readings; plural if it is about several things."""
 
     text: str
     readings: tuple
@@ -56,7 +56,7 @@ def numeral(n: int, rng: random.Random) -> str:
 
 
 def quantity(most: int, rng: random.Random, ways: str = "a bare exactly least most only more no") -> Said:
-    """How many: Said with Numbers as readings."""
+    """How many, with Numbers as readings."""
     kind = rng.choice(ways.split())
     n = rng.choice((1, 1, 1, 2, 2, 3, 4, 5, 6)) if most > 3 else rng.choice((1, 1, 2, 3))
     n = min(n, most)
@@ -91,12 +91,12 @@ FREE = ("not touching the edge", "not touching any edge", "not touching the wall
 
 
 def name(what: What, plural: bool, noun: str) -> str:
-    """Size, colour and shape: two small yellow circles, but without the number."""
+    """Size, colour and shape, without a number: small yellow circles."""
     return " ".join(filter(None, (what.size, what.colour, what.shape or noun))) + ("s" if plural else "")
 
 
 def describe(rng: random.Random, towers: bool, kinds: str = "c cs cs s") -> What:
-    """A description by colour, shape, both, or nothing (n); of towers never by shape."""
+    """A random description by colour (c), shape (s), both (cs) or neither (n); for towers, never by shape."""
     kind = rng.choice(kinds.split())
     colour = rng.choice(tuple(COLOURS)) if "c" in kind else None
     shape = rng.choice(SHAPES) if "s" in kind and not towers else None
@@ -106,12 +106,12 @@ def describe(rng: random.Random, towers: bool, kinds: str = "c cs cs s") -> What
 
 
 def be(said: Said) -> str:
-    """Is or are."""
+    """The verb: is or are."""
     return "are" if said.plural else "is"
 
 
 def items_phrase(towers: bool, rng: random.Random) -> tuple[What, str, str]:
-    """Items that can be counted: what they are, by which noun, and what stands behind it ("touching the edge")."""
+    """Items that can be counted: their description, the noun, and what follows it ("touching the edge")."""
     what, tail = describe(rng, towers, "c cs cs s"), ""
     if not towers and rng.random() < 0.15:
         what = replace(what, size=rng.choice(tuple(SIZES)))
@@ -126,7 +126,7 @@ def items_phrase(towers: bool, rng: random.Random) -> tuple[What, str, str]:
 
 
 def items_saying(towers: bool, rng: random.Random) -> Said:
-    """There are exactly two yellow circles touching the edge."""
+    """Such as: there are exactly two yellow circles touching the edge."""
     what, noun, tail = items_phrase(towers, rng)
     if tail and rng.random() < 0.1:
         return Said(f"none of the {name(what, True, noun)} are{tail}", (Items(what, Number(0)),))
@@ -136,7 +136,7 @@ def items_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def place_saying(towers: bool, rng: random.Random) -> Said:
-    """There are exactly two yellow blocks as the base of a tower with at least three blocks."""
+    """Such as: there are exactly two yellow blocks as the base of a tower with at least three blocks."""
     place, spoken = rng.choice(((0, "base"), (-1, "top")))
     what, tail = replace(describe(rng, True, "c"), place=place), ""
     heights = (None,)
@@ -149,10 +149,10 @@ def place_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def order(rng: random.Random, noun: str = "block", plural: bool = False) -> Said:
-    """Yellow block above a blue block; readings are What of the upper one, which is the one that is counted."""
+    """Such as: yellow block above a blue block. The readings describe the upper block, which is the one counted."""
     upper, lower = (rng.choice(tuple(COLOURS)) for _ in range(2))
     word = rng.choice(("on", "on", "on top of", "over", "above", "above"))
-    ways = (True, False) if word == "above" else (True,)  # directly, or with others between them
+    ways = (True, False) if word == "above" else (True,)  # directly, or with others in between
     readings = tuple(What(upper, over=What(lower), near=near) for near in ways)
     if not plural and rng.random() < 0.3:
         word = rng.choice(("below", "below", "bellow", "beneath"))
@@ -164,7 +164,7 @@ def order(rng: random.Random, noun: str = "block", plural: bool = False) -> Said
 
 
 def order_saying(towers: bool, rng: random.Random) -> Said:
-    """There is a yellow block above a blue block."""
+    """Such as: there is a yellow block above a blue block."""
     if rng.random() < 0.2:
         many = quantity(2, rng, "exactly least")
         said = order(rng, plural=True)
@@ -177,17 +177,17 @@ def order_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def listed(words: list[str]) -> str:
-    """Blue, black and yellow."""
+    """Words in a list: blue, black and yellow."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def some(towers: bool, rng: random.Random, ways: str, kinds: str, noun: str) -> Said:
-    """A condition on a box: exactly two yellow items."""
+    """A condition on a box, such as: exactly two yellow items."""
     what, many = describe(rng, towers, kinds), quantity(TALLEST if towers else 5, rng, ways)
     return Said(f"{many.text} {name(what, many.plural, noun)}", tuple(Has(what, n) for n in many.readings))
 
 
-# Each function says one kind of thing that a box or a tower has. Readings are tuples of conditions.
+# Each function states one kind of condition on a box or a tower, such as its docstring. Readings: tuples of conditions.
 
 
 def total(towers: bool, noun: str, rng: random.Random) -> Said:
@@ -207,7 +207,7 @@ def several(towers: bool, noun: str, rng: random.Random) -> Said:
 
 
 def palette(towers: bool, noun: str, rng: random.Random) -> Said:
-    """Only yellow and blue blocks: does it have to have both?"""
+    """Only yellow and blue blocks. Two readings: both colours must occur, or need not."""
     attribute = "colour" if towers or rng.random() < 0.8 else "shape"
     values = rng.sample(tuple(COLOURS) if attribute == "colour" else SHAPES, rng.choice((1, 2, 2)))
     if attribute == "shape":
@@ -218,7 +218,7 @@ def palette(towers: bool, noun: str, rng: random.Random) -> Said:
 
 
 def variety(towers: bool, noun: str, rng: random.Random) -> Said:
-    """Blocks of two different colors; of the same color: is one block enough?"""
+    """Blocks of two different colors. "Of the same color" has two readings: a single block is enough, or is not."""
     n = rng.randint(1, 3)
     if n == 1:
         text = f"{noun}s of the same {rng.choice(('color', 'colour'))}"
@@ -230,7 +230,7 @@ def variety(towers: bool, noun: str, rng: random.Random) -> Said:
 def of_which(towers: bool, noun: str, rng: random.Random) -> Said:
     """Three items of which two are yellow."""
     what, many = describe(rng, towers, "c c cs s"), quantity(3, rng, "bare bare least exactly")
-    kind = name(what, many.plural and what.shape is not None, "")  # a colour has no plural
+    kind = name(what, many.plural and what.shape is not None, "")  # a colour alone has no plural
     part = Said(f"{many.text} {be(many)} {kind}".strip(), tuple(Has(what, n) for n in many.readings))
     return both(some(towers, rng, "bare exactly", "n", noun), part, joint=" of which ")
 
@@ -271,21 +271,21 @@ def at_side(towers: bool, noun: str, rng: random.Random) -> Said:
 
 
 def both(*parts: Said, joint: str = "") -> Said:
-    """Parts that say one condition each, put together."""
+    """Join fragments that state one condition each."""
     texts = [part.text for part in parts]
     text = joint.join(texts) if joint else listed(texts)
     return Said(text, tuple(product(*(part.readings for part in parts))))
 
 
-CONDITIONS = {  # by kind of picture; what stands twice is said twice as often
+CONDITIONS = {  # by kind of picture; what is listed twice is used twice as often
     True: (total, such, such, palette, variety, of_which, at_place, at_place, ordered, total_and_place, counted_place),
     False: (total, such, such, several, several, palette, variety, of_which, at_side),
 }
 
 
 def boxes_phrase(towers: bool, rng: random.Random) -> tuple[str, str, Said]:
-    """What a box is called, and several, and a condition on them."""
-    as_tower = towers and rng.random() < 0.85  # towers are blocks in boxes too
+    """What a box is called, in the singular and plural, and a condition on it."""
+    as_tower = towers and rng.random() < 0.85  # a tower is also a box of blocks
     noun = "block" if as_tower else rng.choice(("item", "item", "item", "object"))
     subject = "tower" if as_tower else rng.choice(("box", "box", "box", "grey box", "grey square"))
     plural = subject + ("es" if subject.endswith("x") else "s")
@@ -293,7 +293,7 @@ def boxes_phrase(towers: bool, rng: random.Random) -> tuple[str, str, Said]:
 
 
 def boxes_saying(towers: bool, rng: random.Random) -> Said:
-    """There is exactly one box with two yellow items and a blue circle."""
+    """Such as: there is exactly one box with two yellow items and a blue circle."""
     subject, plural, has = boxes_phrase(towers, rng)
     many = quantity(3, rng, "a a a a bare bare exactly least only no")
     if rng.random() < 0.06:
@@ -310,7 +310,7 @@ def boxes_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def whole_saying(towers: bool, rng: random.Random) -> Said:
-    """There is a yellow tower with at least two blocks."""
+    """Such as: there is a yellow tower with at least two blocks."""
     colour = rng.choice(tuple(COLOURS))
     only = Palette(frozenset([colour]))
     if rng.random() < 0.5:
@@ -321,31 +321,31 @@ def whole_saying(towers: bool, rng: random.Random) -> Said:
     return Said(text, tuple(Boxes((only, Has(What(), n)), number) for n in height.readings))
 
 
-SAYINGS = {  # by kind of picture: what is said of it, and how often
+SAYINGS = {  # by kind of picture: (kind of statement, weight)
     True: ((items_saying, 0.12), (place_saying, 0.2), (order_saying, 0.16), (whole_saying, 0.06), (boxes_saying, 0.46)),
     False: ((items_saying, 0.5), (boxes_saying, 0.5)),
 }
 
 
 def say(towers: bool, rng: random.Random) -> Said:
-    """A sentence about a picture of one kind, true or false of it: readings are Meanings."""
+    """A sentence about a kind of picture, true or false; its readings are Meanings."""
     sayings, weights = zip(*SAYINGS[towers], strict=True)
     return rng.choices(sayings, weights)[0](towers, rng)
 
 
 def verdict(said: Said, picture: Picture) -> bool | None:
-    """Whether what is said is true of a picture; None where its readings do not agree."""
+    """Whether a sentence is true of a picture; None if its readings disagree."""
     truths = {holds(meaning, picture) for meaning in said.readings}
     return truths.pop() if len(truths) == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
 
-TEXTS = 2  # statements that are true of one picture and false of the other, for each of two pictures
+TEXTS = 2  # statements per picture, each true of it and false of the other picture
 
 
 def captions(picture: Picture, rng: random.Random) -> list[str]:
-    """What two of the boxes hold, from left to right; of scattered items at most two kinds a box, to stay short."""
+    """For any two of the boxes, what they hold, from left to right; at most two kinds of scattered items per box."""
     parts = []
     for box in picture.boxes:
         if picture.towers:
@@ -362,8 +362,8 @@ def captions(picture: Picture, rng: random.Random) -> list[str]:
 
 
 def statements(pictures: tuple[Picture, Picture], rng: random.Random) -> list[tuple[str, int]]:
-    """(text, which of the pictures it is true of), as many for each; none where they can hardly be told apart."""
-    told: dict[str, tuple[str, int]] = {}  # by the text without its full stop
+    """(text, index of the picture it is true of), as many for each; empty if the pictures are hard to tell apart."""
+    told: dict[str, tuple[str, int]] = {}  # by text without the full stop
     for _ in range(400):
         said = say(pictures[0].towers, rng)
         verdicts = [verdict(said, picture) for picture in pictures]
@@ -378,7 +378,7 @@ def statements(pictures: tuple[Picture, Picture], rng: random.Random) -> list[tu
 
 
 def grounding(picture: Picture, rng: random.Random) -> dict | None:
-    """A row that asks where something is: a phrase that fits some items, all of them right, and not all there are."""
+    """A row for grounding: a phrase that matches some items, any of which counts, but not all of them."""
     boxes = {
         what: [
             bounds(number, item)
@@ -398,8 +398,8 @@ def grounding(picture: Picture, rng: random.Random) -> dict | None:
 
 
 def question(picture: Picture, rng: random.Random) -> tuple[str, int]:
-    """How many yellow blocks are there? There are how many towers with a blue base? Also in the words of a statement,
-    so that what counts them is at hand when a number stands there. Answers from 0 to 4, alike as far as they exist."""
+    """How many yellow blocks are there? Or, worded like a statement, so that counting transfers to statements: there
+    are how many towers with a blue base? Answers from 0 to 4, as evenly distributed as possible."""
     wanted = rng.randrange(5)
     while True:
         stated = rng.random() < 0.5
@@ -414,12 +414,12 @@ def question(picture: Picture, rng: random.Random) -> tuple[str, int]:
             counts = {count_boxes(conditions, picture) for conditions in has.readings}
         if counts == {wanted}:
             return text, wanted
-        if rng.random() < 0.1:  # that number may not be there to be asked for
+        if rng.random() < 0.1:  # that number may not occur
             wanted = rng.randrange(5)
 
 
 def samples(split: str, size: int, seed: int) -> Iterator[tuple[Picture, dict[str, list[dict]]]]:
-    """Pictures of a split and, by task, their rows without the picture; size is a number of pictures, two by two."""
+    """The pictures of a split and, by task, their rows without the picture; size counts pictures, drawn in pairs."""
     rng = random.Random(f"{seed} nlvr {split}")
     for number in range(size // 2):
         told = []

@@ -1,7 +1,7 @@
-"""A folder that several runs write to: a run replaces what it wrote there before, all of it, and nothing else.
+"""A folder that several runs write to: a run replaces all files that it wrote there before, and nothing else.
 
-`written.json` in the folder lists, under the name of each run, the files that it wrote. So no file of an earlier run
-stays beside those of a new one, and whatever else lies there, notes or other data, is nobody's to delete.
+`written.json` in the folder lists the files of each run, by the run's name. So no files of an earlier run are left
+beside those of a new one, and anything else in the folder, such as notes or other data, is never deleted.
 """
 
 import json
@@ -15,7 +15,7 @@ LIST, TEMPORARY = "written.json", ".writing-"
 
 
 def listed(folder: Path) -> dict[str, list[str]]:
-    """{run: files} by the list of a folder. Raises ValueError for a list that is damaged or leads out of the folder."""
+    """{run: files} from a folder's list. Raises ValueError for a list that is damaged or leads out of the folder."""
     path, runs = folder / LIST, {}
     if path.is_file():
         with suppress(ValueError):
@@ -26,19 +26,19 @@ def listed(folder: Path) -> dict[str, list[str]]:
 
 
 def are_inside(files) -> bool:
-    """Whether a value is a list of names that stay inside their folder."""
+    """Whether a value is a list of file names that stay inside their folder."""
     names = isinstance(files, list) and all(isinstance(name, str) and name for name in files)
     return names and not any(PurePosixPath(name).is_absolute() or ".." in Path(name).parts for name in files)
 
 
 @contextmanager
 def replacing(folder: Path, run: str, force: bool = False) -> Iterator[Path]:
-    """A temporary folder, whose files move to `folder` together if the block succeeds. If not, nothing changes.
+    """Yields a temporary folder whose files move to `folder` together if the block succeeds. If not, nothing changes.
 
-    They replace all files of the earlier run of that name, and of any that wrote one of the same files; with force also
-    files of the same names that are on no list.
+    They replace all files of the earlier run of that name, and of any run that wrote one of the same files; with force,
+    also unlisted files of the same names.
 
-    Raises:  ValueError for such a file without force
+    Raises:  ValueError for an unlisted file of the same name without force
     """
     runs, fresh = listed(folder), not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,15 +60,15 @@ def replacing(folder: Path, run: str, force: bool = False) -> Iterator[Path]:
             move(folder, new, old, theirs, names, others, run)
     finally:
         if fresh:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 def move(folder: Path, new: Path, old: Path, theirs: set[str], names: list[str], others: dict, run: str) -> None:
-    """Old files out of a folder and new ones in; back again if that fails. In between the list holds both."""
+    """Move old files out of a folder and new ones in; undo it if that fails. Meanwhile the list holds both."""
     path, moves = folder / LIST, []
     before = path.read_bytes() if path.is_file() else None
-    # Last in the alphabet comes first out and last in: without a world.json a world is not whole.
+    # The last file in the alphabet goes out first and comes in last: without its world.json, a world is incomplete.
     moves += [(folder / name, old / name) for name in sorted({*theirs, *names}, reverse=True)]
     moves += [(new / name, folder / name) for name in names]
     begun = []
@@ -91,14 +91,14 @@ def move(folder: Path, new: Path, old: Path, theirs: set[str], names: list[str],
 
 
 def write_list(path: Path, temporary: Path, runs: dict[str, list[str]]) -> None:
-    """Replace the list as a whole."""
+    """Replace the list atomically."""
     (temporary / LIST).write_text(json.dumps(runs, indent=0) + "\n", encoding="utf-8")
     os.replace(temporary / LIST, path)
 
 
 def drop_empty(folder: Path, names: Iterable[str]) -> None:
-    """Remove the folders of some files that are empty now."""
+    """Remove the folders of some files if they are empty now."""
     inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.parts}
     for parent in sorted(inside, key=lambda parent: -len(parent.parts)):
-        with suppress(OSError):  # it is not empty, or not there
+        with suppress(OSError):  # not empty, or not there
             (folder / parent).rmdir()
