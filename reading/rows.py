@@ -316,34 +316,30 @@ def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
 ARRAYS = ("offsets", "twins", "videos")  # fields of an index with an entry per row
 
 
-def shortest(numbers: array) -> np.ndarray:
-    """Numbers in four bytes each if they fit, else in eight."""
-    return np.array(numbers, np.uint32 if max(numbers, default=0) < 2**32 else np.int64)
-
-
 def keep(index: Index, path: Path, task: str, check: str) -> None:
-    """Write an index: one line of JSON, then the arrays."""
+    """Write an index: a checksum, one line of JSON, then the arrays."""
     arrays = {name: one for name in ARRAYS if (one := getattr(index, name)) is not None}
     about = {name: value for name, value in vars(index).items() if name not in (*ARRAYS, "path", "before")}
     about |= made_of(index.path) | {"task": task, "check": check, "rows": len(index.offsets)}
-    with open(path, "wb") as file:
-        file.write(
-            json.dumps(about | {"arrays": {name: str(one.dtype) for name, one in arrays.items()}}).encode() + b"\n"
-        )
-        for one in arrays.values():
-            one.tofile(file)
+    line = json.dumps(about | {"arrays": {name: str(one.dtype) for name, one in arrays.items()}}).encode() + b"\n"
+    content = line + b"".join(one.tobytes() for one in arrays.values())
+    path.write_bytes(hashlib.blake2b(content).digest() + content)
 
 
 def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
-    """The index that `keep` wrote, or None if it is incomplete, of another file, or was checked less thoroughly."""
+    """The index that `keep` wrote, or None if it is damaged, of another file, or was checked less thoroughly."""
     try:
-        with open(kept, "rb") as file:
-            about = json.loads(file.readline())
-            if about | made_of(path) | {"task": task} != about or CHECKS.index(about["check"]) < CHECKS.index(check):
-                return None
-            arrays = {name: np.fromfile(file, kind, about["rows"]) for name, kind in about["arrays"].items()}
-        if any(len(one) < about["rows"] for one in arrays.values()):
+        whole = kept.read_bytes()
+        checksum, content = whole[:64], whole[64:]
+        if hashlib.blake2b(content).digest() != checksum:
             return None
+        line, _, numbers = content.partition(b"\n")
+        about, arrays, start = json.loads(line), {}, 0
+        if about | made_of(path) | {"task": task} != about or CHECKS.index(about["check"]) < CHECKS.index(check):
+            return None
+        for name, kind in about["arrays"].items():
+            arrays[name] = np.frombuffer(numbers, kind, about["rows"], start)
+            start += arrays[name].nbytes
         parts = {name: about[name] for name in ("digest", "lines", "pictures", "lost")}
         return Index(path, arrays["offsets"], arrays.get("twins"), arrays.get("videos"), **parts, before=True)
     except (OSError, ValueError, KeyError, TypeError):

@@ -9,6 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -307,6 +308,16 @@ def test_captions_of_a_folder_come_from_the_list_in_it(tmp_path, capsys):
         expected = [{"image": name, "caption": text} for name, text in zip(names, captions, strict=True)]
         assert rows(out / "pairs_train.jsonl", "pairs") == expected
         assert "left out: 1 pictures without a caption, 4.jpg first" in capsys.readouterr().out
+
+
+def test_a_list_may_spell_the_name_of_a_picture_in_another_way(tmp_path, capsys):
+    """macOS writes é as a letter and an accent; a list made elsewhere as one letter. Both captions are kept."""
+    two, one = unicodedata.normalize("NFD", "caf\u00e9.png"), unicodedata.normalize("NFC", "caf\u00e9.png")
+    picture(tmp_path / "pictures", two, "dog.png")
+    write(tmp_path / "pictures/captions.txt", f"image,caption\n{one},A bar\n./{two},A house\n./dog.png,A dog\n")
+    found = rows(run(tmp_path, "folder") / "pairs_train.jsonl", "pairs")
+    assert found == [{"image": two, "caption": ["A bar", "A house"]}, {"image": "dog.png", "caption": ["A dog"]}]
+    assert "without a caption" not in capsys.readouterr().out
 
 
 def test_captions_of_a_folder_come_from_texts_beside_the_pictures_or_from_their_names(tmp_path, capsys):

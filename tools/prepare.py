@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from tqdm import tqdm
 
@@ -147,6 +148,13 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
         listed |= read_metadata(path, args.images, args.column)
     kinds = *PICTURES, *CONTAINERS
     names = {path.relative_to(args.images).as_posix() for path in files if path.suffix.lower() in kinds}
+    spelled, captions_of = {normalize("NFC", name): name for name in names}, {}
+    for (
+        name,
+        captions,
+    ) in listed.items():  # a list may say ./dog.jpg, or write in one letter the "é" that macOS has in two
+        name = spelled.get(normalize("NFC", PurePosixPath(name).as_posix()), name)
+        captions_of.setdefault(name, []).extend(captions)
     unread = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
@@ -161,10 +169,10 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     source = source or ("the .txt beside each picture" if beside else "the names of the pictures")
     print(f"captions are read from {source}")
     without, first = [], {}  # first: by resolved path, the first name of a picture that is there more than once
-    for name in sorted(names | listed.keys()):  # convert reports those that are listed but missing
+    for name in sorted(names | captions_of.keys()):  # convert reports those that are listed but missing
         path = args.images / name
         if lists or metadata:
-            captions = not_blank(listed.get(name, []), left_out)
+            captions = not_blank(captions_of.get(name, []), left_out)
         elif path.with_suffix(".txt").is_file():
             captions = [line.strip() for _, line in lines_of(path.with_suffix(".txt"))]
         else:
