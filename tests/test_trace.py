@@ -84,7 +84,7 @@ def test_the_numbers_of_mrm_are_the_students_and_the_teachers():
     """At each hidden patch, worked out anew: the page's strips, its first numbers and its distances."""
     model, batch = made()
     shot, _ = trace.snapshot(model, batch, WORDS)
-    (one,) = (part for part in shot["beside"]["MAMO.loss_mrm"] if part["kind"] == "compared")
+    one, at_words = (part for part in shot["beside"]["MAMO.loss_mrm"] if part["kind"] == "compared")
     model.train()
     images, texts, real = batch["images"], batch["input_ids"], batch["attention_mask"]
     index, mask = model.mask_image(batch["patch_noise"])
@@ -103,7 +103,35 @@ def test_the_numbers_of_mrm_are_the_students_and_the_teachers():
     np.testing.assert_allclose(one["first"][1], target[..., :6], atol=1e-3)
     most = max(ours.abs().max().item(), target.abs().max().item())
     np.testing.assert_allclose(bytes_of(one["target"]), target.flatten() / most, atol=1 / 127)
-    assert one["source"] == "MAMO.teach"
+    assert one["sources"] == ("MAMO.teach", "normalised")
+    noise = batch["token_noise"], batch["replace_noise"]
+    words = mamo.mask_words(texts, real, *noise, model.config.mask_text, model.config)
+    said = [
+        [WORDS.vocab[i] if v else "" for i, v in zip(*row, strict=True)]
+        for row in zip(words.labels, words.valid, strict=True)
+    ]
+    assert at_words["words"] == said[: trace.SAMPLES]
+
+
+@pytest.mark.parametrize("name", ["mamo", "maskvlm", "vlmae"])
+def test_the_distances_shown_are_those_that_the_loss_takes_the_mean_of(name, monkeypatch):
+    """Absolute for MIM, squared for MRM, and so on: over a whole batch their mean is the loss."""
+    model, batch = made(name)
+    monkeypatch.setattr(trace, "SAMPLES", len(batch["images"]))
+    shot, _ = trace.snapshot(model, batch, WORDS)
+    losses = {row[0]: row[1] for ones in shot["beside"].values() for one in ones if one["kind"] == "losses"
+              for row in one["rows"]}  # fmt: skip
+    shown = 0
+    for loss, ones in shot["beside"].items():
+        means = []
+        for one in (one for one in ones if one["kind"] == "compared"):
+            distance = np.array(one["distance"])
+            real = np.array(one["words"]) != "" if "words" in one else np.ones_like(distance, bool)
+            means.append(distance[real].mean())
+        if means:
+            assert losses[loss.rpartition(".loss_")[2]] == pytest.approx(sum(means), abs=2e-3), loss
+            shown += 1
+    assert shown == (1 if name == "maskvlm" else 2)
 
 
 def test_hidden_words_and_guesses_are_those_of_the_batch():

@@ -25,10 +25,11 @@ import sys
 import tempfile
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -176,7 +177,7 @@ def described(value, inside: bool = False) -> dict:
 
 
 def tensor(value: Tensor) -> dict:
-    """Shape and statistics of a tensor, and its first row as bytes: 127 is zero, 0 and 254 the largest magnitude."""
+    """Shape and statistics of a tensor, and its first row, see packed."""
     found = {"shape": list(value.shape), "kind": str(value.dtype).removeprefix("torch.")}
     if value.numel() == 1:
         return found | {"value": number(value.float().item())}
@@ -191,15 +192,21 @@ def tensor(value: Tensor) -> dict:
     first = first[: CELLS[0], : CELLS[1]]
     if value.dtype.is_floating_point or value.dtype == torch.bool:
         largest = first[first.isfinite()].abs().amax().item() if first.isfinite().any() else 0.0
-        levels = (127 + 127 * first.nan_to_num(0, 0, 0) / max(largest, 1e-12)).round().clamp(0, 254).byte()
-        found |= {
-            "size": list(first.shape),
-            "map": text_of(levels.contiguous().numpy().tobytes()),
-            "most": number(largest),
-        }
+        found |= {"size": list(first.shape), "map": packed(first, largest), "most": number(largest)}
     else:
         found["numbers"] = first[:1].long().flatten()[:16].tolist()
     return found
+
+
+def packed(values: Tensor, most: float) -> str:
+    """Values as bytes, as text: 127 is zero, 0 and 254 the largest magnitude."""
+    levels = (127 + 127 * values.nan_to_num(0, 0, 0) / max(most, 1e-12)).round().clamp(0, 254)
+    return text_of(levels.byte().contiguous().numpy().tobytes())
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Values in [-1, 1] -> bytes"""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 # ------------------------------------------------------------------------------------------------- beside some lines
@@ -229,8 +236,13 @@ def pictured(model, recorder: Recorder, batch: dict, tokenizer: Tokenizer, losse
     if isinstance(words, MaskedWords) and "VisionLanguageModel.loss_mlm" in held:
         likely = held["VisionLanguageModel.loss_mlm"]["logits"].softmax(dim=2)
         found["VisionLanguageModel.loss_mlm"] = [{"kind": "guesses", "rows": guesses(likely, words, tokenizer)}]
-    for name, compared in comparisons(model, held).items():
-        found.setdefault(name, []).append({"kind": "compared", "patches": hidden[:SAMPLES].tolist(), **compared})
+    for name, compared in comparisons(model, held):
+        places = {"patches": hidden[:SAMPLES].tolist()}
+        if compared.pop("at words"):
+            chosen = zip(words.labels[:SAMPLES].tolist(), words.valid[:SAMPLES].tolist(), strict=True)
+            places = {"words": [[tokenizer.vocab[i] if real else "" for i, real in zip(*row, strict=True)]
+                                for row in chosen]}  # fmt: skip
+        found.setdefault(name, []).append({"kind": "compared", **places, **compared})
     if mosaics := recovered(model, held, batch, hidden):
         name = next(name for name in held if name.rpartition(".")[2] in ("loss_mim", "loss_rmim"))
         found.setdefault(name, []).append({"kind": "recovered", "pictures": mosaics})
@@ -264,41 +276,57 @@ def guesses(likely: Tensor, words: MaskedWords, tokenizer: Tokenizer) -> list:
 
 
 @torch.no_grad()
-def comparisons(model, held: dict) -> dict[str, dict]:
-    """By loss: what it compares at the hidden patches of the shown pictures, prediction and target, (s, m, d)."""
-    found = {}
+def comparisons(model, held: dict) -> Iterator[tuple[str, dict]]:
+    """(loss, what it compares at the hidden places of the shown pairs: prediction and target, (s, m, d))"""
 
-    def put(name: str, ours: Tensor, target: Tensor, what: str, source: str) -> None:
+    def put(name: str, ours: Tensor, target: Tensor, what: str, *sources: str, at_words: bool = False) -> tuple:
         pair = ours[:SAMPLES].float(), target[:SAMPLES].float()
         most = max(one.abs().amax().item() for one in pair)
-        levels = [(127 + 127 * one / most).round().clamp(0, 254).byte().numpy().tobytes() for one in pair]
-        found[name] = {
-            "ours": text_of(levels[0]),
-            "target": text_of(levels[1]),
+        kind, distance = DISTANCES[name]
+        found = {
+            "ours": packed(pair[0], most),
+            "target": packed(pair[1], most),
+            "most": number(most),
             "first": [[[[number(v) for v in some[:6]] for some in row] for row in one.tolist()] for one in pair],
             "d": ours.shape[2],
-            "distance": [[number(v) for v in row] for row in (pair[0] - pair[1]).square().mean(dim=2).tolist()],
+            "kind of distance": kind,
+            "distance": [[number(v) for v in row] for row in distance(*pair, reduction="none").mean(dim=2).tolist()],
             "what": what,
-            "source": source,
+            "sources": sources,
+            "at words": at_words,
         }
+        return name, found
 
     features = model.config.mim_target == "features" if isinstance(model, MAMO) else False
     for name, mine in held.items():
         if name == "MAMO.loss_mrm":
-            what = "g of the student's fused vector of (I', T), and the teacher's fused vector of (I, T), normalised"
-            put(name, model.mrm_image_head(mine["at_patches"]), mine["patch_target"], what, "MAMO.teach")
-        elif name == "MAMO.loss_mim":
-            there = "the teacher's image feature of that patch in I, normalised" if features else "its pixels"
-            what = f"h of the student's fused vector of (I', T), and {there}"
-            put(
-                name, model.mim_head(mine["at_patches"]), mine["target"], what, "MAMO.teach" if features else "patchify"
+            what = (
+                "At each hidden {}: g of the student's fused vector of {}, and the teacher's fused vector of (I, T). "
+                f'In seen["fused"], the first {mine["patch_target"].shape[1]} rows are patches, the rest are words.'
             )
+            patches = model.mrm_image_head(mine["at_patches"]), mine["patch_target"], what.format("patch", "(I', T)")
+            words = model.mrm_text_head(mine["at_words"]), mine["word_target"], what.format("word", "(I, T')")
+            yield put(name, *patches, "MAMO.teach", "normalised")
+            yield put(name, *words, "MAMO.teach", "normalised", at_words=True)
+        elif name == "MAMO.loss_mim":
+            there = "the teacher's image feature of that patch in I" if features else "its pixels"
+            what = f"At each hidden patch: h of the student's fused vector of (I', T), and {there}."
+            sources = ("MAMO.teach", "normalised") if features else ("patchify",)
+            yield put(name, model.mim_head(mine["at_patches"]), mine["target"], what, *sources)
         elif "predicted" in mine and ".loss_" in name:
             target = mine.get("target", mine.get("pixels"))
             target = target if name == "MaskVLM.loss_mim" else normalised(target)
             source = "ImageEncoder.forward" if name == "VLMAE.loss_ifr" else "patchify"
-            put(name, mine["predicted"], target, "the prediction, and the target", source)
-    return found
+            yield put(name, mine["predicted"], target, "At each hidden patch: the prediction, and the target.", source)
+
+
+DISTANCES = {  # by loss: the distance that it takes the mean of
+    "MAMO.loss_mrm": ("squared", F.mse_loss),
+    "MAMO.loss_mim": ("absolute", F.l1_loss),
+    "MaskVLM.loss_mim": ("absolute", F.l1_loss),
+    "VLMAE.loss_rmim": ("squared", F.mse_loss),
+    "VLMAE.loss_ifr": ("smooth absolute", F.smooth_l1_loss),
+}
 
 
 @torch.no_grad()
@@ -324,8 +352,7 @@ def recovered(model, held: dict, batch: dict, hidden: Tensor | None) -> list[dic
             own = at(patches, hidden)
             said = said * (own.var(dim=2, correction=0, keepdim=True) + 1e-5).sqrt() + own.mean(dim=2, keepdim=True)
         filled_in.scatter_(1, hidden[:SAMPLES, :, None].expand(-1, -1, patches.shape[2]), said[:SAMPLES].float())
-    pixels = ((filled_in + 1) * 127.5).round().clamp(0, 255).byte()
-    return [embed(picture_of(one, config)) for one in pixels]
+    return [embed(picture_of(one, config)) for one in as_bytes(filled_in)]
 
 
 # ----------------------------------------------------------------------------------------------------------- snapshots
@@ -408,8 +435,7 @@ def watched_runs(options: argparse.Namespace, texts: tuple[list, list]) -> tuple
 
 def page_of(shots: list[dict], functions: dict, batch: dict, texts: list[str], config: Config, about: str) -> str:
     """The page as HTML."""
-    pixels = ((batch["images"][:SAMPLES] + 1) * 127.5).round().clamp(0, 255).byte()
-    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
+    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in as_bytes(batch["images"][:SAMPLES])]
     sources = {name: source_of(code) for name, code in functions.items()}
     forward = next(name for name in functions if name.endswith(".forward") and name.split(".")[0] in OBJECTIVE_NAMES)
     return filled(

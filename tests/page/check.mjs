@@ -192,10 +192,14 @@ async function tried(kind, options, touch) {
 async function stepped(kind, options, touch) {
   const { page, shot, close } = await open(kind, options, trace, "#f-MAMO-forward .vals b");
   const press = (node) => (touch ? node.tap() : node.click());
-  const told = () => page.locator("#f-MAMO-loss-mrm [aria-live]").textContent(), first = await told();
+  const [patch, word] = [0, 1].map((place) => page.locator("#f-MAMO-loss-mrm [aria-live]").nth(place));
+  const told = () => patch.textContent(), first = await told();
   await press(page.locator("#f-MAMO-loss-mrm .patches button").nth(7));
-  check(`${kind}: another patch, other numbers`, (await told()) !== first && (await told()).includes("mean square"));
-  check(`${kind}: the target's source is a link to its function`, (await page.locator("#f-MAMO-loss-mrm .panel a").getAttribute("href")) === "#f-MAMO-teach" && (await page.locator("#f-MAMO-teach").count()) === 1);
+  check(`${kind}: another patch, other numbers`, (await told()) !== first && (await told()).includes("mean squared"));
+  const one = await word.textContent();
+  await press(page.locator("#f-MAMO-loss-mrm button.word").nth(1));
+  check(`${kind}: another word, other numbers`, (await word.textContent()) !== one);
+  check(`${kind}: the target's source is a link to its function`, (await page.locator("#f-MAMO-loss-mrm .panel a").first().getAttribute("href")) === "#f-MAMO-teach" && (await page.locator("#f-MAMO-teach").count()) === 1);
   const total = () => page.locator("main strong").first().textContent(), last = await total();
   await page.locator("#step").focus();
   await page.keyboard.press("ArrowLeft");
