@@ -409,7 +409,7 @@ class ImageEncoder(nn.Module):
 def by_frame(block: Block, hidden: Tensor, frames: int) -> Tensor:
     """Apply a block to videos, hidden (b, f + f * n, d): patches attend to their own frame, class tokens to all frames.
 
-    The cost is linear in the number of frames, not quadratic. Source: SCL's code, "flexible vision encoder".
+    The cost is roughly linear in the number of frames, not quadratic. Source: SCL's code, "flexible vision encoder".
     """
     class_tokens, patches = hidden[:, :frames], hidden[:, frames:]
     own = rearrange(class_tokens, "b f d -> (b f) 1 d"), rearrange(patches, "b (f n) d -> (b f) n d", f=frames)

@@ -79,7 +79,7 @@ def main() -> None:
     paths = options.notebooks or sorted(FOLDER.glob("*.ipynb"), key=lambda path: int(path.name.partition("_")[0]))
     begun = time.perf_counter()
     lab.start()  # draws the world, if needed, before the clock of the first notebook starts
-    print(f"checkpoint and world: {time.perf_counter() - begun:.0f} s", flush=True)
+    print(f"the built-in world: {time.perf_counter() - begun:.0f} s", flush=True)
     failed = False
     for path in map(Path.absolute, paths):
         start = time.perf_counter()

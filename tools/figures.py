@@ -327,10 +327,10 @@ def draw_step(objective: str) -> Drawing:
     bottom = top + row * len(trace.passes) + 8 * len(trace.parts)
     sheet = Drawing(bottom + 112, f"The passes of one training step of {objective}, and which loss reads which")
     titles = (
-        ("who encodes", 28, 38),
-        ("what", 258, 38),
-        ("should be", 28, bottom + 22),
-        ("compared by", 28, bottom + 88),
+        ("encoder", 28, 38),
+        ("input", 258, 38),
+        ("target", 28, bottom + 22),
+        ("distance", 28, bottom + 88),
     )
     for title, *where in titles:
         sheet.text(*where, title, bold=True)
@@ -465,8 +465,8 @@ def draw_video() -> Drawing:
     blocks = [("class tokens", 0, frames)] + [
         (f"patches of {name}", frames + n * number, n) for number, name in enumerate(names)
     ]
-    sheet.text(left, 38, "is looked at", bold=True)
-    sheet.text(28, top - 14, "looks", bold=True)
+    sheet.text(left, 38, "key: attended to", bold=True)
+    sheet.text(28, top - 14, "query", bold=True)
     for name, start, length in blocks:
         middle = (start + length / 2) * cell
         sheet.text(left - 12, top + middle + 5, name, anchor="end")
@@ -478,9 +478,9 @@ def draw_video() -> Drawing:
             fill = (LOSSES["mrm"][0] if query < frames else MASKED) if felt[0, key].abs().sum() > 0 else "#f1f2f4"
             sheet.box(left + key * cell + 1, top + query * cell + 1, cell - 2, cell - 2, fill, rx=2)
     said = (
-        "The class token of a frame looks at all tokens of all frames.",
-        "A patch looks at its own frame: the class token and the patches.",
-        "So the cost grows with the frames and not with their square,",
+        "The class token of a frame attends to all tokens of all frames.",
+        "A patch attends to its own frame: its class token and its patches.",
+        "So the cost is roughly linear in the number of frames,",
         "and a video of one frame is a picture.",
     )
     for number, line in enumerate(said):
