@@ -30,7 +30,7 @@ def test_the_command_draws_the_figures_that_are_shown(name, tmp_path):
     figures.FIGURES[name]().save(tmp_path / name)
     same = (tmp_path / name).read_text(encoding="utf-8") == (DOCS / name).read_text(encoding="utf-8")
     assert same, f"docs/{name} is old: python -m tools.figures"
-    pages = [PAGE, (DOCS.parent / "README.md").read_text(encoding="utf-8")]
+    pages = [PAGE, *(path.read_text(encoding="utf-8") for path in (DOCS.parent / "README.md", DOCS / "results.md"))]
     assert any(f"{name})" in page for page in pages), f"no page shows {name}"
 
 

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/: architecture.svg, the parts of MAMO, and for each objective the passes of its step.
+"""Draw the figures of docs/: the parts of MAMO, the passes of each objective's step, attention in videos, the trial.
 
     python -m tools.figures --out docs
 
@@ -9,6 +9,7 @@ with the output of one pass corrupted: the losses that change are those that rea
 
 import argparse
 import functools
+import json
 import re
 import textwrap
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,6 +27,7 @@ from data import make_batch
 from mamo import PRESETS, FusionEncoder, ImageEncoder, MAMOConfig, TextEncoder, View, by_frame, patchify, require
 from siblings import OBJECTIVES
 from tokenizer import Tokenizer
+from tools.compare import difference
 from world.shapes import COLOURS, Scene, place, render
 
 # The pair whose step is traced, and another one, which supplies a wrong picture and a wrong caption for matching.
@@ -33,6 +36,7 @@ SCENES = (
     Scene(238, (place("red", "circle", "medium", 13, (11, 8)), place("blue", "cross", "medium", 13, (11, 24)))),
     Scene(238, (place("yellow", "square", "medium", 15, (16, 16)),)),
 )
+ROOT = Path(__file__).resolve().parent.parent
 PATCHES = 16  # per picture in the preset nano, in four rows
 WIDTH = 1120
 INK, QUIET, LINE, PAPER = "#1c1c1c", "#5c5f66", "#9aa0a8", "#ffffff"
@@ -490,7 +494,76 @@ def draw_video() -> Drawing:
     return sheet
 
 
-FIGURES = {"architecture.svg": draw_architecture, "video.svg": draw_video}
+# ------------------------------------------------------------------------------------------------------- the trial
+
+FOILS = tuple(f"foils matching, {kind}" for kind in ("relation", "axis", "colour", "shape", "swap"))
+TRIAL = {  # experiments/trial/plan.md: part -> measure, file of results, columns (their mean), difference of interest
+    "a. after fine-tuning": (
+        ("questions, 60,000 rows", "vqa", ("accuracy",), 2),
+        ("questions, 3,000 rows", "vqa_few", ("accuracy",), 2),
+        ("pointing, 20,000 phrases", "grounding", ("pointing",), 3),
+        ("pointing, 1,000 phrases", "grounding_few", ("pointing",), 3),
+    ),
+    "b. what the caption does not say": (
+        ("questions about all objects", "untold_vqa", ("accuracy",), 2),
+        ("unnamed objects that matter", "objects", ("objects, not named",), 5),
+    ),
+    "c. little data": (
+        *((f"R@1, {pairs} pairs", f"pairs_{pairs}", ("test re-ranked i2t R@1",), 3) for pairs in (500, 2000, 8000)),
+        *((f"foils, {pairs} pairs", f"pairs_{pairs}", FOILS, 3) for pairs in (500, 2000, 8000)),
+    ),
+    "d. four times as long, one seed": (
+        ("R@1, novel combinations", "longer", ("novel re-ranked i2t R@1",), 2),
+        ("questions, 3,000 rows", "longer_vqa_few", ("accuracy",), 2),
+    ),
+}
+ARMS = {"mamo": ("MAMO", "mrm"), "maskvlm": ("MaskVLM", "itc"), "vlmae": ("our VLMAE", "mlm")}  # name, whose colour
+
+
+def draw_trial() -> Drawing:
+    """Differences to the control, with their 95 % intervals over seeds; a row for each planned measure."""
+    row, top, zero, scale = 34, 70, 790, 17.5  # pixels; of a point: scale
+    bottom = top + row * (len(TRIAL) + sum(map(len, TRIAL.values())))
+    sheet = Drawing(bottom + 52, "A fair trial: differences to ITC + ITM + MLM, with 95 % intervals")
+    for number, (name, colour) in enumerate(ARMS.values()):
+        sheet.add("circle", cx=360 + 130 * number, cy=30, r=6, fill=LOSSES[colour][0])
+        sheet.text(372 + 130 * number, 35, name)
+    sheet.text(zero + 12, 35, "better than ITC + ITM + MLM", 12, fill=QUIET)
+
+    def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float, **more) -> None:
+        ends = {name: f"{value:.1f}" for name, value in (("x1", x1), ("y1", y1), ("x2", x2), ("y2", y2))}
+        sheet.add("line", **ends, stroke=colour, stroke_width=width, **more)
+
+    for points in range(-25, 16, 5):
+        x = zero + scale * points
+        line(x, top - 12, x, bottom, LINE if points else INK, 1 if points == 0 else 0.4)
+        sheet.text(x, bottom + 20, f"{points:+d}" if points else "0", 12, "middle", QUIET)
+    sheet.text(zero, bottom + 40, "percentage points; dashed: the difference of interest", 12, "middle", QUIET)
+    y = top
+    for part, measures in TRIAL.items():
+        y += row
+        sheet.text(28, y - 10, part, bold=True)
+        for measure, file, columns, interest in measures:
+            y += row
+            sheet.text(44, y - 12, measure)
+            wanted = zero + scale * interest
+            line(wanted, y - row + 6, wanted, y - 6, INK, 2, stroke_dasharray="3 3")
+            arms = json.loads((ROOT / f"results/trial/{file}.json").read_text(encoding="utf-8"))["arms"]
+            values = {
+                name.rpartition(": ")[2]: np.mean([arm[column]["values"] for column in columns], axis=0)
+                for name, arm in arms.items()
+            }
+            for number, arm in enumerate(name for name in ARMS if name in values):
+                apart = (values[arm] - values["control"]).tolist()
+                found = difference(apart) if len(apart) > 1 else dict.fromkeys(("mean", "low", "high"), apart[0])
+                low, mean, high = (zero + scale * min(max(found[of], -26), 16) for of in ("low", "mean", "high"))
+                colour, height = LOSSES[ARMS[arm][1]][0], y - row + 12 + 10 * number
+                line(low, height, high, height, colour, 2.5)
+                sheet.add("circle", cx=f"{mean:.1f}", cy=height, r=4.5, fill=colour)
+    return sheet
+
+
+FIGURES = {"architecture.svg": draw_architecture, "video.svg": draw_video, "trial.svg": draw_trial}
 FIGURES |= {f"{objective}.svg": functools.partial(draw_step, objective) for objective in OBJECTIVES}
 
 
