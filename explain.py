@@ -1,30 +1,30 @@
-"""Where does the model look for a phrase? Heat maps by hiding parts of the image, or by Grad-CAM on attention.
+"""Where does the model look for a phrase? Heat maps from occlusion of the image, or from Grad-CAM on attention.
 
     python eval.py explain   --checkpoint runs/demo/checkpoint.pt --image photo.jpg --text "a red circle" --out heat.png
     python eval.py grounding --checkpoint runs/demo/checkpoint.pt --data data/scenes/grounding_test.jsonl
 
-Hiding is an occlusion method in the spirit of masked modelling: hide some patches at a time, and measure by how much
-the model's score drops. The score is
+The default method, `hiding`, is occlusion in the spirit of masked modelling: mask some patches at a time, and measure
+how much a score of the model drops. The score is
 
     for a whole text            the matching logit
     for a phrase in a text      the log-probability of its words, masked, given the rest of the text (MLM head)
     for vqa etc.                the logit of the answer predicted from the whole image
 
-Each window of 2 x 2 patches is hidden in turn, then random 75 % of the patches, as often as the budget allows. A patch
-is scored by the mean drop over the windows that hide it plus, over the random masks, the mean where it is visible minus
-the mean where it is hidden, both standardised over the image. This needs no gradients and no choice of layer.
+Each window of 2 x 2 patches is masked in turn, then random masks of 75 % use up the rest of the budget. A patch scores
+the mean drop over the windows that mask it plus, over the random masks, the mean score where the patch is visible minus
+that where it is masked, both standardised over the image. This needs no gradients and no choice of layer.
 
-Grad-CAM (--map gradcam) is ALBEF's method for grounding: attention says which patches a word attends to, the gradient
-of the matching logit says which of these are evidence for a match, and their product, where positive, is the map:
+Grad-CAM (--map gradcam) is ALBEF's method for grounding: attention tells which patches a word attends to, the gradient
+of the matching logit tells which of these are evidence for a match, and the positive part of their product is the map:
 
     map[patch] = mean over heads, sum over the phrase's tokens, of attention * relu(d logit / d attention)
 
 differs: the matching logit is the difference between the head's two logits; ALBEF uses only the second. [CLS] is
-included in the sum if the phrase is the whole text. In the last block only [CLS] has a map, because the logit depends
+included in the sum if the phrase is the whole text. In the last block, only [CLS] has a map, because the logit depends
 on no other token there.
 
-A video gets one map per frame: windows hide patches of one frame at a time, random masks those of all frames at once.
-No boxes are used in training. For a model of statements, wrap the phrase in one: --frame "there is a {}".
+A video gets one map per frame: a window masks patches of one frame, a random mask masks patches of all frames. No boxes
+are used in training. For a model trained on statements, wrap the phrase in one: --frame "there is a {}".
 """
 
 import itertools
@@ -52,12 +52,12 @@ MAPS, FILLS = ("hiding", "gradcam"), ("colour", "blur", "token")
 
 @dataclass
 class How:
-    """How maps are computed. Raises ValueError for invalid or conflicting options."""
+    """The configuration of the maps. Raises ValueError for invalid or conflicting options."""
 
     map: str = "hiding"  # hiding or gradcam
-    fill: str = "colour"  # what replaces hidden patches: colour (the most frequent in the image), blur or token (mask)
+    fill: str = "colour"  # replacement for masked patches: colour (the image's most frequent), blur or token (mask)
     passes: int = 128  # number of masked images to evaluate for a map by hiding
-    layer: int | None = None  # fusion block for Grad-CAM, from 0, or negative from the end; None = the middle one
+    layer: int | None = None  # fusion block for Grad-CAM, zero-based or negative from the end; None = the middle one
 
     def __post_init__(self):
         for name, allowed in (("map", MAPS), ("fill", FILLS)):
@@ -76,7 +76,7 @@ class How:
 
 @dataclass
 class Phrase:
-    """An image, a text about it, and the phrase in the text to localise."""
+    """An image, a text about the image, and the phrase in the text to localise."""
 
     image: str
     text: str
@@ -84,9 +84,9 @@ class Phrase:
 
 
 def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -> tuple[list[int], list[bool]]:
-    """The ids of a text, and which are the phrase's first occurrence: all, even [CLS], if it is the whole text.
+    """The ids of a text, and a mask of the phrase's first occurrence: all ids, even [CLS], if it is the whole text.
 
-    Raises:  ValueError if the phrase is not in the text, as truncated to max_tokens
+    Raises:  ValueError if the text, as truncated to max_tokens, does not contain the phrase
     """
     ids, wanted = tokenizer.encode(text, max_tokens), tokenizer.encode(phrase)[1:-1]
     for start in range(1, len(ids) - len(wanted)):
@@ -111,18 +111,18 @@ def maps_of(model, tokenizer: Tokenizer, phrases: list[Phrase], device, how: How
 
 
 def pixels_of(image, config) -> Tensor:
-    """An image -> (3, height, width), a video -> (f, 3, height, width), preprocessed for the model."""
+    """An image -> (3, height, width); a video -> (f, 3, height, width); preprocessed for the model"""
     return to_tensor(image, config.image_size, config.frames)
 
 
-# ---------------------------------------------------------------------------------------------------- maps by hiding
+# ------------------------------------------------------------------------------------------------- maps by occlusion
 
 
 def hiding_masks(grid: tuple[int, int], passes: int, frames: int = 1) -> tuple[Tensor, Tensor]:
-    """Masks of all passes -> windows (w, n) and random masks (r, n), True = hidden, w + r = passes; for a video,
+    """The masks of all passes -> windows (w, n) and random masks (r, n), True = masked, w + r = passes; for a video,
     (w, f * n) and (r, f * n).
 
-    Windows of 2 x 2 patches at every position; if that takes more than half of the passes, fewer and larger ones.
+    Windows of 2 x 2 patches at every position or, if that takes more than half of the passes, fewer and larger windows.
     """
     (rows, columns), step = grid, 0
     while True:
@@ -152,7 +152,7 @@ def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[T
     if how.fill != "token":
         parts = [filling(one, how.fill, config.patch_size) for one in image.view(-1, *image.shape[-3:])]
         filled = torch.stack(parts).view_as(image)
-    for some in hidden.split(max(2**15 // (frames + hidden.shape[1]), 1)):  # to bound memory
+    for some in hidden.split(max(2**15 // (frames + hidden.shape[1]), 1)):  # in chunks, to bound memory
         if filled is None:
             encoded.append(model.encode_masked(image.expand(len(some), *image.shape), some))
         else:
@@ -162,7 +162,7 @@ def hidden_views(model: VisionLanguageModel, image: Tensor, how: How) -> tuple[T
 
 
 def filling(image: Tensor, fill: str, patch_size: int) -> Tensor:
-    """image (3, height, width) -> what replaces its hidden patches, of the same shape"""
+    """image (3, height, width) -> the replacement for its masked patches, of the same shape"""
     if fill == "blur":
         for _ in range(2):
             image = F.avg_pool2d(image[None], 2 * patch_size + 1, 1, patch_size, count_include_pad=False)[0]
@@ -178,7 +178,7 @@ def watched(model: VisionLanguageModel, pictures: list[Tensor], ids: list[int], 
 
     Args:    pictures        encoded images of one row, each (k, 1 + n, d), or (1, 1 + n, d) if never masked
              ids, counted    see phrase_rows
-    Raises:  ValueError for a model without the head that this needs
+    Raises:  ValueError for a model without the head that the score requires
     """
     k, device = max(map(len, pictures)), pictures[0].device
     input_ids, chosen = torch.tensor([ids], device=device), torch.tensor(counted, device=device).nonzero().T
@@ -210,7 +210,7 @@ def watched(model: VisionLanguageModel, pictures: list[Tensor], ids: list[int], 
 
 
 def hiding_map(watched: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
-    """watched (1 + passes,), scores, that of the whole image first; masks (w, n), (r, n) -> map (n,), values >= 0"""
+    """watched (1 + passes,): scores, the unmasked image's first; masks (w, n), (r, n) -> map (n,), values >= 0"""
     windows, randoms = (mask.to(watched).double() for mask in masks)
     whole, by_window, by_random = watched.double().split([1, len(windows), len(randoms)])
     lost = (whole - by_window) @ windows / windows.sum(dim=0)
@@ -229,14 +229,14 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def require_matching(model: VisionLanguageModel) -> None:
-    """Raise ValueError for a model trained without matching; classifiers from tasks.py have another logit instead."""
+    """Raise ValueError for a model trained without matching; classifiers from tasks.py provide another logit."""
     if model.config.w_itm <= 0:
         raise ValueError("this checkpoint was trained without matching (w_itm 0): it has no logit to explain")
 
 
 def check_layer(model: VisionLanguageModel, layer: int | None) -> int:
-    """A fusion block's index, possibly negative -> the index from 0; None = the middle one: the third of six, as in
-    ALBEF, the first of two. Raises ValueError if it is out of range."""
+    """A fusion block's index, possibly negative -> its zero-based index; None = the middle one: the third of six, as in
+    ALBEF, or the first of two. Raises ValueError if the index is out of range."""
     depth = model.config.fusion_depth
     if layer is None:
         return (depth - 1) // 2
@@ -260,7 +260,7 @@ def token_maps(model: VisionLanguageModel, images: Tensor, input_ids: Tensor, at
     with torch.enable_grad(), record_attention(*fusion.text_attention) as recorded:
         logit = model.match(image, text, attention_mask)
         attention = [maps[0] for maps in recorded]
-        gradient = torch.autograd.grad(logit.sum(), attention)  # a sample's logit depends only on its own maps
+        gradient = torch.autograd.grad(logit.sum(), attention)  # the logit of a sample depends only on its own maps
     maps = [  # without the class tokens of a video's other frames
         fusion.text_to_patches(one * slope.relu(), length).mean(dim=1).detach()[..., frames - 1 :]
         for one, slope in zip(attention, gradient, strict=True)
@@ -287,7 +287,7 @@ def heat_maps(
 
 def gradcam_maps(model, tokenizer: Tokenizer, phrases: list[Phrase], device) -> Tensor:
     """Grad-CAM of many phrases -> (fusion blocks, phrases, n) on the CPU"""
-    # A classifier treats all images in a batch as belonging to one question.
+    # A classifier treats all images in a batch as parts of one question.
     parts, batch = [], 1 if isinstance(model, Classifier) else 50
     for start in range(0, len(phrases), batch):
         chunk = phrases[start : start + batch]
@@ -311,10 +311,10 @@ def phrases_of(rows: list[dict], frame: str = "{}") -> list[Phrase]:
 def ground(model, tokenizer: Tokenizer, rows: list[dict], device, how: How, frame: str = "{}") -> list[dict]:
     """Localise the phrase of each row by its heat map -> predictions for metrics.judge_grounding.
 
-    point      centre of the hottest patch
+    point      centre of the patch with the maximum value
     proposal   the row's proposal with the largest sum of the map inside it over area ** 0.5    (ALBEF, RefCOCO+)
-    box        around the connected region that contains the peak and is at least half as hot
-    For a map of zeros, all three are None.
+    box        bounding box of the connected region around the peak where the map is at least half the maximum
+    If the map is all zeros, point, proposal and box are None.
     """
     maps, predictions, grid = maps_of(model, tokenizer, phrases_of(rows, frame), device, how), [], model.config.grid
     for number, (row, heat) in enumerate(zip(rows, maps, strict=True)):
@@ -342,7 +342,7 @@ def warmth(heat: Tensor, box: list[float]) -> float:
 
 
 def hot_box(heat: Tensor, share: float = 0.5) -> list[int]:
-    """heat (height, width) -> [x, y, width, height] around the region connected to the peak and >= share as hot"""
+    """heat (height, width) -> [x, y, width, height] of the connected region around the peak with heat >= share * max"""
     hot = (heat >= share * heat.max()).float()[None]
     region = torch.zeros_like(hot)
     region.view(-1)[heat.argmax()] = 1
@@ -358,20 +358,20 @@ def hot_box(heat: Tensor, share: float = 0.5) -> list[int]:
 # ------------------------------------------------------------------------------------------------------- visualisation
 
 
-LARGEST_MARK = 0.85  # side of the square of the hottest patch, as a share of the patch
+LARGEST_MARK = 0.85  # side length of the square on the hottest patch, as a fraction of the patch
 
 
 @dataclass
 class Heat:
-    """A heat map and its image."""
+    """A heat map and the image that it belongs to."""
 
     values: Tensor  # (rows, columns) of patches, >= 0
     picture: Image.Image
     hottest: float  # the value drawn as the largest square: the maximum over the image, or over all frames of a video
 
     def image(self) -> Image.Image:
-        """The image with a square in the middle of each patch, its area proportional to the patch's value. This is
-        readable on any image, keeps the image visible, and suggests no finer resolution than the map has."""
+        """The image with a square centred on each patch, its area proportional to the patch's value. The squares are
+        readable on any image, keep the image visible, and suggest no finer resolution than the map has."""
         marks, (rows, columns) = Image.new("RGBA", self.picture.size), self.values.shape
         pen, width, height = ImageDraw.Draw(marks), self.picture.width / columns, self.picture.height / rows
         for (row, column), value in np.ndenumerate(self.values.numpy()):
@@ -392,10 +392,10 @@ class Heat:
 
 
 def heats_of(model, tokenizer: Tokenizer, images: list, text: str, phrase: str, how: How, device) -> list[Heat]:
-    """Heat maps of a phrase, or of the whole text, for each image (path or PIL image), or for each frame of a video
+    """The heat maps of a phrase, or of the whole text, for each image (path or PIL image), or for each frame of a video
     that the model sees.
 
-    For a classifier, all images belong to one question; otherwise each is processed by itself.
+    For a classifier, all images belong to one question; otherwise, each image is processed independently.
 
     Raises:  ValueError if a map is all zeros
     """

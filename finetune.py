@@ -8,11 +8,11 @@
     torchrun --nproc-per-node 8 finetune.py vqa ...                       the same run on eight GPUs
 
 tasks.py defines the tasks and their losses. `--data data/scenes/vqa` is short for data/scenes/vqa_train.jsonl. The best
-step is selected on vqa_val.jsonl in the same folder or, if there is no such file, on held-out groups of training rows.
+step is selected on vqa_val.jsonl in the same folder or, if there is none, on held-out groups of training rows.
 
-The training loop is that of train.py: `start` below sets it up, and `FineTune` adds the selection of the best step. A
-run folder contains config.json, log.csv, checkpoint.pt to resume from, and best.pt, the weights of the step with the
-best score on val: this is the file to evaluate.
+The training loop is that of train.py: `start` below sets it up, and `FineTune` adds the selection of the best step. The
+run folder contains config.json, log.csv, checkpoint.pt to resume from, and best.pt, the checkpoint to evaluate: the
+weights of the step with the best score on val.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from train import (
 
 @dataclass
 class FineConfig(TrainConfig):
-    """All options of a fine-tuning run; those that train.py also has keep their meaning."""
+    """All options of a fine-tuning run; options that train.py also has keep their meaning."""
 
     task: str = "vqa"  # retrieval, grounding, vqa, reasoning or entailment
     init: str = "runs/demo/checkpoint.pt"  # checkpoint to start from; none = train from scratch
@@ -148,8 +148,8 @@ def start(config: FineConfig, overrides: dict, device: torch.device | None = Non
 
 
 def read(config: FineConfig) -> tuple[list[dict], list[dict]]:
-    """Training and validation rows; the latter from --val, else the val file next to --data, else held-out training
-    rows, subsampled to 2,000, or to 500 images for retrieval and grounding, which rank every text for each image."""
+    """Training and validation rows. The latter come from --val, else the val file next to --data, else held-out rows,
+    subsampled to 2,000 rows, or to 500 images for retrieval and grounding, which rank every text for each image."""
     schema = TASKS[config.task].schema
     if not config.data:
         raise ValueError(f"--data is missing: give JSONL files, such as data/scenes/{config.task}_train.jsonl")
@@ -179,7 +179,7 @@ def adapted(
         tokenizer = with_new_words(Tokenizer(start["vocab"]), texts, config.new_words)
         frames = {"frames": max(start["config"].get("frames", 1), frames_for(rows))}
         shape = shape_from(start, config, frames | overrides) | {"vocab_size": len(tokenizer)}
-        # A head that was already trained for this task is kept, along with its list of answers.
+        # Keep a head that was already trained for this task, along with its list of answers.
         before = start["head"] if "head" in start and not config.new_head else {}
         kept = before.get("task") == config.task
         answers = before["answers"] if kept else None
@@ -193,7 +193,7 @@ def adapted(
 
 
 def check_labels(task: str, rows: list[dict], answers: list[str]) -> None:
-    """Raise ValueError if a training row has a label that a head kept from the checkpoint cannot predict."""
+    """Raise ValueError if a training row has a label that a head loaded from the checkpoint cannot predict."""
     labels = {right_label(row) for row in rows} if "label" in SCHEMAS[TASKS[task].schema] else set()
     if unknown := sorted(labels - set(answers)):
         raise ValueError(
@@ -211,7 +211,7 @@ def with_new_words(old: Tokenizer, texts: list[str], most: int) -> Tokenizer:
 
 
 def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
-    """The checkpoint's fields of mamo.Config, in which image size, frames, text length and dropout may be replaced."""
+    """The checkpoint's fields of mamo.Config, with overrides for image size, frames, text length and dropout."""
     other = [name for name in overrides if name not in ("image_size", "frames", "max_tokens", "dropout")]
     default = FineConfig()
     other += [name for name in ("preset", "vocab") if getattr(config, name) != getattr(default, name)]
@@ -225,7 +225,7 @@ def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
 
 def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
     """--data -> training files, and the val files that exist next to them. X is short for X_train.jsonl. In the name,
-    "val" replaces the last "train" that is a word of its own, unlike that in "constrained"."""
+    "val" replaces the last "train" that is a separate word, unlike the one in "constrained"."""
     train = [Path(path) if path.endswith((".jsonl", ".tar")) else Path(f"{path}_train.jsonl") for path in paths]
     words = [re.match(r"(.*)(?<![^\W\d_])train(?![^\W\d_])(.*)", path.name) for path in train]
     beside = [path.with_name("val".join(word.groups())) for path, word in zip(train, words, strict=True) if word]
@@ -233,7 +233,7 @@ def expand(paths: list[str]) -> tuple[list[Path], list[Path]]:
 
 
 def split_by_group(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Rows -> training rows, held-out rows; all rows of a group, or else of an image, are on the same side."""
+    """Rows -> training rows, held-out rows; all rows of a group (or, without groups, of an image) stay together."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(cluster_of(row), []).append(row)
@@ -250,13 +250,13 @@ def split_by_group(rows: list[dict], share: float, seed: int) -> tuple[list[dict
 
 
 class FineTune(Run):
-    """The training loop of train.py for a task; the weights of the best step on val are saved."""
+    """The training loop of train.py for a downstream task; saves the weights of the step with the best score on val."""
 
-    best, best_step, worse = -1.0, 0, 0  # best score on val, its step, evaluations since then
+    best, best_step, worse = -1.0, 0, 0  # best score on val, its step, number of evaluations since then
     fresh: tuple[str, ...] = ()  # names of the parameters that are not in the --init checkpoint
 
     def evaluate(self, bar: tqdm) -> dict:
-        """The task's score on val; if it is the best so far, save best.pt, without the optimiser's state."""
+        """Compute the task's score on val; if it is the best so far, save best.pt, without the optimiser's state."""
         score = self.score()
         bar.write(f"step {self.step}: val {score:.1f} %")
         if score > self.best:
@@ -280,7 +280,7 @@ class FineTune(Run):
         return 100 * sum(score_answers(self.config.task, self.val_rows, given)) / len(self.val_rows)
 
     def state(self) -> dict:
-        """As in train.py, plus the head config and the best score so far."""
+        """As in train.py, plus the head's config and the best score so far."""
         best = [self.best, self.best_step, self.worse]
         return super().state() | {"head": dataclasses.asdict(self.model.head_config), "best": best}
 
@@ -293,7 +293,7 @@ class FineTune(Run):
         """As in train.py, plus the best score so far. Raises ValueError if --lr and --lr-head swapped their order."""
         rates = ((one["lr"], one["lr_head"]) for one in (saved["train"], vars(self.config)))
         was, now = ((rate < head, rate > head) for rate, head in rates)
-        if was != now and self.config.init != "none":  # it is the order of the optimiser's groups
+        if was != now and self.config.init != "none":  # the optimiser's parameter groups depend on this order
             raise ValueError("of --lr and --lr-head, the larger one must stay the larger on resume: lower both")
         super().load(saved)
         self.best, self.best_step, self.worse = saved["best"]
@@ -301,7 +301,7 @@ class FineTune(Run):
 
 
 def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
-    """Command line -> the run's options, and fields of the model's Config that replace the checkpoint's."""
+    """Command line -> the options of the run, and the fields of the model's Config that override the checkpoint's"""
     parser = runtime.Parser(
         prog="finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -314,7 +314,7 @@ def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
 
 
 def main() -> None:
-    """Command line: set up or resume a run, and train."""
+    """Command-line entry point: set up or resume a run, then train."""
     config, overrides = parse()
     runtime.keep_memory()
     with runtime.process_group(config.device) as device, runtime.sole_run(config.out):

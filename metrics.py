@@ -1,7 +1,7 @@
 """Scoring of predictions: prediction files, metrics, random baselines, confidence intervals.
 
-A prediction is a dictionary, one line of a JSONL file. eval.py writes such files and computes its scores from them, so
-files from other programs, or edited by hand, are scored by the same code. For spellings of answers, see `named`.
+A prediction is a dictionary, stored as one line of a JSONL file. eval.py writes such files and computes its scores from
+them, so predictions by other programs, or edited by hand, are scored by the same code. Spellings: see `named`.
 
     vqa, reasoning, entailment   {"row": 0, "answer": "red"}      for reasoning "true" or "false"
     grounding                    {"row": 0, "point": [x, y], "proposal": [x, y, w, h], "box": [...], "grid": [4, 4]}
@@ -9,7 +9,7 @@ files from other programs, or edited by hand, are scored by the same code. For s
                                  and "also": [other names of the query in the data], if the model cannot tell them apart
 
 Every estimate comes with n, the random baseline ("chance") and a 95 % confidence interval: percentiles of a cluster
-bootstrap with 1,000 resamples, where a cluster is a group of rows, or else the rows of an image.
+bootstrap with 1,000 resamples, where a cluster is a group of rows or, without groups, the rows of an image.
 """
 
 import json
@@ -27,7 +27,7 @@ from data import ENTAILMENT_LABELS, captions_of, json_lines, pictures_of, resolv
 from tokenizer import bare_words
 
 RESAMPLES = 1000
-# Tasks with fixed labels, in class order; any other task with labels takes those of its training rows.
+# Tasks with fixed labels, in class order; every other classification task takes its labels from the training rows.
 LABELS = {"reasoning": ("false", "true"), "entailment": ENTAILMENT_LABELS}
 
 
@@ -59,7 +59,7 @@ def text_of(row: dict) -> str:
 
 
 def read_predictions(path: Path, rows: list[dict]) -> list[dict]:
-    """The predictions for rows, in the order of the rows.
+    """The predictions for the given rows, in the order of the rows.
 
     Raises:  ValueError for an invalid line, a row with no or two predictions, or a text that differs from the row's
     """
@@ -110,7 +110,7 @@ def is_finite(value) -> bool:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) from a file of predictions. Raises ValueError if there is no such file."""
+    """Yield ("file:line", object) from a prediction file. Raises ValueError if the file does not exist."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: write it with --checkpoint first, or give another --predictions")
     return json_lines(path)
@@ -120,15 +120,15 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def estimate(values, clusters: list, chance: float) -> dict:
-    """Mean of values in [0, 1], and chance, in percent -> {"n", "value", "low", "high", "chance"}
+    """The mean of values in [0, 1], and chance, both converted to percent -> {"n", "value", "low", "high", "chance"}
 
-    low, high: 95 % confidence interval, by bootstrap over clusters (one cluster name per value).
+    low, high: 95 % confidence interval by bootstrap over clusters; clusters contains one cluster name per value
     """
     values = np.asarray(values, dtype=float)
     _, which = np.unique(np.asarray(list(map(str, clusters))), return_inverse=True)
     sums, counts = np.bincount(which, values), np.bincount(which)
     draw, means = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):  # one at a time: vectorised, 25,000 clusters would take 600 MB
+    for _ in range(RESAMPLES):  # not vectorised: 25,000 clusters would take 600 MB
         drawn = draw.integers(len(sums), size=len(sums))
         means.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = np.percentile(means, (2.5, 97.5))
@@ -145,7 +145,7 @@ def cluster_of(row: dict) -> str:
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {"none": "0"} | {word: str(value) for value, word in enumerate(NUMBERS)}
-# differs: the official list removes the apostrophe of "somebody'd", although it adds one to all other words.
+# differs: the official list drops the apostrophe of "somebody'd", although it restores that of all other words.
 FULL = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't
 not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
@@ -154,15 +154,15 @@ there'd've there're there's they'd they'd've they'll they're they've 'twas wasn'
 what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
 SIGNS = [(word, i) for word in FULL.split() for i, letter in enumerate(word) if letter == "'"]
-CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word, i in SIGNS}  # without one of the apostrophes -> in full
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word, i in SIGNS}  # lacking one of the apostrophes -> in full
 
 
-@lru_cache(maxsize=1 << 16)  # a few answers make up most of the data
+@lru_cache(maxsize=1 << 16)  # most of the data consists of a few answers
 def normalise(answer: str) -> str:
     """An answer normalised as in the official VQA evaluation: lower case, no punctuation or articles, digits for
     numbers, contractions with their apostrophe.
 
-    A punctuation mark is deleted if anywhere in the answer it touches a space, or if the answer has a comma between
+    A punctuation mark is deleted if, anywhere in the answer, it touches a space or if the answer has a comma between
     digits; otherwise it becomes a space. Full stops are deleted unless a digit follows. Colons and apostrophes stay.
     """
     answer = " ".join(answer.split())
@@ -178,7 +178,7 @@ def normalise(answer: str) -> str:
 
 
 def worths(row: dict) -> dict[str, float]:
-    """The normalised answers of a vqa row and the score of each; spellings of the same answer add up, to at most 1."""
+    """The normalised answers of a vqa row and their scores; the scores of equivalent spellings add up, to at most 1."""
     found = Counter()
     for answer, score in row["answers"].items():
         found[normalise(answer)] += score
@@ -189,7 +189,7 @@ def worths(row: dict) -> dict[str, float]:
 
 
 def score_answers(task: str, rows: list[dict], answers: list[str]) -> list[float]:
-    """The score of each answer, from 0 to 1: for vqa the row's own soft score, otherwise 1 if it is right."""
+    """The score of each answer, from 0 to 1: for vqa, the soft score given by the row; otherwise 1 if it is correct."""
     said = [named(task, answer) for answer in answers]
     if task == "vqa":
         return [float(worths(row).get(answer, 0.0)) for row, answer in zip(rows, said, strict=True)]
@@ -197,7 +197,7 @@ def score_answers(task: str, rows: list[dict], answers: list[str]) -> list[float
 
 
 def named(task: str, answer: str) -> str:
-    """An answer in the spelling used for comparison: normalised for vqa, in lower case for a task with fixed labels,
+    """An answer in the spelling used for comparison: normalised for vqa, in lower case for tasks with fixed labels,
     otherwise unchanged."""
     if task == "vqa":
         return normalise(answer)
@@ -210,7 +210,7 @@ def right_label(row: dict) -> str:
 
 
 def constant(task: str, rows: list[dict]) -> float:
-    """The mean score, from 0 to 1, of the best constant answer: the majority baseline, used as chance level."""
+    """The mean score, from 0 to 1, of the best constant answer: the majority baseline, used as the chance level."""
     scores = Counter()
     for row in rows:
         scores.update(worths(row) if task == "vqa" else {right_label(row): 1.0})
@@ -220,9 +220,9 @@ def constant(task: str, rows: list[dict]) -> float:
 def judge_answers(task: str, rows: list[dict], answers: list[str]) -> dict:
     """The metrics of vqa, reasoning or entailment.
 
-    Returns: {"accuracy": estimate, "types": {type: estimate}}; chance of a type is its best constant answer; overall,
-             the best constant answer of each type. Reasoning with groups: also {"consistency": estimate}, all rows of a
-             group right; chance is a coin flip per row. Entailment: also {"confusion": {label: {answer: rows}}}
+    Returns: {"accuracy": estimate, "types": {type: estimate}}; chance per type is the best constant answer, and overall
+             the best constant answer of each type. Reasoning with groups: also {"consistency": estimate}, i.e. all rows
+             of a group correct; chance is a coin flip per row. Entailment: also {"confusion": {label: {answer: rows}}}
     Raises:  ValueError for an answer that is not one of the task's fixed labels
     """
     answers = [named(task, answer) for answer in answers]
@@ -281,7 +281,7 @@ def patch_centres(grid: tuple[int, int], width: int, height: int) -> list[tuple[
 
 
 def inside(centres: list[tuple[float, float]], boxes: list[list[float]]) -> list[bool]:
-    """Which centres lie in any of the boxes [x, y, width, height]."""
+    """Whether each centre lies in any of the boxes [x, y, width, height]."""
     return [any(x <= px < x + w and y <= py < y + h for x, y, w, h in boxes) for px, py in centres]
 
 
@@ -345,13 +345,13 @@ def right_answers(rows: list[dict], lists: Iterable[dict] = ()) -> tuple[dict[st
 
 
 def recalls(rank: np.ndarray) -> dict[str, float]:
-    """Ranks of the first right answers (queries,), 0 = top -> R@1, R@5 and R@10 in percent."""
+    """Zero-based ranks of the first correct answers (queries,) -> R@1, R@5 and R@10 in percent"""
     return {f"R@{k}": 100 * float((rank < k).mean()) for k in (1, 5, 10)}
 
 
 def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
-    """R@1/5/10 in percent of a random ranking: the top k of a gallery of g contain none of a query's r right answers
-    with probability C(g - r, k) / C(g, k). counts: r of each query; gallery: g."""
+    """R@1/5/10 in percent, of a random ranking: the top k of a gallery of g contain none of a query's r correct answers
+    with probability C(g - r, k) / C(g, k). counts: r for each query; gallery: g"""
     levels = {}
     for k in (1, 5, 10):
         drawn = min(k, gallery)
@@ -361,13 +361,13 @@ def chance_recalls(counts: list[int], gallery: int) -> dict[str, float]:
 
 
 def recall_intervals(rank: np.ndarray) -> dict[str, list[float]]:
-    """Ranks of the first right answers (queries,) -> 95 % confidence intervals of R@1, R@5 and R@10 in percent."""
+    """Ranks of the first correct answers (queries,) -> 95 % confidence intervals of R@1, R@5 and R@10 in percent"""
     found = {k: estimate(rank < k, range(len(rank)), 0.0) for k in (1, 5, 10)}
     return {f"R@{k}": [one["low"], one["high"]] for k, one in found.items()}
 
 
 def judge_retrieval(rows: list[dict], path: Path) -> dict:
-    """Recalls from a file of ranked lists, in the format of eval.retrieval.
+    """Recalls computed from a file of ranked lists, in the format of eval.retrieval.
 
     Raises:  ValueError for a query that is missing, ranked twice or not in the data
     """
@@ -391,7 +391,7 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
             raise ValueError(f"{where}: the query {query!r} is ranked twice: keep one line for each query")
         answers = right[key[1]][asked(query)]
         hits = [at for at, name in enumerate(one["found"]) if isinstance(name, str) and answer(name) in answers]
-        place[key][asked(query)] = hits[0] if hits else 10  # outside the top ten
+        place[key][asked(query)] = hits[0] if hits else 10  # the first correct answer is outside the top ten
     result = {"images": len(right[SIDES[0]]), "texts": len(right[SIDES[1]]), "k": "as predicted"}
     result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}
     for (way, side), found in place.items():

@@ -53,11 +53,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> typing.NoReturn:
-        """Print one sentence instead of the full usage, and exit."""
+        """Print a one-sentence message instead of the full usage, then exit."""
         fail(message)
 
     def parse_args(self, args=None, namespace=None):
-        """As in argparse, but the error for an unknown option suggests the closest existing one."""
+        """As in argparse, but the error for an unknown option suggests the closest match."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def parse_run(self, arguments: list[str] | None = None) -> dict:
-        """The options given on the command line; with --config, the others come from that config.json."""
+        """The options given on the command line; with --config, all others come from that config.json."""
         self.add_argument(
             "--config", help="config.json of a run to repeat; options given on the command line override it"
         )
@@ -78,13 +78,13 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"{path} is from a run of {before.get('task', 'train.py')}: repeat it with that command")
         if "preset" in given:
             raise ValueError(f"{path} names every size of the model: leave --preset out, or give sizes such as --width")
-        mine = {"out", "resume"} | ({"epochs"} if "steps" in given else set())  # the old epochs would override --steps
+        mine = {"out", "resume"} | ({"epochs"} if "steps" in given else set())  # saved epochs would override --steps
         known = {action.dest for action in self._actions} - mine
         return {name: value for name, value in before.items() if name in known} | given
 
 
 def read_config(path: str) -> dict:
-    """The options in a run's config.json. Raises ValueError if the file is not one."""
+    """The options in a run's config.json. Raises ValueError for any other file."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file: give the config.json of a run folder")
     try:
@@ -97,7 +97,7 @@ def read_config(path: str) -> dict:
 def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:
     """Add one option per dataclass field, with its name, type and default; the field's comment is the help text.
 
-    Options that are not given are absent from the result, so that presets and checkpoints can supply them.
+    Options that are not given are absent from the result, so that presets and checkpoints can supply their values.
     """
     hints, texts = typing.get_type_hints(config_class), field_comments(config_class)
     for field in dataclasses.fields(config_class):
@@ -134,16 +134,16 @@ def field_comments(config_class: type) -> dict[str, str]:
     return comments
 
 
-# Options that may change on resume, because they do not affect what is computed, up to rounding. Data files may have
-# moved: Run.load in train.py checks that their content is the same.
+# Options that may change on resume, because they affect the results only up to rounding. Data files may have moved:
+# Run.load in train.py checks that their content is unchanged.
 FREE_ON_RESUME = {"out", "workers", "device", "precision", "compile", "grad_checkpointing", "check", "resume"}
 FREE_ON_RESUME |= {"log_every", "eval_every", "save_every", "data", "val"}
-# On resume a run may be extended, or its learning rate lowered after it diverged; both apply from the next step on.
+# On resume, a run may be extended, or its learning rate lowered after it diverged; both apply from the next step on.
 MAY_GROW, MAY_SHRINK = {"steps", "epochs"}, {"lr", "lr_head"}
 
 
 def resolve(given: dict, config_class: type, model_class: type) -> tuple:
-    """Command-line options -> the run's options, and the given fields of the model's Config.
+    """Command-line options -> the run's options, and the given fields of the model's Config that were given.
 
     A resumed run takes its options from its checkpoint. Raises ValueError for an option that may not change on resume.
     """
@@ -160,8 +160,8 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
             command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
             raise ValueError(f"{path} is a run of {command}: resume it with that command, or give another --out")
         check_fields(config_class, saved["train"], str(path))
-        saved["train"] = {"optimizer": "adamw"} | saved["train"]  # the only one when old checkpoints were saved
-        # Defaults come first, for options that were added after the checkpoint was saved.
+        saved["train"] = {"optimizer": "adamw"} | saved["train"]  # the only optimiser when old checkpoints were saved
+        # Defaults come first, to fill in options that were added after the checkpoint was saved.
         before = dataclasses.asdict(config_class()) | vars(model_class()) | saved["train"] | saved["config"]
         changed = [name for name in given if not may_become(name, before[name], given[name])]
         if changed:
@@ -190,11 +190,11 @@ def check_bounds(config, bounds: dict[str, tuple[float, float]]) -> None:
 
 def may_become(name: str, was, now) -> bool:
     """Whether an option of a resumed run may change to this value."""
-    if name in ("vocab", "init"):  # the checkpoint has their content, and different paths may be the same file
+    if name in ("vocab", "init"):  # the checkpoint contains both, and different paths may lead to the same file
         was, now = ([value] if isinstance(value, str) else value for value in (was, now))
         return list(map(os.path.realpath, was)) == list(map(os.path.realpath, now))
     grown, shrunk = name in MAY_GROW and now > was, name in MAY_SHRINK and 0 < now < was
-    equal = now == (list(was) if isinstance(was, tuple) else was)  # the command line gives lists
+    equal = now == (list(was) if isinstance(was, tuple) else was)  # the command line yields lists
     return name in FREE_ON_RESUME or equal or grown or shrunk
 
 
@@ -205,20 +205,20 @@ def fail(message: object) -> typing.NoReturn:
 
 
 def readable(sentence: str) -> str:
-    """An error message with long quoted values truncated and control characters escaped."""
+    """An error message in which long quoted values are truncated and control characters escaped."""
     short = re.sub(r"'([^']{300,})'", lambda quoted: f"'{quoted[1][:120]}...'", sentence)
     short = re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", short)
     return "".join(letter if letter in "\n\t" or letter.isprintable() else repr(letter)[1:-1] for letter in short)
 
 
 def end(stopped: bool) -> None:
-    """Exit with status 130 after an interrupted run, as shells expect, so that a calling script stops too."""
-    if stopped and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun would report it as a failure
+    """After an interrupted run, exit with status 130, as shells expect, so that a calling script stops as well."""
+    if stopped and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun would report status 130 as a failure
         sys.exit(130)
 
 
 def guarded(main) -> None:
-    """Run main(); invalid input ends with a one-sentence error instead of a traceback."""
+    """Run main(), ending with a one-sentence error instead of a traceback if the input is invalid."""
     Output.gone, streams = False, (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = Output(sys.stdout, plain=True), Output(sys.stderr)
     try:
@@ -249,7 +249,7 @@ def process_group(device_name: str):
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # Collectives are needed on both devices: gradients on the GPU, counts and evaluation on the CPU.
+    # Both devices need collectives: gradients are reduced on the GPU, counts and evaluation results on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 lacks its replacement
@@ -286,7 +286,7 @@ def pick_device(name: str) -> torch.device:
 def keep_memory() -> None:
     """Keep freed memory in the process for the next step (CPU, Linux): 11 to 14 % more pairs/s in `nano`.
 
-    By default glibc returns large blocks to the system at once, which then has to zero their pages again in every step.
+    By default, glibc returns large blocks to the system immediately, which must then zero their pages in every step.
     """
     try:
         allocator = ctypes.CDLL("libc.so.6").mallopt
@@ -294,14 +294,14 @@ def keep_memory() -> None:
         return  # not glibc
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
     if allocator(mmap_threshold, 2**30) or allocator(mmap_threshold, 2**25):  # older versions allow at most 32 MB
-        allocator(trim_threshold, 2**31 - 1)  # only with the other: alone it made a step 1.6 times slower
+        allocator(trim_threshold, 2**31 - 1)  # only with the other one; alone, it made a step 1.6 times slower
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """Name -> the precision, and why it was chosen; auto = bf16 on a GPU with native bf16 support, else fp32."""
+    """The precision of that name, and why it was chosen; auto = bf16 on a GPU with native bf16 support, else fp32."""
     if name == "auto":
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has it"
@@ -313,7 +313,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(device: torch.device, precision: str):
-    """Autocast to bf16 or fp16 for a forward pass, disabled for fp32; mamo.py marks what always stays in fp32."""
+    """Autocast a forward pass to bf16 or fp16, disabled for fp32; mamo.py marks the operations that stay in fp32."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -321,11 +321,11 @@ def autocast(device: torch.device, precision: str):
 def recompute_blocks(model: torch.nn.Module) -> None:
     """Gradient checkpointing: every block except the teacher's stores only its input and is recomputed in backward.
 
-    Blocks are the modules in an encoder's list `blocks`. Raises ValueError for an encoder without one.
+    Blocks are the modules in an encoder's list `blocks`. Raises ValueError for an encoder without such a list.
     """
     for name, encoder in model.student.named_children():
         if isinstance(encoder, torch.nn.Linear):
-            continue  # a projection
+            continue  # a projection head
         if not len(getattr(encoder, "blocks", [])):
             raise ValueError(f"grad_checkpointing: the {name} encoder has no list `blocks` of modules to recompute")
     for name, module in model.named_modules():
@@ -336,7 +336,7 @@ def recompute_blocks(model: torch.nn.Module) -> None:
 
 def compile_step(model: torch.nn.Module) -> None:
     """Compile the model's forward pass, and with it the backward pass, for batches of a fixed shape."""
-    # einops caches the tensor types it has seen; fill the cache first, or its growth would cause a recompilation.
+    # einops caches the tensor types that it has seen; fill this cache first, or its growth would cause a recompilation.
     for known in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1))):
         einops.rearrange(known, "d -> d")
     model.compile(dynamic=False)
@@ -344,7 +344,7 @@ def compile_step(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def first_process_first():
-    """Run the block on rank 0 first, then on all other ranks, which find the files that rank 0 wrote."""
+    """Run the block on rank 0 first, then on all other ranks, which then find the files written by rank 0."""
     if not dist.is_initialized():
         yield
         return
@@ -357,7 +357,7 @@ def first_process_first():
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any rank. A collective: all processes must call it at the same point."""
+    """Whether the flag is set on any rank. This is a collective: all processes must call it at the same point."""
     if not dist.is_initialized():
         return flag
     said = torch.tensor(float(flag))
@@ -386,12 +386,12 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB, of the GPU for a CUDA device, else of the process. NaN if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")  # Linux, where getrusage would include the peak of the parent process
+    status = Path("/proc/self/status")  # Linux, where getrusage would include the parent process's peak
     for line in status.read_text().splitlines() if status.is_file() else []:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**10
     try:
-        import resource  # not on Windows
+        import resource  # not available on Windows
     except ImportError:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -402,25 +402,25 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def write_beside(path: Path, write, size: int = 0) -> None:
-    """Atomic write: write(temporary path), then rename, so that path always holds a complete file, old or new.
+    """Write atomically: call write(temporary path), then rename, so that path always holds a complete file, old or new.
 
-    size: bytes to be written, if known. A failed write leaves no partial file. Raises OSError if the disk is full.
+    size: number of bytes to write, if known. A failed write leaves no partial file. Raises OSError if the disk is full.
     """
-    path = Path(os.path.realpath(path))  # a symlink is kept and its target replaced
+    path = Path(os.path.realpath(path))  # keep a symlink and replace its target
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file that could be replaced: give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # it could be a symlink to another file
+    temporary.unlink(missing_ok=True)  # the path could be a symlink to another file
     try:
         write(temporary)
-        with open(temporary, "r+b") as file:  # r+ because Windows only syncs files open for writing
+        with open(temporary, "r+b") as file:  # r+ because Windows only syncs files opened for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         free, written = shutil.disk_usage(path.parent).free, temporary.stat().st_size if temporary.is_file() else 0
         temporary.unlink(missing_ok=True)
-        # On a full disk torch raises a RuntimeError about file positions that does not mention the disk.
+        # If the disk is full, torch raises a RuntimeError about file positions that does not mention the disk.
         full = isinstance(error, RuntimeError) and (free < 2**20 or free + written < size)
         if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
@@ -445,7 +445,7 @@ UNWRITTEN: set[Path] = set()  # files that side_file has warned about
 
 @functools.cache
 def warn(sentence: str) -> None:
-    """Print a warning to stderr, each text once, without breaking a progress bar."""
+    """Print a warning to stderr, once per text, without breaking a progress bar."""
     tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
@@ -490,7 +490,7 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path} is refused: it is damaged or holds more than plain tensors and plain values, which could run code "
             "while it is read; use a checkpoint that train.py wrote"
         ) from error
-    except Exception as error:  # torch raises many types for damaged files, some with an empty message
+    except Exception as error:  # torch raises many exception types for damaged files, some with an empty message
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a whole checkpoint ({reason}): use another") from error
     if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
@@ -527,7 +527,7 @@ class Content:
 
 
 def check_fields(config_class: type, values: dict, where: str) -> None:
-    """Raise ValueError for a name that is not a field of the dataclass, or a value of the wrong type."""
+    """Raise ValueError for a name that is not a field of the dataclass, or for a value of the wrong type."""
     hints = typing.get_type_hints(config_class)
     if strange := ", ".join(sorted(map(str, values.keys() - hints.keys()))):
         raise ValueError(f"{strange} is no field of {where}: it was saved by other code or for another model")
@@ -541,7 +541,7 @@ def check_fields(config_class: type, values: dict, where: str) -> None:
 
 
 def is_a(value: object, kind: type) -> bool:
-    """isinstance, except that an int counts as a float, and a bool as nothing but a bool."""
+    """As isinstance, except that an int counts as a float, and a bool only as a bool."""
     return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 
@@ -560,7 +560,7 @@ def saved_run(config) -> dict | None:
     saved = load_checkpoint(path)
     if missing := ", ".join(sorted({"train", "step", "optimizer", "scaler", "meter"} - saved.keys())):
         raise ValueError(f"{path} holds no run to go on from, {missing} are missing: is it a copy of best.pt?")
-    saved["config"].setdefault("albef_negatives", True)  # the behaviour before this option was added
+    saved["config"].setdefault("albef_negatives", True)  # the behaviour before the option existed
     return saved
 
 
@@ -579,7 +579,7 @@ def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> Non
     model.load_state_dict(weights)
 
 
-# Per-parameter state of AdamW and of Muon.
+# Per-parameter state in AdamW and in Muon.
 OPTIMIZER_STATES = {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("step", "momentum"))}
 
 
@@ -608,7 +608,7 @@ def write_json(path: Path, value) -> None:
 
 
 def how_made(script: str) -> dict[str, str]:
-    """The provenance recorded in a results file: command, hardware, date."""
+    """The provenance recorded in a results file: command, hardware and date."""
     hardware = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
@@ -625,7 +625,7 @@ class CsvLog:
             with open(path, newline="", encoding="utf-8", errors="replace") as file:
                 for row in csv.DictReader(file):
                     whole = None not in row and None not in row.values() and row.get("step", "").isdecimal()
-                    if whole and int(row["step"]) <= first_step:  # a killed run may leave a partial line
+                    if whole and int(row["step"]) <= first_step:  # a killed run may leave an incomplete line
                         self.rows.append(row)
         path.parent.mkdir(parents=True, exist_ok=True)
         with side_file(path):
@@ -641,10 +641,10 @@ class CsvLog:
         self.columns = columns
 
     def write(self, row: dict) -> None:
-        """Append one row; rewrite the file if there is a new column or an earlier row could not be written."""
+        """Append a row; rewrite the file if there is a new column or an earlier row could not be written."""
         row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
         self.rows.append(row)
-        columns, self.columns = self.columns, []  # forces a rewrite next time if this one fails
+        columns, self.columns = self.columns, []  # forces a rewrite next time if this attempt fails
         with side_file(self.path):
             if not row.keys() <= set(columns):
                 write_beside(self.path, self.rewrite)
@@ -657,15 +657,15 @@ class CsvLog:
 # ------------------------------------------------------------------------------------------------------ how a run ends
 #
 # Signals, closed pipes, data-loading workers, one run per folder. However a run ends, its state is consistent: a stop
-# request takes effect at the end of a step, and the next batch, which may fail to load, is fetched before the step.
+# request takes effect at the end of a step, and the next batch, whose loading may fail, is fetched before the step.
 
 # Ctrl-C, kill, a closed terminal (not on Windows)
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupt:
-    """Signal handler: a stop signal, or a closed output pipe, makes the training loop save and stop at the end of the
-    step; a second Ctrl-C stops at once. Signals that are ignored, as under `nohup`, stay ignored."""
+    """Signal handler: on a stop signal or a closed output pipe, the training loop saves and stops at the end of the
+    step; a second Ctrl-C stops immediately. Signals that are ignored, as under `nohup`, stay ignored."""
 
     def __init__(self):
         self.heard, self.before = set(), {}
@@ -681,13 +681,13 @@ class Interrupt:
         return self
 
     def __exit__(self, *_) -> None:
-        """Restore the handlers, except for a received SIGTERM or SIGHUP, which often comes twice while the run ends."""
+        """Restore the handlers, except for a received SIGTERM or SIGHUP, which often arrives twice as the run ends."""
         for number, handler in self.before.items():
             if number == signal.SIGINT or number not in self.heard:
                 signal.signal(number, handler)
 
     def ask(self, number: int, frame) -> None:
-        # Only Ctrl-C is repeated on purpose: a scheduler may signal both the process group and each process in it.
+        # Only a second Ctrl-C is deliberate: a scheduler may signal both the process group and each process in it.
         if self.heard and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
@@ -703,7 +703,7 @@ def batches_of(loader) -> Iterator[dict]:
     try:
         yield from without_alarm(loader)
     except (ValueError, OSError, EOFError, RuntimeError, MemoryError) as error:
-        # A live worker wraps the message in its whole traceback: "Caught ValueError in DataLoader worker".
+        # A worker process wraps the message in its full traceback: "Caught ValueError in DataLoader worker".
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix("ValueError: ")
         if loader.num_workers and "Caught" not in str(error):
             sentence = "a process that loads data was killed, probably for lack of memory: use fewer --workers"
@@ -714,9 +714,9 @@ def batches_of(loader) -> Iterator[dict]:
 
 @dataclass
 class Shared:
-    """Collate wrapper that moves the batch to shared memory in the worker, which can then report that it is full.
+    """Collate wrapper that moves the batch to shared memory inside the worker, so that an error can be reported.
 
-    Left to torch, this happens in a background thread, where a batch that does not fit is lost and training hangs.
+    By default, torch does this in a background thread, where a batch that does not fit is lost and training hangs.
     """
 
     collate: Callable
@@ -728,7 +728,7 @@ class Shared:
 def without_alarm(loader) -> Iterator:
     """The batches of a loader, without torch's SIGCHLD handler, which would raise in mid-step when a worker dies.
 
-    A dead worker is still detected, within seconds, when the loop waits for its next batch.
+    A dead worker is still detected within seconds, as soon as the loop waits for its next batch.
     """
     alarms = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before, batches = alarms and signal.getsignal(signal.SIGCHLD), iter(loader)
@@ -738,23 +738,23 @@ def without_alarm(loader) -> Iterator:
 
 
 def in_worker(_: int) -> None:
-    """Worker init function: ignore stop signals, because the training process handles them and ends its workers."""
+    """Worker init function: ignore stop signals, because the training process handles them and ends the workers."""
     for lock in LOCKS:
-        os.close(lock)  # else the folder stays locked until the workers of a killed run have exited
+        os.close(lock)  # otherwise, the folder stays locked until the workers of a killed run have exited
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers() -> None:
-    """Kill remaining workers at exit: they ignore SIGTERM, so multiprocessing would wait for them forever."""
+    """Kill the remaining workers at exit: they ignore SIGTERM, so multiprocessing would wait for them forever."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
 class Output:
-    """Standard output or error for which a closed pipe or terminal (`| head`) is not an error.
+    """A wrapper of standard output or error for which a closed pipe or terminal (`| head`) is not an error.
 
     Later output is discarded, and a training run saves and stops, see Interrupt.
     """
@@ -770,9 +770,9 @@ class Output:
 
     def write(self, text: str) -> int:
         said = text.replace("\x1b", "\\x1b") if self.plain else text
-        code = getattr(self.stream, "encoding", None) or "utf-8"  # an old console's may lack characters
+        code = getattr(self.stream, "encoding", None) or "utf-8"  # an old console's encoding may lack characters
         self.attempt(self.stream.write, said.encode(code, "backslashreplace").decode(code))
-        if "\n" in text:  # pipes get each line at once
+        if "\n" in text:  # deliver each line to a pipe immediately
             self.flush()
         return len(text)
 
@@ -802,13 +802,13 @@ def sole_run(folder: str | Path):
     try:
         try:
             fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # any other OSError: a file system without locks
+        except OSError as error:  # any other OSError means a file system without locks
             if isinstance(error, BlockingIOError):
                 raise ValueError(f"another process is training in {folder}: wait for it, or change --out") from error
         yield
     finally:
         os.close(LOCKS.pop())
-        with contextlib.suppress(OSError):  # removes it only if nothing was written
+        with contextlib.suppress(OSError):  # removes the folder only if nothing was written
             os.rmdir(folder)
 
 

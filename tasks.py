@@ -1,14 +1,14 @@
 """Five downstream tasks for a pre-trained model, each a small head and a loss on top of the shared encoders.
 
     retrieval    contrastive loss with all captions of an image as positives, and matching with hard negatives
-    grounding    the same on images and phrases, without any boxes; explain.py then localises the phrase
+    grounding    the same losses on images and phrases, without any boxes; explain.py then localises the phrase
     vqa          classification over a list of answers, with soft targets
     reasoning    whether a statement is true of one or two images
     entailment   entailment, neutral or contradiction
 
 How to read it. Retrieval and grounding keep the pre-training heads. The other three put an MLP on the pair vector: the
-fused [CLS] of (image, text), or, for two images, the concatenation of both. A batch of b rows holds k images and t
-texts, none of them padding, and masks that assign them to rows:
+fused [CLS] of (image, text) or, for two images, the concatenation of both. A batch of b rows holds k images and t
+texts, none of which is padding, and masks that assign them to rows:
 
     images (i, 3, height, width), picture (k,)              the i distinct images, each encoded once; indices into them
     shown (b, pictures)                                     True = the row has this image; k is the number of True
@@ -36,12 +36,12 @@ from mamo import Config, View, VisionLanguageModel, frames_of, gather, global_me
 from metrics import LABELS, named, right_label, worths
 from tokenizer import Tokenizer, bare_words, pad
 
-CAPTIONS = 5  # captions per image in a step of retrieval, as in COCO; if there are more, a random subset
+CAPTIONS = 5  # captions per image in a step of retrieval, as in COCO; if an image has more, a random subset
 
 
 @dataclass
 class HeadConfig:
-    """What a task adds to the encoders; saved in the checkpoint."""
+    """The configuration of a task's head; saved in the checkpoint."""
 
     task: str  # a key of TASKS
     answers: list[str] = dataclasses.field(default_factory=list)  # the answer that each class stands for
@@ -54,12 +54,12 @@ class HeadConfig:
 class Retrieval(VisionLanguageModel):
     """Contrastive loss with all captions of an image as positives, matching with hard negatives.   (ALBEF, fine-tuning)
 
-    differs: ALBEF finds an image's other captions in its queue; here they come with the image.
+    differs: ALBEF finds an image's other captions in its queue; here, the batch provides them with the image.
     """
 
     schema, pictures = "pairs", 1
     losses = ("w_itc", "w_itm")
-    contrasts_parts = False  # --accumulate adds no negatives
+    contrasts_parts = False  # --accumulate does not increase the number of negatives
 
     def __init__(self, config: Config, head: HeadConfig):
         super().__init__(config)
@@ -91,7 +91,7 @@ class Retrieval(VisionLanguageModel):
     def loss_contrast(self, image: Tensor, text: Tensor, caption_id: Tensor, given: Tensor) -> Tensor:
         """Contrastive loss with several positives per query: the target is uniform over them, in both directions.
 
-        An image is a positive for a caption if it lists that caption, so a caption shared by two images has two.
+        An image is a positive of every caption that it lists, so a caption shared by two images has two positives.
 
         Args:    image (b, e), text (t, e)    unit vectors of this process's images and captions
                  caption_id, given (b, c)     given: True = a caption; t is the number of True
@@ -112,18 +112,18 @@ class Retrieval(VisionLanguageModel):
 
 
 class Grounding(Retrieval):
-    """Weakly supervised grounding: trained as retrieval, on images and phrases.         (ALBEF, RefCOCO+)"""
+    """Weakly supervised grounding: trained like retrieval, on images and phrases.         (ALBEF, RefCOCO+)"""
 
     schema = "phrases"
 
 
 def lists(caption_id: Tensor, given: Tensor, wanted: Tensor) -> Tensor:
-    """caption_id, given (b, c), wanted (q,) -> bool (b, q): whether the image lists that caption"""
+    """caption_id, given (b, c), wanted (q,) -> bool (b, q): whether each image lists each wanted caption"""
     return ((caption_id[:, :, None] == wanted) & given[:, :, None]).any(dim=1)
 
 
 def log_of_right(logits: Tensor, right: Tensor) -> Tensor:
-    """logits, right (q, g) -> (q,): mean log-probability of a query's positives in the gallery, 0 if it has none"""
+    """logits, right (q, g) -> (q,): mean log-probability of each query's positives in the gallery, 0 if it has none"""
     logs = F.log_softmax(logits, dim=1).masked_fill(~right, 0.0)
     return logs.sum(dim=1) / right.sum(dim=1).clamp(min=1)
 
@@ -134,12 +134,12 @@ def log_of_right(logits: Tensor, right: Tensor) -> Tensor:
 class Classifier(VisionLanguageModel):
     """An MLP on the pair vectors of a text with each of its images.
 
-    If a task takes two images and a row has one, a learned vector replaces the other. differs: ALBEF feeds both images
-    through doubled fusion blocks in one pass; here, as in METER, each image is fused with the text separately.
+    If a task takes two images and a row has only one, a learned vector replaces the other. differs: ALBEF feeds both
+    images through doubled fusion blocks in one pass; we fuse each image with the text separately, as METER does.
     """
 
     pictures = 1
-    losses = ("w_itm",)  # to build the fusion encoder; its other heads are left out
+    losses = ("w_itm",)  # required to build the fusion encoder; its other heads are left out
 
     def __init__(self, config: Config, head: HeadConfig):
         super().__init__(config)
@@ -164,7 +164,7 @@ class Classifier(VisionLanguageModel):
     def match(self, image: Tensor, text: Tensor, attention_mask: Tensor) -> Tensor:
         """Encoded image (k, 1 + n, d), text (k, l, d) -> (1,), the logit of the predicted answer, used by explain.py.
 
-        All k images belong to one question, whose text is repeated for each of them.
+        All k images belong to one question, whose text is repeated for each image.
         """
         shown = torch.arange(self.pictures, device=image.device)[None] < len(image)
         return self.decide(image, shown, text[:1], attention_mask[:1]).amax(dim=1)
@@ -181,7 +181,7 @@ class Classifier(VisionLanguageModel):
         return F.cross_entropy(logits, target)
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """The loss of a model that predicts uniformly."""
+        """The loss of a uniform prediction."""
         return {self.head_config.task: math.log(len(self.head_config.answers))}
 
 
@@ -215,7 +215,7 @@ TASKS = {"retrieval": Retrieval, "grounding": Grounding, "vqa": VQA, "reasoning"
 
 
 def read_as(task: str) -> str:
-    """The schema of a task's training rows after loading: those of retrieval and grounding are merged into pairs."""
+    """The schema of a task's training rows once loaded: rows of retrieval and grounding are merged into pairs."""
     return "pairs" if issubclass(TASKS[task], Retrieval) else TASKS[task].schema
 
 
@@ -228,13 +228,13 @@ def head_of(state: dict) -> HeadConfig:
 
 
 def build_task(head: HeadConfig, shape: dict) -> Retrieval | Classifier:
-    """A freshly initialised model for a task; shape: fields of the Config that its encoders were pre-trained with."""
+    """A freshly initialised model for a task. shape: the Config fields with which its encoders were pre-trained"""
     return TASKS[head.task](encoders_of(shape, TASKS[head.task].losses), head)
 
 
 def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
-    """The base Config of the encoders from the fields of any objective's Config; the loss weights in `losses` are set
-    to 1, the others to 0. Raises ValueError for invalid values."""
+    """The base Config of the encoders, from the fields of any objective's Config. The weights of `losses` are set to 1,
+    all others to 0. Raises ValueError for invalid values."""
     shape = shape | {"w_itc": 0.0, "w_itm": 0.0, "w_mlm": 0.0} | dict.fromkeys(losses, 1.0)
     own = {field.name: shape[field.name] for field in dataclasses.fields(Config) if field.name in shape}
     runtime.check_fields(Config, own, "the checkpoint")
@@ -242,8 +242,8 @@ def encoders_of(shape: dict, losses: tuple[str, ...] = ("w_itm",)) -> Config:
 
 
 def answers_of(task: str, rows: list[dict], most: int) -> list[str]:
-    """The answers that a task's classes stand for. vqa: the `most` answers with the largest total score, ties in
-    alphabetical order, each in its first spelling. Otherwise the task's fixed labels, or those of the rows."""
+    """The answers that a task's classes stand for. For vqa: the `most` answers with the largest total score, ties
+    in alphabetical order, each in its first spelling. For other tasks: the fixed labels, or those of the rows."""
     if task == "vqa":
         scores, spelled = Counter(), {}
         for row in rows:
@@ -258,18 +258,18 @@ def answers_of(task: str, rows: list[dict], most: int) -> list[str]:
 
 
 def coverage(rows: list[dict], answers: list[str]) -> float:
-    """The best possible score on vqa rows with answers from a list, in percent."""
+    """The maximum possible score on vqa rows with answers from the given list, in percent."""
     known = {named("vqa", answer) for answer in answers}
     best = [max([score for answer, score in worths(row).items() if answer in known], default=0.0) for row in rows]
     return 100 * sum(best) / len(best)
 
 
 def texts_of(row: dict, schema: str) -> list[str]:
-    """The texts of a row in a schema; keys of other schemas are ignored."""
+    """The texts of a row under a schema; keys of other schemas are ignored."""
     if schema == "pairs":
         return captions_of(row)
     key = next((key for key in ("question", "text") if key in SCHEMAS[schema]), None)
-    return [row[key] if key else ""]  # a task without text gets an empty one
+    return [row[key] if key else ""]  # a task without text gets an empty string
 
 
 def by_picture(rows: list[dict], schema: str) -> list[dict]:
@@ -302,7 +302,7 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
         if name == "student.image.positions" and config.grid != model.config.grid:
             found = resized(found, config.grid, model.config.grid)
         elif name in ("student.text.positions", "student.image.times") and len(found) != len(value):
-            found = torch.cat([found, value[len(found) :]])[: len(value)]  # the rest keeps its fresh sine code
+            found = torch.cat([found, value[len(found) :]])[: len(value)]  # new positions keep their sine code
         elif name == "student.text.words.weight" and len(found) < len(value):
             old = Tokenizer(vocab)
             pieces = [old.encode(word)[1:-1] for word in tokenizer.vocab[len(vocab) :]]
@@ -318,9 +318,9 @@ def adopt(model: nn.Module, source: dict[str, Tensor], config: Config, vocab: li
 
 
 def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embeddings (1 + n, d) of an old grid (rows, columns) of patches -> (1 + n', d) of a new one, bicubic.
+    """Position embeddings (1 + n, d) for an old grid (rows, columns) of patches -> (1 + n', d) for a new one, bicubic.
 
-    As in ALBEF. differs: timm antialiases by default, which smooths if the new grid is smaller.
+    As in ALBEF. differs: timm antialiases by default, which smooths the embeddings if the new grid is smaller.
     """
     first, grid = positions[:1], rearrange(positions[1:], "(y x) d -> 1 d y x", y=old[0])
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
@@ -331,7 +331,7 @@ def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 
 
 class TaskRows(Dataset):
-    """Rows of a task as training samples, indexed by (epoch, row), which with the seed determines all randomness."""
+    """Rows of a task as training samples, indexed by (epoch, row); this index and the seed determine all randomness."""
 
     def __init__(
         self, rows: list[dict], head: HeadConfig, tokenizer: Tokenizer, config: Config, augment: str, seed: int
@@ -354,7 +354,7 @@ class TaskRows(Dataset):
         encoded = [self.tokenizer.encode(text, self.max_tokens) for text in texts]
         return {
             "images": [self.pictures(path, rng) for path in pictures_of(row)],
-            "names": [  # a key per distinct image; augmented images and videos are all distinct, being sampled
+            "names": [  # one key per distinct image; augmented images and videos are random, so all distinct
                 path if self.pictures.augment == "none" and not is_video(path) else f"{number} {slot}"
                 for slot, path in enumerate(pictures_of(row))
             ],
@@ -377,9 +377,9 @@ class TaskRows(Dataset):
 
 @dataclass
 class TaskCollate:
-    """Samples -> a batch; images and captions are concatenated, and masks assign them to rows.
+    """Samples -> a batch. Images and captions are concatenated, and masks assign them to rows.
 
-    captions: caption slots per image. length: pad all texts to this many tokens, see data.Collate.
+    captions: number of caption slots per image. length: pad all texts to this number of tokens, see data.Collate
     """
 
     pad_id: int
@@ -391,7 +391,7 @@ class TaskCollate:
         input_ids, attention_mask = pad([ids for one in samples for ids in one["texts"]], self.pad_id, self.length)
         caption_id = [one["caption_id"] + [0] * (self.captions - len(one["caption_id"])) for one in samples]
         names = [name for one in samples for name in one["names"]]
-        if self.length:  # a compiled step needs a fixed shape: keep duplicate images
+        if self.length:  # a compiled step needs a fixed shape, so duplicate images are kept
             names = list(range(len(names)))
         images = dict(zip(names, (image for one in samples for image in one["images"]), strict=True))
         place = {name: place for place, name in enumerate(images)}
@@ -409,5 +409,5 @@ class TaskCollate:
 
 
 def slots(counts: Iterable[int], width: int) -> Tensor:
-    """Number of filled slots in each row -> bool (b, width), True = filled"""
+    """The number of filled slots in each row -> bool (b, width), True = filled"""
     return torch.arange(width) < torch.tensor(list(counts))[:, None]

@@ -1,10 +1,10 @@
 """WordPiece tokenizer with BERT's uncased normalisation.
 
-For the same vocab.txt it produces the same ids as BERT's own tokenizer (Devlin et al., arXiv:1810.04805). It can also
-build a small vocabulary from captions. One difference: special tokens written out in a text, such as "[MASK]", are
+Given the same vocab.txt, it produces the same ids as BERT's own tokenizer (Devlin et al., arXiv:1810.04805). It can
+also build a small vocabulary from captions. One difference: special tokens written out in a text, such as "[MASK]", are
 ordinary text here ('[', 'mask', ']'), so a caption can neither mask a word nor end the sequence.
 
-How to read it: split_words turns text into words as BERT does; Tokenizer cuts words into pieces, pieces become ids.
+How to read it: split_words splits text into words like BERT; Tokenizer splits words into pieces and maps them to ids.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IDEOGRAPHS = re.compile(
 
 
 def bare_words(text: str) -> tuple[str, ...]:
-    """The words of a text. Texts with the same words have the same ids in any vocabulary and count as one text."""
+    """The words of a text. Two texts with the same words have the same ids in any vocabulary, and count as one text."""
     return tuple(word for chunk in CHUNK.findall(text) for word in split_words(chunk))
 
 
@@ -46,12 +46,12 @@ def bare_words(text: str) -> tuple[str, ...]:
 def split_words(chunk: str) -> list[str]:
     """The lower-case words of a chunk of text, without accents; punctuation marks and CJK ideographs stand alone.
 
-    Where Hugging Face's two BertTokenizers disagree (Python in transformers 4, Rust in tokenizers), we follow Google's
+    Where Hugging Face's two BertTokenizers (Python in transformers 4, Rust in tokenizers) disagree, we follow Google's
     original: unassigned code points are kept, and categories are those of Python's Unicode, not of Rust's older table.
-    Where both differ from Google, we follow them: private use is dropped, and sigma has one lower-case form.
+    Where both differ from Google, we follow Hugging Face: private use is dropped, and sigma has one lower-case form.
     """
     # Control and format characters are removed without leaving a space. So are lone surrogates (Cs), as in the Python
-    # tokenizer; the Rust one rejects them, and no UTF-8 file can contain them.
+    # tokenizer; the Rust tokenizer rejects surrogates, and no UTF-8 file can contain them.
     dropped = ("Cc", "Cf", "Co", "Cs")
     kept = (c.lower() for c in chunk if c != "\ufffd" and unicodedata.category(c) not in dropped)
     spread = unicodedata.normalize("NFD", "".join(kept))
@@ -68,7 +68,7 @@ def _stands_alone(c: str) -> bool:
 
 
 def count_words(texts: Iterable[str]) -> Counter:
-    """The number of occurrences of each word in texts; a repeated chunk is split only once."""
+    """The number of occurrences of each word in the texts; a repeated chunk is split only once."""
     counts = Counter()
     for chunk, count in Counter(chunk for text in texts for chunk in CHUNK.findall(text)).items():
         for word in split_words(chunk):
@@ -127,7 +127,7 @@ class Tokenizer:
 
     @classmethod
     def build(cls, captions: Iterable[str], max_size: int = 8000, min_count: int = 2) -> Tokenizer:
-        """Vocabulary from captions: special tokens, characters, then words by frequency, ties in alphabetical order.
+        """A vocabulary from captions: special tokens, characters, then words by frequency, ties in alphabetical order.
 
         The characters are printable ASCII and those in the normalised captions, also as ## pieces if they can continue
         a word, so no word of at most 100 such characters becomes [UNK].
@@ -135,7 +135,7 @@ class Tokenizer:
         Args:    captions    an iterable of texts, read once
                  max_size    maximum number of entries; the rarest words are dropped
                  min_count   rarer words are spelled in characters. 2, because a piece seen once would learn to identify
-                             its caption, and because spelling new words takes ## pieces that occur in training
+                             its caption, and so that the ## pieces which spell new words occur in training
         Raises:  ValueError if special tokens and characters alone exceed max_size
         """
         counts = count_words(captions)
@@ -151,7 +151,7 @@ class Tokenizer:
     def extended(self, texts: Iterable[str], most: int, min_count: int = 2) -> Tokenizer:
         """This vocabulary plus up to `most` words of the texts that it lacks, most frequent first. No id changes.
 
-        It lets a small vocabulary that was built from captions learn the words of questions.
+        A small vocabulary built from captions can thus be extended by the words of questions.
         """
         counts = count_words(texts)
         new = [w for w, count in counts.items() if count >= min_count and w not in self._ids and len(w) <= MAX_WORD]
@@ -159,8 +159,8 @@ class Tokenizer:
         return Tokenizer(self.vocab + new[:most])
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words of a text that a model has not learned: those read as [UNK] and, in a vocabulary built from captions
-        (one of fewer than 8,000 entries), those spelled letter by letter."""
+        """The words of a text that a model has not learned: words read as [UNK] and, in a vocabulary built from
+        captions (i.e. one of fewer than 8,000 entries), words spelled letter by letter."""
         pieces = {word: self.tokenize(word) for word in split_words(text)}
         small = len(self) < 8000
         return [word for word, own in pieces.items() if self.vocab[self.unk_id] in own or (small and len(own) > 1)]
@@ -192,7 +192,7 @@ class Tokenizer:
         return pieces
 
     def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
-        """The ids of [CLS] pieces [SEP], truncated to max_tokens but keeping [SEP]. Raises ValueError if it is < 2."""
+        """The ids of [CLS] pieces [SEP], truncated to max_tokens with [SEP] kept. Raises ValueError if that is < 2."""
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"max_tokens is {max_tokens}: it must be at least 2, for [CLS] and [SEP]")
         pieces = self.tokenize(text)[: None if max_tokens is None else max_tokens - 2]
@@ -204,7 +204,7 @@ class Tokenizer:
         return pad([self.encode(text, max_tokens) for text in texts], self.pad_id)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, pieces joined to words, without [PAD] [CLS] [SEP]. Raises ValueError for an invalid id."""
+        """The text of ids, with pieces joined and without [PAD] [CLS] [SEP]. Raises ValueError for an invalid id."""
         words = []
         for i in ids:
             if not 0 <= i < len(self.vocab):

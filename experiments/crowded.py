@@ -1,11 +1,11 @@
-"""Speed of the demo's training on an idle machine and beside busy programs, by how its threads wait for each other.
+"""Training speed of the demo on an idle machine and under background load, by the waiting policy of its threads.
 
     python experiments/crowded.py --data data/scenes/pairs_train.jsonl --busy 0 1 --results results/crowded.json
 
-Each variant trains for some steps with train.py in a separate process; its rate is the median over the rows of the log
-except the first. The variants take turns, round by round, and are reported as each round's ratio to the first variant
-without busy programs. A busy program is an endless loop. Its share of the cores explains part of its cost: with c cores
-and t > c threads in total, a thread gets at most c / t of a core.
+Each configuration runs train.py for a few steps in its own process; its speed is the median over the rows of the log,
+without the first. The configurations take turns in each round, and we report the speed of each relative to the first
+configuration without load in the same round. A background load is an endless loop. Its share of the cores explains part
+of the slowdown: with c cores and t > c threads in total, a thread gets at most c / t of a core.
 """
 
 import argparse
@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
 
-STEPS, ROW = 60, 20  # steps of a run, and between two rows of its log
+STEPS, ROW = 60, 20  # steps per run, and between two rows of its log
 DDP = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
 WAYS = {  # name: (arguments before train.py, environment variables)
-    "threads that spin": ([], {"GOMP_SPINCOUNT": "300000"}),  # the library's default
+    "threads that spin": ([], {"GOMP_SPINCOUNT": "300000"}),  # the default of the OpenMP library
     "threads that sleep": ([], {"OMP_WAIT_POLICY": "passive"}),
     "one thread": ([], {"OMP_NUM_THREADS": "1"}),
     "two processes of one thread": (DDP, {"OMP_NUM_THREADS": "1"}),
@@ -34,7 +34,7 @@ WAYS = {  # name: (arguments before train.py, environment variables)
 
 
 def rate(way: str, data: str, out: Path, tree: Path) -> float:
-    """Pairs per second of a short run."""
+    """Training speed of a short run, in pairs per second."""
     before, variables = WAYS[way]
     arguments = ["--data", data, "--steps", str(STEPS), "--log-every", str(ROW), "--out", str(out)]
     known = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
@@ -48,10 +48,10 @@ def rate(way: str, data: str, out: Path, tree: Path) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--busy", type=int, nargs="+", default=(0, 1), help="numbers of busy programs beside the run")
+    parser.add_argument("--busy", type=int, nargs="+", default=(0, 1), help="numbers of background loads to measure")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, required=True, help="JSON file; its other entries are kept")

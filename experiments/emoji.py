@@ -1,9 +1,9 @@
-"""Emoji across drawing styles: split the pairs by style, without flags, and measure a pixel baseline.
+"""Emoji across drawing styles: split the pairs by style, leave out flags, and evaluate a pixel baseline.
 
     python experiments/emoji.py emoji/train.jsonl
 
-Writes twemoji.jsonl and openmoji.jsonl beside the given file, whose rows have `style` and `category`. The baseline
-names each picture of one style after the nearest picture of the other, by Euclidean distance of 16 x 16 pixels.
+Writes twemoji.jsonl and openmoji.jsonl beside the given file, whose rows need a `style` and a `category`. The baseline
+assigns to each picture in one style the name of its nearest neighbour in the other, by Euclidean distance at 16 x 16.
 """
 
 import json
@@ -18,7 +18,7 @@ from data import to_pixels
 
 
 def main(path: Path) -> None:
-    """Split, measure, print."""
+    """Split the pairs, evaluate the baseline and print the results."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     styles, small = {}, {}
     for style in ("twemoji", "openmoji"):

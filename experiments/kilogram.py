@@ -1,9 +1,9 @@
-"""KiloGram (Ji et al., EMNLP 2022): one caption per annotation of a tangram, from the whole and the names of its parts.
+"""KiloGram (Ji et al., EMNLP 2022): one caption per annotated tangram, from the names of the whole and of its parts.
 
     python experiments/kilogram.py --data kilogram/grounding_train.jsonl --out kilogram/whole_train.jsonl
 
-Rows of grounding become rows of `pairs`: "a rolled up snake with body, tail, head". The boxes are not used: where a
-part is has to be learned from the co-occurrence of words and pictures.
+Converts rows of `grounding` to rows of `pairs`: "a rolled up snake with body, tail, head". The boxes are not used, so a
+model has to learn the location of each part from the co-occurrence of words and pictures.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import runtime
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="JSONL file of KiloGram for grounding")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL file of KiloGram's grounding rows")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file of pairs to write, in the same folder")
     options = parser.parse_args()
     if options.out.resolve().parent != options.data.resolve().parent:

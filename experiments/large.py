@@ -1,12 +1,12 @@
-"""What many rows cost: time to the first steps, private memory of each process, and resuming in a late epoch.
+"""The cost of large datasets: time to the first steps, private memory per process, and resumption in a late epoch.
 
     python experiments/large.py --out data/large --rows 1000000 10000000 --results results/large.json
 
-Writes a JSONL file with that many pairs, which show a thousand pictures in turn, and as many pairs in tar archives of
-10,000 (links to a single archive, to save disk space). Then starts train.py on each with 4 workers: for the first time,
-again, and from a checkpoint that is moved to epoch 20. Measured are the time until the tenth step is done, and the
-largest private memory (USS, Linux) of the training process and of a worker. --tree measures the train.py of another
-checkout; --form jsonl leaves the archives out.
+Writes a JSONL file with the given number of pairs, which cycle through a thousand pictures, and as many pairs in
+tar archives of 10,000 (links to a single archive, to save disk space). Then trains on both with 4 workers: from a
+first start, from a second start, and from a checkpoint set to epoch 20. We measure the time to the tenth step and the
+maximum private memory (USS, Linux) of the training process and of a worker. --tree selects the checkout whose
+train.py is measured; --form jsonl omits the archives.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
 
-SHARD = 10_000  # pairs per archive
+SHARD = 10_000  # number of pairs per archive
 STEPS = 10
 OPTIONS = ["--preset", "nano", "--workers", "4", "--log-every", "5", "--w-mrm", "0", "--w-mim", "0"]
 
@@ -44,7 +44,7 @@ def picture(number: int) -> bytes:
 
 
 def write_data(out: Path, rows: int) -> dict[str, str]:
-    """Write the data in both forms -> the value of --data, by form"""
+    """Write the data in both forms -> the value of --data for each form"""
     images, jsonl = out / "images", out / f"{rows}.jsonl"
     images.mkdir(parents=True, exist_ok=True)
     for number in range(1000):
@@ -70,10 +70,10 @@ def write_data(out: Path, rows: int) -> dict[str, str]:
 
 
 def uss(process: int) -> float:
-    """Private memory of a process in MB."""
+    """The private memory (USS) of a process in MB."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
@@ -87,13 +87,13 @@ def children(process: int) -> list[int]:
 
 
 def processor_seconds() -> float:
-    """CPU time of all child processes that have ended."""
+    """The CPU time of all child processes that have ended, in seconds."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def timed(tree: Path, *options: str) -> dict[str, float]:
-    """Run train.py for some steps -> seconds until they are done, largest private memory in MB"""
+    """Run train.py for some steps -> seconds until they are done, maximum private memory in MB"""
     began, used, largest = time.monotonic(), processor_seconds(), {"training process MB": 0.0, "worker MB": 0.0}
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tree / "train.py"), *OPTIONS, *options]
@@ -110,7 +110,7 @@ def timed(tree: Path, *options: str) -> dict[str, float]:
 
 
 def measure(tree: Path, form: str, data: str, rows: int, out: Path, check: str) -> dict:
-    """Measure a first start, a second one, and one in epoch 20."""
+    """Measure a first start, a second start, and a start in epoch 20."""
     vocab, run = out / "vocab.txt", out / "run"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "picture", *map(str, range(10))]
                                + [f"##{digit}" for digit in range(10)]) + "\n")  # fmt: skip
@@ -130,13 +130,13 @@ def measure(tree: Path, form: str, data: str, rows: int, out: Path, check: str) 
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the data")
-    parser.add_argument("--rows", type=int, nargs="+", required=True, help="numbers of rows, such as 1000000 10000000")
+    parser.add_argument("--out", type=Path, required=True, help="output folder for the data")
+    parser.add_argument("--rows", type=int, nargs="+", required=True, help="dataset sizes, such as 1000000 10000000")
     parser.add_argument("--form", choices=("jsonl", "tar"), nargs="+", default=("jsonl", "tar"))
-    parser.add_argument("--check", default="header", help="--check of train.py")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="checkout whose train.py is measured")
+    parser.add_argument("--check", default="header", help="value of --check for train.py")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="checkout that contains the train.py to measure")
     parser.add_argument("--results", type=Path, required=True, help="JSON file; its other entries are kept")
     options = parser.parse_args()
     known = json.loads(options.results.read_text()) if options.results.is_file() else {"measured": {}}

@@ -1,10 +1,10 @@
-"""How well heat maps find what a phrase names, by method: hiding with each fill and budget, Grad-CAM by block.
+"""Localisation accuracy of heat maps by method: occlusion with each fill and budget, and Grad-CAM at each block.
 
     python experiments/maps.py --runs runs/demo_compare/mamo-2750-{seed} runs/demo_compare/control-4206-{seed}
                                --data data/scenes/grounding_val.jsonl --results results/maps.json
 
-For each pattern of run folders and each seed 0 to 2: pointing, proposals and box, as in eval.py grounding, then mean
-and spread over the seeds. The defaults of How in explain.py were chosen with this, on val.
+For each pattern of run folders and each of the seeds 0 to 2, computes pointing, proposals and box as eval.py grounding
+does; then the mean and the spread over the seeds. The defaults of How in explain.py were chosen with these val results.
 """
 
 import argparse
@@ -30,12 +30,12 @@ MEASURES = ("pointing", "proposals", "box")
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="run folders, with {seed} in place of the seed")
-    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of grounding")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of grounding rows")
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=1000, help="size of the sample of phrases")
+    parser.add_argument("--rows", type=int, default=1000, help="number of phrases to sample")
     options = parser.parse_args()
     rows, device, found = read_rows(options.data, "grounding"), torch.device("cpu"), {}
     rows = sample_of(rows, options.rows)

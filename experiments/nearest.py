@@ -1,10 +1,10 @@
-"""A retrieval baseline without learning, for new combinations: the nearest training picture in 16 x 16 pixels.
+"""A retrieval baseline without learning, for novel combinations: the nearest training picture in 16 x 16 pixels.
 
     python experiments/nearest.py --train mdi/train.jsonl --data mdi/val.jsonl --results results/nearest.json
 
-Picture to text: captions are ranked by the words they share with the caption of the nearest training picture. Text to
-picture: pictures are ranked by their distance to the picture of the training caption that shares the most words. Ties
-may come in any order, so a hit among them counts in part.
+Picture to text: captions are ranked by their word overlap with the caption of the nearest training picture. Text to
+picture: pictures are ranked by their distance to the training picture whose caption has the largest word overlap with
+the query. Ties are in random order, so a hit among them counts by its probability.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from tokenizer import bare_words  # noqa: E402
 
 
 def shared_words(ones: list[str], others: list[str]) -> Tensor:
-    """The share of the words of two texts that both have -> (ones, others)"""
+    """The word overlap of each pair of texts: shared words divided by all words of the two -> (ones, others)"""
     words = [[set(bare_words(text)) for text in texts] for texts in (ones, others)]
     return torch.tensor([[len(a & b) / max(len(a | b), 1) for b in words[1]] for a in words[0]])
 
 
 def recalls(scores: Tensor, right: Tensor) -> dict[str, float]:
-    """scores (q, g), index of each query's answer (q,) -> R@1, R@5 and R@10 in percent, in expectation over ties"""
+    """scores (q, g), index of each query's answer (q,) -> expected R@1, R@5 and R@10 over ties, in percent"""
     own = scores.gather(1, right[:, None])
     ahead, tied = (scores > own).sum(dim=1), (scores == own).sum(dim=1)
     return {f"R@{k}": 100 * ((k - ahead) / tied).clamp(0, 1).mean().item() for k in (1, 5, 10)}
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True, help="JSONL file of pairs to take neighbours from")
-    parser.add_argument("--data", type=Path, required=True, help="JSONL file of pairs to rank, one caption a picture")
+    parser.add_argument("--train", type=Path, required=True, help="JSONL file of pairs that are candidate neighbours")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL file of pairs to rank, one caption per picture")
     parser.add_argument("--results", type=Path, required=True)
     options = parser.parse_args()
     known, asked = read_rows([options.train], "pairs"), read_rows([options.data], "pairs")

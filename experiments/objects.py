@@ -1,18 +1,18 @@
-"""The siblings' claims about where a model looks, measured on the built-in world.
+"""The siblings' claims about where a model looks, tested on the built-in world.
 
     python experiments/objects.py --runs runs/demo_compare/mamo-2750-{seed} runs/demo_compare/control-4206-{seed}
                                   --pairs data/scenes/pairs_test.jsonl --phrases data/scenes/grounding_test.jsonl
                                   --results results/objects.json
 
-    objects     VLMAE's claim is that a model attends to almost all critical patches. An object counts if the matching
-                logit of the caption falls further when the object's patches are hidden, by the picture's most frequent
-                colour, than when as many empty patches are: chance 50. Separate for objects named in the caption or not
-    attention   GLSCL is judged by how much of a text's attention falls inside the named region: in the last fusion
-                block, the share of the attention to patches, in the head where it is largest, for [CLS] and for the
-                words of a phrase; with the region's share of the picture for comparison
+    objects     VLMAE claims that a model attends to almost all critical patches. We count an object as critical if the
+                caption's matching logit drops further when the object's patches are masked (by the picture's most
+                frequent colour) than when equally many empty patches are; chance: 50 %. Named objects are separate
+    attention   GLSCL is judged by the attention of a text to the region it names: the fraction of the attention to
+                patches in the last fusion block that falls inside the region, for the head where it is largest, from
+                [CLS] and from the words of a phrase; compared with the region's fraction of the picture
 
-For each pattern of run folders and each seed 0 to 2, then mean and spread over the seeds; seeds without a folder are
-skipped.
+Each pattern of run folders is evaluated for the seeds 0 to 2, skipping seeds without a folder; we report the mean and
+the spread over the seeds.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mamo import record_attention  # noqa: E402
 
 
 def share_inside(box: list[float], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """box [x, y, width, height] in a picture of (width, height) -> (n,), the share of each patch inside it"""
+    """box [x, y, width, height] in a picture of (width, height) -> (n,), the fraction of each patch inside the box"""
     (x, y, w, h), (width, height), (rows, columns) = box, size, grid
 
     def overlap(first: float, length: float, whole: int, count: int) -> Tensor:
@@ -46,7 +46,7 @@ def share_inside(box: list[float], size: tuple[int, int], grid: tuple[int, int])
 
 @torch.no_grad()
 def critical_objects(model, tokenizer, rows: list[dict]) -> dict[str, list[bool]]:
-    """Whether hiding an object lowers the matching logit more than hiding empty patches, for objects named or not."""
+    """Whether masking an object lowers the matching logit more than masking empty patches, for objects named or not."""
     found, config = {"named": [], "not named": []}, model.config
     for row in rows:
         image = to_tensor(row["image"], config.image_size)
@@ -58,7 +58,7 @@ def critical_objects(model, tokenizer, rows: list[dict]) -> dict[str, list[bool]
         views = [torch.zeros(config.num_patches, dtype=torch.bool)]
         for one in touched:
             hidden = torch.zeros_like(one)
-            hidden[empty[: int(one.sum())]] = True  # as many, or all there are
+            hidden[empty[: int(one.sum())]] = True  # equally many, or all there are
             views += [one, hidden]
         masks = torch.stack(views).view(-1, 1, *config.grid)
         pixels = masks.repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)
@@ -74,7 +74,7 @@ def critical_objects(model, tokenizer, rows: list[dict]) -> dict[str, list[bool]
 
 @torch.no_grad()
 def attention_inside(model, tokenizer, rows: list[dict]) -> dict[str, list[float]]:
-    """For each phrase, the share of attention inside its boxes: of [CLS], of the words; and the boxes' own share."""
+    """For each phrase, the fraction of attention in its boxes, from [CLS] and from its words; and the boxes' area."""
     found, config, fusion = {"[CLS]": [], "words": [], "region": []}, model.config, model.student.fusion
     for row in rows:
         ids, _ = phrase_rows(tokenizer, row["text"], row["text"], config.max_tokens)
@@ -95,11 +95,11 @@ def attention_inside(model, tokenizer, rows: list[dict]) -> dict[str, list[float
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="run folders, with {seed} in place of the seed")
-    parser.add_argument("--pairs", type=Path, required=True, help="JSONL file of pairs, with scenes")
-    parser.add_argument("--phrases", type=Path, required=True, help="JSONL file of grounding")
+    parser.add_argument("--pairs", type=Path, required=True, help="JSONL file of pairs that include their scenes")
+    parser.add_argument("--phrases", type=Path, required=True, help="JSONL file of grounding rows")
     parser.add_argument("--results", type=Path, required=True)
     options = parser.parse_args()
     pairs, phrases, arms = read_rows([options.pairs], "pairs"), read_rows([options.phrases], "grounding"), {}

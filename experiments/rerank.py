@@ -1,9 +1,9 @@
-"""Does matching improve on contrast? Retrieval by contrast, re-ranked by both heads together, and by matching alone.
+"""Does matching improve on contrast? Retrieval by contrast, then re-ranked by both heads together or by matching alone.
 
     python experiments/rerank.py --runs mamo=runs/a albef=runs/b --data data/scenes/pairs_val.jsonl --results out.json
 
-For each run folder, under the name before the =: R@1 in percent in both directions, and the areas under the curve of
-the matching logit, see `separation` in eval.py.
+For each run folder, reports R@1 in percent in both directions and the areas under the ROC curve of the matching logit
+(see `separation` in eval.py), under the name given before the = sign.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from eval import load_model, retrieval  # noqa: E402
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="NAME=FOLDER")
+    parser.add_argument("--runs", nargs="+", required=True, help="names and folders of the runs, as NAME=FOLDER")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs")
     parser.add_argument("--results", type=Path, required=True, help="JSON file; its rows of other names are kept")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""SHAPES (Andreas et al., CVPR 2016): more questions from the given ones, by symmetries of the world of 3 x 3 cells.
+"""SHAPES (Andreas et al., CVPR 2016): augment the questions by the symmetries of its world of 3 x 3 cells.
 
     python experiments/shapes.py --data shapes/vqa_train.jsonl --out data/shapes_more --variants 6
 
-The training set has some two hundred different questions, and those of val and test are all new: a model memorises the
-ones it has seen. But a picture whose cells are mirrored or rotated, and whose colours are exchanged, is just as valid,
-and the question with its words exchanged accordingly has the same answer. Each row is written in some of the 8 x 6
-ways, drawn at random; the contents of a cell are not rotated, so every picture looks like one of the original set.
+The training set has about two hundred distinct questions, none of which recurs in val or test, so a model memorises the
+questions it has seen. However, a picture remains valid if its cells are mirrored or rotated and its colours permuted,
+and the question keeps its answer if its words are replaced accordingly. Each row is written in some of these 8 x 6
+variants, sampled at random; the contents of a cell are not rotated, so all pictures look like the original ones.
 """
 
 import argparse
@@ -28,10 +28,10 @@ STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}  #
 
 
 def varied(pixels: np.ndarray, words: list[str], turn: int, mirror: bool, order: tuple) -> tuple[np.ndarray, list[str]]:
-    """A picture (30, 30, 3) and the words of its question, both transformed alike.
+    """Transform a picture (30, 30, 3) and the words of its question in the same way.
 
-    Args:    turn, mirror   quarter turns anticlockwise, then whether left and right are exchanged
-             order          which channel each channel becomes
+    Args:    turn, mirror   anticlockwise quarter turns, then whether to mirror left and right
+             order          the channel that each channel becomes
     """
     cells = pixels.reshape(3, 10, 3, 10, 3).swapaxes(1, 2)  # (row, column, y, x, channel)
     cells = np.rot90(cells, turn)
@@ -48,11 +48,11 @@ def varied(pixels: np.ndarray, words: list[str], turn: int, mirror: bool, order:
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of vqa")
-    parser.add_argument("--out", type=Path, required=True, help="folder for vqa_train.jsonl and its pictures")
-    parser.add_argument("--variants", type=int, default=6, help="per row, in addition to the row itself")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of vqa rows")
+    parser.add_argument("--out", type=Path, required=True, help="output folder for vqa_train.jsonl and its pictures")
+    parser.add_argument("--variants", type=int, default=6, help="variants per row, in addition to the row itself")
     options = parser.parse_args()
     rows, draw, written = read_rows(options.data, "vqa"), random.Random(0), []
     ways = list(itertools.product(range(4), (False, True), itertools.permutations(range(3))))

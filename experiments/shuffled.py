@@ -2,8 +2,8 @@
 
     python experiments/shuffled.py --data babyai/val.jsonl --out data/shuffled
 
-The rows are written to OUT/NAME.jsonl, each video as a list of pictures. The order is drawn per video, with seed 0, and
-is never the right one.
+The rows are written to OUT/NAME.jsonl, with each video as a list of pictures. The order is sampled per video, with seed
+0, and always differs from the original order.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from data import count_frames, load_frames, video_of
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSONL file with videos")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the rows and the frames")
+    parser.add_argument("--out", type=Path, required=True, help="output folder for the rows and the frames")
     options = parser.parse_args()
     draw, written = random.Random(0), []
     (options.out / "frames").mkdir(parents=True, exist_ok=True)

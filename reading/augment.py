@@ -1,6 +1,6 @@
-"""Augmentation: random variants of a picture for which its caption still holds, see train.py --augment.
+"""Augmentation: random variants of a picture that preserve the truth of its caption, see train.py --augment.
 
-Only aerial pictures are mirrored or rotated by large angles: for others, that would make "left of" false.
+Only aerial pictures are mirrored or rotated by large angles; in any other picture, this would make "left of" false.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For photographs: a random crop of 50 to 100 % of the area; brightness and contrast jittered by up to 30 %."""
+    """For photographs: a random crop of 50 to 100 % of the area, and brightness and contrast jittered by up to 30 %."""
     area, aspect = rng.uniform(0.5, 1.0), math.exp(rng.uniform(-0.25, 0.25))
     width = min(round(image.width * math.sqrt(area * aspect)), image.width)
     height = min(round(image.height * math.sqrt(area / aspect)), image.height)
@@ -23,20 +23,20 @@ def photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def aerial(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """For aerial photographs, whose captions name no direction: `photo`, then mirroring and quarter turns."""
+    """For aerial photographs, whose captions mention no directions: `photo`, then mirroring and quarter turns."""
     image, turn = photo(image, rng), rng.integers(8)
     return image if turn == 7 else image.transpose(Image.Transpose(turn))
 
 
 def drawing(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """For drawings on white that should be recognised in another style: shifted, scaled, squeezed, rotated by up to 11
-    degrees; blurred in a quarter of the cases, outlined in half of them; colours mixed, faded or turned grey."""
+    degrees; blurred with probability 0.25, outlined with probability 0.5; colours mixed, faded or converted to grey."""
     width, height = image.size
-    zoom, angle = math.exp(rng.uniform(-0.25, 0.35)), rng.uniform(-0.2, 0.2)  # above 1, the drawing shrinks
+    zoom, angle = math.exp(rng.uniform(-0.25, 0.35)), rng.uniform(-0.2, 0.2)  # the drawing shrinks if zoom > 1
     squeeze = math.exp(rng.uniform(-0.15, 0.15))
     a, b = zoom * math.cos(angle) * squeeze, zoom * math.sin(angle)
     c, d = -zoom * math.sin(angle), zoom * math.cos(angle) / squeeze
-    x, y = (0.5 + rng.uniform(-0.1, 0.1, size=2)) * (width, height)  # where the centre goes
+    x, y = (0.5 + rng.uniform(-0.1, 0.1, size=2)) * (width, height)  # new position of the centre
     matrix = (a, b, width / 2 - a * x - b * y, c, d, height / 2 - c * x - d * y)
     image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor="white")
     kind = rng.random()
@@ -50,13 +50,13 @@ def drawing(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     mix = np.eye(3) + rng.normal(0, 0.12, size=(3, 3))
     grey = rng.uniform(0, 0.5) if rng.random() < 0.8 else 1.0
     mix = mix @ ((1 - grey) * np.eye(3) + grey / 3)
-    mix /= mix.sum(axis=0, keepdims=True)  # white stays white
+    mix /= mix.sum(axis=0, keepdims=True)  # keeps white unchanged
     pixels = 1 - (1 - pixels @ mix) * rng.uniform(0.6, 1.3)
     return Image.fromarray((255 * pixels).round().clip(0, 255).astype(np.uint8))
 
 
 def shuffle_boxes(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """For NLVR's pictures of three boxes, with gaps of half a box between them: put the boxes in random order.
+    """For NLVR's pictures of three boxes, separated by gaps of half a box: permute the boxes randomly.
 
     Args:    pixels (3, height, width)
     """

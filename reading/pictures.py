@@ -1,6 +1,6 @@
-"""Pictures: opened, rotated upright and converted to RGB; the check of a row runs the same code as its use.
+"""Pictures: opened, rotated upright and converted to RGB. Validation and training share this code.
 
-Raster formats only: Pillow would pass a PostScript file, whatever its name, to an external program.
+Only raster formats are accepted, because Pillow passes PostScript, whatever the file name, to an external program.
 """
 
 from functools import lru_cache
@@ -15,10 +15,10 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 
 
 def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
-    """A picture, or the path of one, in any mode -> RGB, rotated as EXIF says.
+    """A picture, or the path of one, in any mode -> RGB, rotated according to its EXIF orientation
 
-    Args:    side   most pixels that will be needed along the longer side: a JPEG is decoded at a half, a quarter or an
-                    eighth of its size if that leaves at least twice as many; 0 = decode at full size
+    Args:    side   required pixels along the longer side: a JPEG is decoded at a half, a quarter or an eighth of its
+                    size if at least twice as many pixels remain; 0 = decode at full size
     Raises:  ValueError naming a file that is missing or cannot be decoded
     """
     if isinstance(source, Image.Image):
@@ -28,7 +28,7 @@ def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
             if side:
                 file.draft(None, (2 * side, 2 * side))
             return to_rgb(file)
-    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
+    except Exception as error:  # Pillow raises many kinds of exceptions for corrupt files
         raise unreadable(source, error) from error
 
 
@@ -40,14 +40,14 @@ def unreadable(path: str | Path, error: Exception) -> ValueError:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB: rotate as EXIF says, put transparency on white, convert palette, grey, CMYK and 16-bit modes."""
-    if orientation(image) != 1:  # checked first: exif_transpose always copies
+    """Convert to RGB: apply the EXIF rotation, transparency on white; palette, grey, CMYK and 16-bit modes included."""
+    if orientation(image) != 1:  # checked first, because exif_transpose always copies
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
         most = values.max(initial=0)
         scale = 255 / 65535 if image.mode.startswith("I;16") or most > 255 else 1
-        scale = 255 if image.mode == "F" and most <= 1 else scale  # floats from 0 to 1
+        scale = 255 if image.mode == "F" and most <= 1 else scale  # floats in [0, 1]
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -63,21 +63,21 @@ def opened(path: str | Path) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of a picture, from 1 (upright) to 8."""
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return value if value in range(1, 9) else 1  # as ImageOps.exif_transpose does
+    return value if value in range(1, 9) else 1  # as in ImageOps.exif_transpose
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Width and height of what load_image returns, from the header alone. Raises ValueError, as load_image."""
+    """Width and height of load_image's result, from the header alone. Raises ValueError under the same conditions."""
     try:
         with opened(path) as file:
-            return file.size[::-1] if orientation(file) >= 5 else file.size  # 5 to 8 swap width and height
+            return file.size[::-1] if orientation(file) >= 5 else file.size  # orientations 5 to 8 swap width and height
     except Exception as error:
         raise unreadable(path, error) from error
 
 
-@lru_cache(maxsize=100_000)  # rows that share a picture need not be adjacent
+@lru_cache(maxsize=100_000)  # rows that share a picture are not necessarily adjacent
 def check_image(path: str, check: str) -> str | None:
-    """What is wrong with a picture, or None. "header" reads the first bytes, "full" decodes everything."""
+    """An error message for an unusable picture, or None. "header" reads the first bytes, "full" decodes everything."""
     try:
         if check == "full":
             load_image(path)
@@ -85,14 +85,14 @@ def check_image(path: str, check: str) -> str | None:
             opened(path).close()
     except FileNotFoundError:
         return "missing"
-    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
+    except Exception as error:  # Pillow raises many kinds of exceptions for corrupt files
         cause = error.__cause__ or error
         return "missing" if isinstance(cause, FileNotFoundError) else f"{type(cause).__name__}: {cause}"
     return None
 
 
 def check_boxes(path: str, boxes: list) -> str | None:
-    """An error message for the first box that reaches outside a picture, or None."""
+    """An error message for the first box that extends beyond its picture, or None."""
     width, height = size_of(path)
     for x, y, w, h in boxes:
         if x + w > width or y + h > height:

@@ -1,4 +1,4 @@
-"""Rows of a data set: JSONL files, one object per line, image paths relative to the file; checked before use.
+"""Rows of a dataset: JSONL files, one object per line, image paths relative to the file; validated before use.
 
     pairs      {"image": "a.png", "caption": "a red circle"}   a list of captions means that each of them is correct;
                                                                optional "twin": rows that share it go into one batch
@@ -13,11 +13,11 @@
                                                                optional "group": rows scored together
     entailment {"image": "a.png", "text": "it is red", "label": "neutral"}      or entailment, or contradiction
 
-Extra keys are allowed and kept. Instead of a JSONL file of pairs, a tar archive works too, see shards.py.
+Additional keys are allowed and kept. For pairs, a tar archive can replace the JSONL file, see shards.py.
 
-A file is scanned and checked once; for each row, only the offset of its line is kept. `Rows` reads and parses a row on
-demand. The result of a check that took more than a second is cached beside the file, in FILE.index, for the next start
-and for the other processes of a run.
+Each file is scanned and validated once; only the offset of each row's line is kept, and `Rows` reads and parses the row
+on demand. If validation took more than a second, its result is cached beside the file, in FILE.index, for the next
+start and for the other processes of the run.
 """
 
 import codecs
@@ -47,12 +47,12 @@ from reading.videos import check_video, files_of, is_video, video_of
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
-CHECKS = ("none", "header", "full")  # each includes the checks of those before it
-SAVE_AFTER = 1.0  # seconds that a check may take before its result is cached
+CHECKS = ("none", "header", "full")  # each includes the preceding ones
+SAVE_AFTER = 1.0  # minimum duration of a validation, in seconds, for its result to be cached
 
 
 class Rows(Sequence):
-    """Checked rows of one or more files, parsed on demand; a slice is a list."""
+    """Validated rows of one or more files, parsed on demand; a slice is a list."""
 
     def __init__(self, indexes: list["Index"], task: str):
         self.indexes, self.task = indexes, task
@@ -73,7 +73,7 @@ class Rows(Sequence):
 
     @property
     def content(self) -> list:
-        """As content_of: the number of rows, then a digest of each file; "" for files that were not checked."""
+        """As content_of: the number of rows, then a digest of each file, or "" for files that were not validated."""
         return [len(self), *(index.digest for index in self.indexes)]
 
     @property
@@ -91,28 +91,28 @@ class Rows(Sequence):
 
     @property
     def videos(self) -> np.ndarray:
-        """For each row, whether it has a video."""
+        """For each row, whether it contains a video."""
         parts = [np.zeros(len(one.offsets), bool) if one.videos is None else one.videos for one in self.indexes]
         return np.concatenate(parts).astype(bool)
 
 
 @dataclass
 class Index:
-    """What is kept about a checked file."""
+    """The information kept about a validated file."""
 
     path: Path
-    offsets: np.ndarray  # (rows,) offset of the line of each good row
+    offsets: np.ndarray  # (rows,) offset of the line of each valid row
     twins: np.ndarray | None  # (rows,) the first row with the same "twin"; None if no row has one
-    videos: np.ndarray | None  # (rows,) whether the row has a video; None if none has
-    digest: str  # of what the rows contribute to training; "" if they were not checked
+    videos: np.ndarray | None  # (rows,) whether the row contains a video; None if no row does
+    digest: str  # of the rows' training content; "" if they were not validated
     lines: list[str]  # errors, with their line numbers
-    pictures: list[str]  # unusable pictures, with the reasons
-    lost: int  # rows with an unusable picture
-    before: bool = False  # whether it was checked in an earlier start
+    pictures: list[str]  # unusable pictures, each with the reason
+    lost: int  # number of rows with an unusable picture
+    before: bool = False  # whether the file was validated in an earlier start
 
     @property
     def good(self) -> bool:
-        """Whether there are no errors."""
+        """Whether the file has no errors."""
         return not self.lines and not self.pictures
 
     def line(self, number: int) -> bytes:
@@ -123,13 +123,13 @@ class Index:
 
 
 def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> Rows:
-    """Open one or more files of a task, checking them first unless that was done before.
+    """Open one or more files of a task, validating each of them unless that was done before.
 
     Args:    paths      JSONL files; for pairs also tar archives, one by one or as 'shards/{00000..01242}.tar'
              task       a key of SCHEMAS
              check      "header": rows match their schema, and every picture exists and has a readable header;
-                        "full": every picture can be decoded; "none": no checks, for data known to be good
-             skip_bad   leave out bad rows and print their number, instead of raising an error
+                        "full": in addition, every picture can be decoded; "none": no validation, for trusted data
+             skip_bad   leave out invalid rows and print their number, instead of raising an error
     Raises:  ValueError naming file, line, what was found and what was expected; for pictures, a count and the first ten
     """
     paths = expand([paths] if isinstance(paths, str | Path) else paths)
@@ -141,7 +141,7 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
         raise ValueError(f"{lines[0]}{f' ({len(lines)} bad rows in all)' if len(lines) > 1 else ''}")
     if pictures and not skip_bad:
         listed = "\n  ".join(one if len(one) < 300 else f"{one[:300]}..." for one in pictures[:10])
-        # The total is counted only now: remembering millions of paths during the check would take gigabytes.
+        # The total is counted only now, because storing millions of paths during validation would take gigabytes.
         shown = {image for one in indexes for row in rows_of(one.path, task) for image in pictures_of(row)}
         raise ValueError(
             f"{len(pictures)} of {len(shown)} pictures cannot be used; mend paths (relative to the JSONL file), "
@@ -159,7 +159,7 @@ def open_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
 
 
 def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_bad: bool = False) -> list[dict]:
-    """As open_rows, but all rows at once; of several paths to the same picture, the first replaces the others."""
+    """As open_rows, but reads all rows at once; if several paths lead to one picture, the first replaces the others."""
     rows, first = list(open_rows(paths, task, check, skip_bad)), {}
     for row in rows:
         images = [first.setdefault(resolved(image), image) for image in pictures_of(row)]
@@ -168,9 +168,9 @@ def read_rows(paths: str | Path | list, task: str, check: str = "header", skip_b
 
 
 def completed(row: dict, path: Path, task: str) -> dict:
-    """A row with full paths to its pictures, and a "twin" that is unique across files."""
+    """A row with full paths to its pictures, and with a "twin" that is unique across files."""
     if "images" in SCHEMAS[task]:
-        row.pop("image", None)  # an extra key here, which would mislead pictures_of
+        row.pop("image", None)  # an additional key here, which would mislead pictures_of
         row["images"] = [str(path.parent / image) for image in row["images"]]
     elif task in WITH_VIDEOS and "video" in row:
         row["image"] = video_of(row.pop("video"), path.parent)
@@ -191,8 +191,8 @@ def captions_of(row: dict) -> list[str]:
 
 
 def sample_of(rows: Sequence, most: int, what: str = "") -> list[dict]:
-    """At most `most` rows, drawn from the whole file (which may be sorted); the same in every run. what: named in a
-    message if rows are left out"""
+    """At most `most` rows, sampled from the whole file, which may be sorted; every run uses the same sample. what: name
+    of the rows in the message that is printed if some are left out"""
     if len(rows) <= most:
         return list(rows)
     if what:
@@ -210,12 +210,12 @@ def twins_of(rows: Sequence) -> np.ndarray | None:
 
 
 def videos_of(rows: Sequence) -> np.ndarray:
-    """For each row, whether it has a video instead of a picture."""
+    """For each row, whether it contains a video instead of a picture."""
     return rows.videos if isinstance(rows, Rows) else np.array([is_video(row.get("image")) for row in rows], bool)
 
 
 def content_of(rows: Sequence) -> list:
-    """The number of rows and a digest of their training content, in order; pictures by file name, in any folder."""
+    """The number of rows and a digest of their training content, in order; of a picture's path, only the file name."""
     if isinstance(rows, Rows):
         return rows.content
     digest = hashlib.blake2b(digest_size=16)
@@ -227,14 +227,14 @@ def content_of(rows: Sequence) -> list:
 def said(row: dict) -> bytes:
     """The training content of a row, as bytes."""
     names = [os.path.basename(file) for picture in pictures_of(row) for file in files_of(picture)]
-    twin = str(row.get("twin", "")).rpartition(":")[2]  # without the file name that made it unique
+    twin = str(row.get("twin", "")).rpartition(":")[2]  # without the prefixed file name that makes it unique
     return json.dumps([names, twin, row.get("group"), *map(row.get, LEARNED)], sort_keys=True).encode()
 
 
 @lru_cache(maxsize=100_000)
 def resolved(path: str | Path) -> str:
     """The canonical path of a picture, with "..", symbolic links and the working directory resolved. For a member of an
-    archive: that of the archive, with the member's name."""
+    archive: the canonical path of the archive, with the member's name."""
     if is_video(path):
         return video_of([resolved(file) for file in files_of(path)])
     member = MEMBER.fullmatch(str(path))
@@ -245,8 +245,8 @@ def resolved(path: str | Path) -> str:
 
 
 def index_of(path: Path, task: str, check: str, skip_bad: bool, began: float) -> Index:
-    """The index of a file: FILE.index if it was made from this very file with at least these checks, else a fresh one.
-    began: when the first of all files was started"""
+    """The index of a file: FILE.index if it was made from the current file with at least these checks, else a new one.
+    began: time at which the first of all files was opened"""
     kept = path.with_name(path.name + ".index")
     index = kept_index(kept, path, task, check)
     if index and (skip_bad or index.good):
@@ -259,8 +259,8 @@ def index_of(path: Path, task: str, check: str, skip_bad: bool, began: float) ->
 
 
 def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
-    """Scan and check a whole file. Without skip_bad, pictures are no longer checked after the first bad row."""
-    # A few bytes per row, since there may be millions. first: "twin" -> the first row that has it
+    """Scan and validate a whole file. Without skip_bad, pictures are no longer checked after the first invalid row."""
+    # A few bytes per row, because there may be millions. first: "twin" -> index of the first row that has it
     offsets, twins, first, videos = array("q"), array("q"), {}, array("b")
     lines, pictures, lost, digest = [], {}, 0, hashlib.blake2b(digest_size=16)
     for number, start, line in progress(path):
@@ -283,7 +283,7 @@ def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
                 continue
             digest.update(said(row))
         if twin is not None and not first:
-            twins.extend(range(len(offsets)))  # the rows before it have no twin
+            twins.extend(range(len(offsets)))  # no row before this one has a twin
         if twin is not None or first:
             twins.append(len(offsets) if twin is None else first.setdefault(twin, len(offsets)))
         offsets.append(start)
@@ -305,7 +305,7 @@ def rows_of(path: Path, task: str) -> Iterator[dict]:
 
 
 def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """lines_at, with a progress bar if the file takes long."""
+    """As lines_at, with a progress bar if reading the file takes long."""
     size = path.stat().st_size if path.is_file() else 0
     with tqdm(total=size, unit="B", unit_scale=True, leave=False, delay=2, desc=f"checking {path.name}") as bar:
         for number, start, line in lines_at(path):
@@ -313,11 +313,11 @@ def progress(path: Path) -> Iterator[tuple[int, int, bytes]]:
             bar.update(start + len(line) - bar.n)
 
 
-ARRAYS = ("offsets", "twins", "videos")  # fields of an index with an entry per row
+ARRAYS = ("offsets", "twins", "videos")  # fields of an index with one entry per row
 
 
 def keep(index: Index, path: Path, task: str, check: str) -> None:
-    """Write an index: a checksum, one line of JSON, then the arrays."""
+    """Write an index file: a checksum, one line of JSON, then the arrays."""
     arrays = {name: one for name in ARRAYS if (one := getattr(index, name)) is not None}
     about = {name: value for name, value in vars(index).items() if name not in (*ARRAYS, "path", "before")}
     about |= made_of(index.path) | {"task": task, "check": check, "rows": len(index.offsets)}
@@ -327,7 +327,7 @@ def keep(index: Index, path: Path, task: str, check: str) -> None:
 
 
 def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
-    """The index that `keep` wrote, or None if it is damaged, of another file, or was checked less thoroughly."""
+    """The index written by `keep`, or None if it is damaged, belongs to another file, or is based on weaker checks."""
     try:
         whole = kept.read_bytes()
         checksum, content = whole[:64], whole[64:]
@@ -347,13 +347,13 @@ def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
 
 
 def made_of(path: Path) -> dict:
-    """How an index identifies the file it was made from."""
+    """The properties by which an index identifies the file that it was made from."""
     about = path.stat()
     return {"size": about.st_size, "time": about.st_mtime_ns}
 
 
 def lines_at(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
-    """The non-blank lines of a file: line number, counted from 1, offset in the file, bytes."""
+    """The non-blank lines of a file: one-based line number, offset in the file, bytes."""
     if not Path(path).is_file():
         world = "; make the built-in world with: python -m world.scenes --out data/scenes"
         make = world if "scenes" in str(path) else ""
@@ -368,7 +368,7 @@ def lines_at(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def decoded(line: bytes, path: str | Path) -> str:
-    """A line as text."""
+    """A line decoded to text."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as fault:
@@ -376,7 +376,7 @@ def decoded(line: bytes, path: str | Path) -> str:
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
-    """("file:line", text) of the non-blank lines of a text file."""
+    """("file:line", text) for each non-blank line of a text file."""
     for number, _, line in lines_at(path):
         yield f"{path}:{number}", decoded(line, path)
 
@@ -393,7 +393,7 @@ def parse_object(line: str) -> dict:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", object) of a JSONL file. Raises ValueError, with the place, at the first line that is not one."""
+    """("file:line", object) for each line of a JSONL file. Raises ValueError, with its place, for any other line."""
     for place, line in lines_of(path):
         try:
             value = parse_object(line)
@@ -403,7 +403,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def check_row(row: dict, task: str) -> None:
-    """Raise ValueError for a row that lacks a key of its task or has a value of the wrong type."""
+    """Raise ValueError for a row that lacks a key required by its task or has a value of the wrong type."""
     schema = SCHEMAS[task]
     if task in WITH_VIDEOS and "video" in row:
         if "image" in row:
@@ -418,7 +418,7 @@ def check_row(row: dict, task: str) -> None:
 
 
 def is_text(value) -> bool:
-    """Whether a value is text with at least one visible character and no unpaired surrogates."""
+    """Whether a value is a string with at least one visible character and no unpaired surrogates."""
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         return False
     # C: control and zero-width characters; Z: white space
@@ -439,7 +439,7 @@ def is_box(box) -> bool:
 
 
 def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -> Callable:
-    """A test for a list, or a dict by its values: from `least` to `most` values, all of which fit."""
+    """A test for a list, or for the values of a dict: there are `least` to `most` of them, and all pass `fits`."""
 
     def test(value) -> bool:
         values = list(value.values()) if isinstance(value, dict) else value
@@ -448,7 +448,7 @@ def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -
     return test
 
 
-# For each key, a description of its value, as used in error messages, and a test of it.
+# For each key, a description of its value, used in error messages, and a test of the value.
 PATH = ("a path relative to this file", lambda value: isinstance(value, str))
 VIDEO = (
     "the path of an animated picture, or a list of paths, one for each frame",
@@ -472,7 +472,7 @@ SCHEMAS = {
     "grounding": {"image": PATH, "text": TEXT, "boxes": BOXES},
     "phrases": {"image": PATH, "text": TEXT},
     "vqa": {"image": PATH, "question": TEXT, "answers": ANSWERS},
-    "questions": {"image": PATH, "question": TEXT},  # of a test split whose answers are not published
+    "questions": {"image": PATH, "question": TEXT},  # a test split whose answers are not published
     "reasoning": {"images": PATHS, "text": TEXT, "label": TRUTH},
     "entailment": {"image": PATH, "text": TEXT, "label": LABEL},
 }
@@ -489,6 +489,6 @@ LEARNED = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for 
 
 
 def fault_of(image: str, row: dict, task: str, check: str) -> str | None:
-    """What is wrong with a picture of a row or with its boxes, or None."""
+    """An error message for an unusable picture of a row or for its boxes, or None."""
     fault = check_video(image, check) if is_video(image) else check_image(image, check)
     return check_boxes(image, row["boxes"] + row.get("proposals", [])) if task == "grounding" and not fault else fault

@@ -1,9 +1,9 @@
-"""Tar archives of pictures and captions, as img2dataset and webdataset write them: `key.jpg` beside `key.txt`, or
+"""Tar archives of pictures and captions in the format of img2dataset and webdataset: `key.jpg` beside `key.txt`, or
 `key.json` with a "caption".
 
-An archive is scanned once, header by header, into a JSONL file of pairs beside it, ARCHIVE.tar.jsonl. The path of a
-picture in it says where its bytes are, `00000.tar#000012.jpg@1536+20480`: member 000012.jpg, 20,480 bytes from byte
-1,536. So shuffling, masking and resuming work as with loose files: any row can be read at any time, without unpacking.
+An archive is scanned once, header by header, and its pairs are written to a JSONL file beside it, ARCHIVE.tar.jsonl.
+The path of a picture encodes the location of its bytes: `00000.tar#000012.jpg@1536+20480` is member 000012.jpg, 20,480
+bytes from byte 1,536. Any row can be read at any time without unpacking, so shuffling, masking and resuming just work.
 """
 
 import io
@@ -24,7 +24,7 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def picture_file(path: str | Path) -> str | Path | io.BytesIO:
-    """What Pillow should open for a path: the path itself, or the bytes of an archive member.
+    """The argument for Pillow's open: the path itself, or the bytes of an archive member.
 
     Raises:  FileNotFoundError if the archive is missing
     """
@@ -37,12 +37,12 @@ def picture_file(path: str | Path) -> str | Path | io.BytesIO:
 
 
 def expand(paths: list) -> list[Path]:
-    """Paths, with patterns such as 'shards/{00000..01242}.tar' expanded."""
+    """Paths, in which patterns such as 'shards/{00000..01242}.tar' are expanded."""
     return [Path(path) for one in paths for path in spelled(str(one))]
 
 
 def spelled(path: str) -> Iterator[str]:
-    """Every path that a pattern expands to."""
+    """All paths that a pattern expands to."""
     found = RANGE.search(path)
     if not found:
         yield path
@@ -52,9 +52,9 @@ def spelled(path: str) -> Iterator[str]:
 
 
 def as_rows(path: Path) -> Path:
-    """A JSONL file as it is; for an archive, the JSONL file of its pairs, written first if this version has none yet.
+    """The JSONL file of a data file: itself or, for an archive, the one with its pairs, written first if out of date.
 
-    Raises:  ValueError for a file that is not a tar archive, or holds no pair
+    Raises:  ValueError for a file that is not a tar archive or contains no pair
     """
     if path.suffix in (".tgz", ".gz", ".zst", ".bz2", ".xz"):
         raise ValueError(
@@ -66,7 +66,7 @@ def as_rows(path: Path) -> Path:
         raise ValueError(f"{path} is not a file: give archives that are there, such as 'shards/{{00000..00009}}.tar'")
     rows = path.with_name(path.name + ".jsonl")
     made = path.stat().st_mtime_ns
-    if not rows.is_file() or rows.stat().st_mtime_ns != made:  # it has the archive's time stamp
+    if not rows.is_file() or rows.stat().st_mtime_ns != made:  # the JSONL file carries the archive's time stamp
         runtime.write_beside(rows, lambda temporary: write_rows(path, temporary))
         os.utime(rows, ns=(made, made))
     return rows
@@ -90,12 +90,12 @@ def write_rows(path: Path, out: Path) -> None:
 
 
 def samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo | None, str]]:
-    """For each key the picture's name, the picture and the caption; members of one key are adjacent."""
+    """For each key, the picture's name, the picture and the caption; the members of one key are adjacent."""
     endings, key, name, picture, caption = Image.registered_extensions(), None, "", None, ""
     try:
         with tarfile.open(path, "r:") as archive:
             for member in iter(archive.next, None):
-                archive.members.clear()  # or tarfile keeps them all
+                archive.members.clear()  # otherwise, tarfile keeps all members in memory
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")

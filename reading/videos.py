@@ -1,8 +1,8 @@
-"""Videos: an animated picture (GIF, WebP, APNG), or a list of pictures, one for each frame.
+"""Videos: an animated picture (GIF, WebP, APNG), or a list of pictures, one per frame.
 
-A row has "video" instead of "image". Once read, its "image" is a single string made by `video_of`, so all code that
-identifies pictures by their paths works for videos too. Only the frames asked for are decoded and kept: a video of
-10,000 frames takes no more memory than one of ten.
+A row has "video" instead of "image". When it is read, its "image" is set to a single string built by `video_of`, so all
+code that identifies pictures by their paths works for videos as well. Only the requested frames are decoded and kept: a
+video of 10,000 frames takes no more memory than one of ten.
 """
 
 import json
@@ -19,19 +19,19 @@ MARK = "video:"
 
 
 def video_of(files: str | Path | Sequence[str | Path], folder: str | Path = "") -> str:
-    """The name of a video, from the path of an animated picture or the paths of its frames, in order. folder: what the
-    paths are relative to"""
+    """The name of a video, built from the path of an animated picture or the ordered paths of its frames. folder: the
+    folder that the paths are relative to"""
     files = [files] if isinstance(files, str | Path) else files
     return MARK + json.dumps([str(Path(folder, file)) for file in files])
 
 
 def is_video(name) -> bool:
-    """Whether a value is the name of a video, and not a picture or the path of one."""
+    """Whether a value is the name of a video rather than a picture or the path of one."""
     return isinstance(name, str) and name.startswith(MARK + '["')
 
 
 def files_of(name: str) -> list[str]:
-    """The files behind a name; for a picture, its own path."""
+    """The files that a video name refers to; for a picture, its own path."""
     return json.loads(name[len(MARK) :]) if is_video(name) else [name]
 
 
@@ -49,16 +49,15 @@ def count_frames(name: str) -> int:
 
 
 def choose_frames(count: int, frames: int, rng: np.random.Generator | None = None) -> list[int]:
-    """Which of `count` frames represent a video: the middle one of each of `frames` equal segments, or with rng any.
-
-    If the video has fewer frames, some are used more than once.
+    """The indices of `frames` out of `count` frames that represent a video: it is split into equal segments, one frame
+    per segment: the middle one or, with rng, a random one. If the video has fewer frames, some are repeated.
     """
     inside = np.full(frames, 0.5) if rng is None else rng.random(frames)
     return ((np.arange(frames) + inside) * count / frames).astype(int).tolist()
 
 
 def decoded(name: str, numbers: Iterable[int]) -> Iterator[Image.Image]:
-    """Frames of a video, one after another, as load_image returns pictures; numbers are distinct and ascending.
+    """Selected frames of a video, one at a time, converted as by load_image; numbers must be distinct and ascending.
 
     Raises:  ValueError naming the file and the frame that cannot be decoded
     """
@@ -71,30 +70,30 @@ def decoded(name: str, numbers: Iterable[int]) -> Iterator[Image.Image]:
             for number in numbers:
                 file.seek(number)
                 yield to_rgb(file)
-    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
+    except Exception as error:  # Pillow raises many kinds of exceptions for corrupt files
         raise ValueError(f"frame {number} of {files[0]} cannot be decoded ({error}): replace the file") from error
 
 
 def load_frames(name: str, numbers: Sequence[int]) -> list[Image.Image]:
-    """Frames of a video by number, each decoded once. Raises ValueError, see decoded."""
+    """Selected frames of a video, each decoded once. Raises ValueError as `decoded` does."""
     different = sorted(set(numbers))
     found = dict(zip(different, decoded(name, different), strict=True))
     return [found[number] for number in numbers]
 
 
 def some_frames(name: str, frames: int) -> list[Image.Image]:
-    """A fixed choice of frames that represent a video. Raises ValueError, see decoded."""
+    """A deterministic selection of frames that represent a video. Raises ValueError as `decoded` does."""
     return load_frames(name, choose_frames(count_frames(name), frames))
 
 
 def check_video(name: str, check: str) -> str | None:
-    """What is wrong with a video, or None. "header" reads the first bytes of its files, "full" decodes all frames."""
+    """An error message for a bad video, or None. "header" reads the first bytes of each file, "full" decodes all."""
     for file in files_of(name):
         if fault := check_image(file, "header"):
             return f"{file}: {fault}"
     try:
         if check == "full":
-            for _ in decoded(name, range(count_frames(name))):  # frames are not kept
+            for _ in decoded(name, range(count_frames(name))):  # without keeping the frames
                 pass
     except ValueError as fault:
         return str(fault)
@@ -102,7 +101,7 @@ def check_video(name: str, check: str) -> str | None:
 
 
 def shown(source, frames: int = 4, apart: bool = True) -> Image.Image:
-    """A picture for display: for a video, a strip of some frames from left to right. apart: leave gaps between them"""
+    """A picture for display; for a video, a strip of frames from left to right. apart: leave gaps between the frames"""
     if not is_video(source):
         return load_image(source)
     pictures = some_frames(source, frames)

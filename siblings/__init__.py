@@ -1,12 +1,12 @@
-"""The objectives that can be trained, including MAMO: names for `train.py --objective`, and their classes.
+"""All trainable objectives, including MAMO: their names in `train.py --objective`, and their classes.
 
     mamo      masked fused vectors, features and words, with contrast and matching                  mamo.py
     control   contrast, matching and masked words: MAMO without its teacher                         mamo.py
     maskvlm   masked raw pixels and words                                                           maskvlm.py
-    glscl     contrastive completion: the target is a pass that sees what is hidden                 glscl.py
-    vlmae     a masked autoencoder: our own proposal, based on the abstract of a paper              vlmae.py
+    glscl     contrastive completion: the target is a pass that sees what is masked                 glscl.py
+    vlmae     a masked autoencoder: our own proposal, based on a paper's abstract                   vlmae.py
 
-Apart from the encoders of mamo.py, the code that the siblings share is in masking.py.
+All objectives use the encoders of mamo.py; other code that the siblings share is in masking.py.
 """
 
 import runtime
@@ -26,14 +26,14 @@ OBJECTIVES = {
 
 
 def model_of(objective: str) -> type[VisionLanguageModel]:
-    """The class of an objective. Raises ValueError for an unknown one."""
+    """The class of an objective. Raises ValueError for an unknown name."""
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective][0]
 
 
 def build_model(objective: str, config: dict) -> VisionLanguageModel:
-    """A freshly initialised model of an objective, from the fields of its Config."""
+    """A freshly initialised model of an objective, built from the fields of its Config."""
     model = model_of(objective)
     runtime.check_fields(model.config_class, config, f"the objective {objective}")
     return model(model.config_class(**config))

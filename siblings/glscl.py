@@ -1,28 +1,28 @@
 """GLSCL: global and local semantic completion learning, a sibling of MAMO on the same encoders.
 
 Paper: Tu et al., arXiv 2306.07096, an extension of SCL (CVPR 2023, arXiv 2211.13437), which is GLSCL with --w-mltc 0.
-Its answer to "recover what?": the semantics, as another pass of the same network sees them, told apart from all others.
+Its answer to "recover what?": the semantics, as another pass of the same network encodes them, by contrast.
 
     MGSC   global: the image's class token from (I', T), where I' lacks 80 % of the patches, should match that from
            (I, T'); the text's [CLS] from (I, T'), where 40 % of the words of T' are masked, that from (I', T)
     MLTC   local: likewise for the tokens at masked patches, from (I'', T), and at masked words, from (I, T')
-    MLM    15 % of the words, masked as whole words. ITC and ITM as everywhere.
+    MLM    15 % of the words, masked as whole words. ITC and ITM are as in all other objectives.
 
-Each pass sees in full what is hidden from the other, so each is the other's (detached) target and no teacher is needed.
-Differences from MAMO's MRM: the target comes from this network instead of its moving average, and from a pair with the
-other modality masked instead of a whole pair; and the loss is contrastive, so being close to the target earns nothing
-if all targets are close. A small batch offers few negatives. MLTC compares all masked tokens of a batch: with 77 masked
-patches per picture, as in `base`, 64 pairs on each of 8 processes make matrices of 0.8 GB.
+Each pass sees the content masked in the other, so each provides the other's (detached) target without a teacher.
+Differences from MAMO's MRM: the target comes from the network itself instead of its moving average, and from a pair
+with the other modality masked instead of a whole pair; and the loss is contrastive, so a prediction close to its target
+gains nothing if all targets are close. A small batch offers few negatives. MLTC compares all masked tokens of a batch:
+with 77 masked patches per picture, as in `base`, 64 pairs on each of 8 processes make matrices of 0.8 GB.
 
 Differences from the paper and its released code, so that a comparison isolates the objective:
     - one fusion stream instead of co-attention; our encoders, trained from scratch, instead of RoBERTa and CLIP
-    - [CLS] and class token of the one stream are compared, and ITM reads [CLS] alone
-    - ITM uses hard negatives as in ALBEF; the release draws images at random
-    - T' hides ceil(0.4 * words); the release draws with replacement and hides about a third
-    - I' and I'' use the same noise, so I'' hides a subset of what is dropped from I'; likewise T' and the text of MLM
-    - I' keeps n - round(0.8 * n) patches, the release keeps int(0.2 * n): 13 and 12 of 64
-    - a whole word that no longer fits into the 15 % is skipped; only if no word fits is one masked in part
-    - contrast spans all processes, and gradients reach the process that a vector came from; the release gathers
+    - MGSC compares [CLS] and class token of the one stream, and ITM reads [CLS] alone
+    - ITM uses hard negatives as in ALBEF; the released code samples negative images uniformly
+    - T' masks ceil(0.4 * words); the released code samples with replacement and masks about a third
+    - I' and I'' share the noise, so I'' masks a subset of the patches that I' lacks; likewise T' and the text of MLM
+    - I' keeps n - round(0.8 * n) patches, the released code int(0.2 * n): 13 and 12 of 64
+    - a whole word that no longer fits into the 15 % is skipped; only if no word fits, one is partially masked
+    - contrastive losses span all processes, with gradients to the process of each vector; the released code gathers
       without gradient, and contrasts [CLS] and patches within each process
 """
 
@@ -48,15 +48,15 @@ from siblings.masking import mask_whole_words, matched, nce, whole_pairs
 
 @dataclass
 class GLSCLConfig(Config):
-    """What GLSCL adds; ratios, weights and temperature are those of the released code."""
+    """The fields that GLSCL adds; ratios, weights and temperature are those of the released code."""
 
-    mask_drop: float = 0.8  # share of the patches dropped from I', for MGSC
-    mask_image: float = 0.3  # share of the patches replaced by a mask token in I'', for MLTC
-    mask_completion: float = 0.4  # share of the words masked in T', for MGSC and MLTC
-    mask_text: float = 0.15  # share of the words masked for MLM
-    completion_temperature: float = 0.03  # temperature of MGSC and MLTC, fixed
+    mask_drop: float = 0.8  # fraction of patches dropped from I', for MGSC
+    mask_image: float = 0.3  # fraction of patches replaced by a mask token in I'', for MLTC
+    mask_completion: float = 0.4  # fraction of words masked in T', for MGSC and MLTC
+    mask_text: float = 0.15  # fraction of words masked for MLM
+    completion_temperature: float = 0.03  # fixed temperature of MGSC and MLTC
     w_mgsc: float = 1.0  # weight of masked global semantic completion
-    w_mltc: float = 0.2  # weight of masked local token completion; 0 makes it SCL
+    w_mltc: float = 0.2  # weight of masked local token completion; 0 reduces GLSCL to SCL
     continuation_ids: tuple[int, ...] = ()  # ids of word pieces that continue a word (##), set from the tokenizer
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class GLSCLConfig(Config):
         self.continuation_ids = tuple(self.continuation_ids)
 
     def check(self) -> None:
-        """Config.check, plus the checks that GLSCL adds."""
+        """Config.check, and the checks specific to GLSCL."""
         super().check()
         temperature = self.completion_temperature
         require(temperature > 0, f"completion_temperature is {temperature}: give more than 0")
@@ -86,7 +86,7 @@ class GLSCLConfig(Config):
 
 
 class GLSCL(VisionLanguageModel):
-    """Completes what is hidden, globally and token by token, by contrast with the pass that sees it."""
+    """Predicts masked content, globally and token by token, by contrast with a pass that sees this content."""
 
     config_class = GLSCLConfig
 
@@ -95,7 +95,7 @@ class GLSCL(VisionLanguageModel):
         self.make_mlm_head()
         continues = torch.zeros(config.vocab_size, dtype=torch.bool)
         continues[list(config.continuation_ids)] = True
-        self.register_buffer("continues", continues, persistent=False)  # not saved: the config has it
+        self.register_buffer("continues", continues, persistent=False)  # not saved, because the config contains it
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One training step: batch as for MAMO -> unweighted scalar losses by name."""
@@ -104,11 +104,11 @@ class GLSCL(VisionLanguageModel):
         attention_mask, length, frames = batch["attention_mask"], input_ids.shape[1], frames_of(images)
         noise = batch["token_noise"], batch["replace_noise"]
 
-        # 1. Masking, and the unimodal encoders: I and I'' in one call, all texts in another, I' on its own.
+        # 1. Masking, then the unimodal encoders: I and I'' in one call, all texts in another, I' separately.
         texts = {}
         if config.sees_whole or config.completes:
             texts["whole"] = input_ids, attention_mask
-        if config.completes:  # replace_noise 0 = every chosen word becomes [MASK]
+        if config.completes:  # replace_noise 0 = replace every chosen word by [MASK]
             missing = mask_words(input_ids, attention_mask, noise[0], 0 * noise[1], config.mask_completion, config)
             texts["missing"] = missing.input_ids, attention_mask
         if config.w_mlm > 0:
@@ -122,10 +122,10 @@ class GLSCL(VisionLanguageModel):
             image_views = {"whole": (images, torch.zeros_like(patch_mask)), "masked": (images, patch_mask)}
         image = encode_together(self.encode_image, image_views)
 
-        # 2. Whole pairs: contrast, and the views for matching.
+        # 2. Whole pairs: contrastive loss, and the views for matching.
         losses, views, valid = whole_pairs(self, image["whole"], text.get("whole"), batch)
 
-        # 3. The masked views: a = (I', T), which is shorter and so fused on its own, and b = (I, T'), with the others.
+        # 3. The masked views: a = (I', T), which is shorter and therefore fused separately; b = (I, T'), with the rest.
         if config.completes:
             fusion = self.student.fusion
             class_tokens = torch.arange(-frames, 0, device=images.device).expand(len(images), -1)
@@ -145,7 +145,7 @@ class GLSCL(VisionLanguageModel):
             views["words"] = View(image["whole"], text["masked"], attention_mask, words.index)
         fused = self.fuse_views(views)
 
-        # 4. Matching, completion, words.
+        # 4. Losses: matching, completion, masked words.
         if config.w_itm > 0:
             losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_mgsc > 0:
@@ -176,5 +176,5 @@ class GLSCL(VisionLanguageModel):
         return nce(patches, patch_target, tau) + nce(words, word_target, tau, valid)
 
     def chance(self, candidates: int) -> dict[str, float]:
-        """VisionLanguageModel.chance, with MGSC; the chance level of MLTC depends on the batch."""
+        """VisionLanguageModel.chance, plus MGSC; the chance level of MLTC depends on the batch."""
         return super().chance(candidates) | ({"mgsc": 4 * math.log(candidates)} if self.config.w_mgsc > 0 else {})

@@ -1,11 +1,11 @@
-"""What the sibling objectives share and MAMO does not use: other ways to mask, and other targets to recover.
+"""Code that the sibling objectives share and MAMO does not use: other masking schemes, and other prediction targets.
 
     mask      blank     set the pixels of masked patches to grey before the image encoder            MaskVLM
               words     mask whole words: all pieces of a word or none                               GLSCL
-    recover   pixels    with a decoder that is discarded after pre-training                          MaskVLM, VLMAE
-              vectors   by contrast: which of all candidates belongs here?                           GLSCL
+    recover   pixels    predicted by a decoder that is discarded after pre-training                  MaskVLM, VLMAE
+              vectors   predicted contrastively: which of all candidates belongs here?               GLSCL
 
-Letters in shapes are those of mamo.py, plus k patches that are kept and r rows that are compared.
+Shapes use the letters of mamo.py, plus k patches that are kept and r rows that are compared.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ def mask_units(
 ) -> tuple[Tensor, Tensor]:
     """As mask_patches, but squares ("units") of unit x unit patches are masked as a whole.
 
-    Args:    patch_noise (b, n)   uniform noise; a unit uses that of its first patch
-             ratio                share of the units to mask
-             grid                 rows and columns of patches, both multiples of unit
+    Args:    patch_noise (b, n)   uniform noise; a unit uses the noise of its first patch
+             ratio                fraction of units to mask
+             grid                 number of rows and columns of patches, both multiples of unit
     Returns: patch_index (b, m)   the masked patches, unit by unit, by increasing noise
              patch_mask  (b, n)   the same as a mask, True = masked
     """
@@ -57,13 +57,13 @@ def mask_units(
 
 
 def blank(images: Tensor, patch_mask: Tensor, patch_size: int) -> Tensor:
-    """images (b, 3, height, width), or videos (b, f, 3, height, width), with the pixels of the patches masked by
-    patch_mask (b, n) set to 0, mid grey."""
+    """images (b, 3, height, width), or videos (b, f, 3, height, width) -> the same, with the pixels of the patches that
+    are masked in patch_mask (b, n) set to 0, mid grey"""
     return images.masked_fill(in_pixels(patch_mask, images, patch_size), 0.0)
 
 
 def in_pixels(patch_mask: Tensor, images: Tensor, patch_size: int) -> Tensor:
-    """patch_mask (b, n) -> which pixels of images belong to masked patches: (b, 1, height, width), or for videos
+    """patch_mask (b, n) -> mask of the pixels of images in masked patches: (b, 1, height, width) or, for videos,
     (b, f, 1, height, width)"""
     sides = {"f": frames_of(images), "y": images.shape[-2] // patch_size, "p": patch_size, "q": patch_size}
     pixels = repeat(patch_mask, "b (f y x) -> b f 1 (y p) (x q)", **sides)
@@ -79,17 +79,17 @@ def mask_whole_words(
     config: Config,
     continues: Tensor,
 ) -> MaskedWords:
-    """As mask_words, but all pieces of a word are chosen together. continues (b, l): True = continues a word (##).
+    """As mask_words, but all pieces of a word are masked together. continues (b, l): True = continues a word (##).
 
-    The ratio counts pieces: words are taken by increasing noise, and one that no longer fits is skipped, as in BERT. If
-    no word fits, as many pieces of the first word are masked as allowed; no other word is ever masked in part.
-    Replacements are drawn piece by piece.
+    The ratio counts pieces: words are chosen by increasing noise; as in BERT, a word that no longer fits is skipped.
+    If no word fits, as many pieces of the first word are masked as allowed; no other word is ever partially masked.
+    Replacements are sampled per piece.
     """
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
-    word = torch.where(continues, 0, place).cummax(dim=1).values  # (b, l) where the token's word begins
+    word = torch.where(continues, 0, place).cummax(dim=1).values  # (b, l) first position of each token's word
     special = torch.tensor(config.special_ids, device=input_ids.device)
     ordinary = attention_mask & ~torch.isin(input_ids, special)
-    pieces = torch.zeros_like(input_ids).scatter_add(1, word, ordinary.long())  # of the word that begins there
+    pieces = torch.zeros_like(input_ids).scatter_add(1, word, ordinary.long())  # per word, at its first piece
     left = (ratio * ordinary.sum(dim=1, keepdim=True) - 1e-4).ceil()  # as in choose_words
     taken = torch.zeros_like(ordinary)
     for start in token_noise.argsort(dim=1, stable=True).split(1, dim=1):
@@ -97,7 +97,7 @@ def mask_whole_words(
         fits = (count > 0) & (count <= left)
         left, taken = left - fits * count, taken.scatter(1, start, fits)
     whole = taken.gather(1, word)
-    noise = token_noise.gather(1, word) - whole.float()  # chosen words come before all others
+    noise = token_noise.gather(1, word) - whole.float()  # chosen words precede all others
     index, valid = choose_words(input_ids, attention_mask, noise, ratio, config)
     valid = valid & (whole.gather(1, index) | ~whole.any(dim=1, keepdim=True))
     return replace_words(input_ids, index, valid, replace_noise, config)
@@ -109,9 +109,9 @@ def mask_whole_words(
 def whole_pairs(
     model: VisionLanguageModel, image: Tensor | None, text: Tensor | None, batch: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, View], Tensor | None]:
-    """What every sibling does with encoded images (b, 1 + n, d) and texts (b, l, d), as in MAMO.forward.
+    """Process encoded whole pairs, images (b, 1 + n, d) and texts (b, l, d), as in MAMO.forward; used by all siblings.
 
-    Returns: the contrastive loss, by name; the views that matching needs fused; and valid, see matching_views
+    Returns: the contrastive loss, by name; the views to fuse for matching; and valid, see matching_views
     """
     losses, views, similarity, valid = {}, {}, None, None
     if model.config.w_itc > 0:
@@ -131,7 +131,7 @@ def matched(fused: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class PixelDecoder(nn.Module):
-    """Predicts the pixels of masked patches from an image and a text: a few more fusion blocks and a linear map."""
+    """Predicts the pixels of masked patches from an image and a text: additional fusion blocks and a linear layer."""
 
     def __init__(self, config: Config, depth: int):
         super().__init__()
@@ -154,8 +154,8 @@ def nce(prediction: Tensor, target: Tensor, temperature: float, valid: Tensor | 
     L = - mean log softmax_j(cos(p_i, t_j) / temperature)[i] - mean log softmax_j(cos(p_j, t_i) / temperature)[i]
 
     Args:    prediction, target (b, d) or (b, m, d)   no gradient reaches the target
-             valid (b, m)                             True = there is something to recover; others are not candidates
-    Returns: scalar, the sum of both directions; chance level: 2 ln(candidates)
+             valid (b, m)                             True = a position to predict; all others are no candidates
+    Returns: scalar, the sum over both directions; chance level: 2 ln(candidates)
     """
     if valid is None:
         valid = torch.ones(prediction.shape[:-1], dtype=torch.bool, device=prediction.device)
@@ -174,9 +174,9 @@ def nce(prediction: Tensor, target: Tensor, temperature: float, valid: Tensor | 
 
 
 def among_all(ours: Tensor, theirs: Tensor, valid: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Gather rows (r, d), (r, d), (r,) from all processes, which may have different numbers r of rows.
+    """Gather rows (r, d), (r, d), (r,) from all processes, each of which may have a different number r of rows.
 
-    Returns: own (r,), the indices of this process's rows among all, and the three gathered; padding is not valid
+    Returns: own (r,), the indices of this process's rows among all; the three gathered tensors; padding is not valid
     """
     rank, processes = rank_and_size()
     if processes == 1:

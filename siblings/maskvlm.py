@@ -2,17 +2,17 @@
 
 Paper: Kwon et al., ICLR 2023, arXiv 2208.02131. Its answer to "recover what?": the raw signal itself.
 
-    MIM   the raw pixels of masked patches, from the other patches and the whole text (I', T), with a decoder
+    MIM   the raw pixels of masked patches, predicted by a decoder from the other patches and the whole text (I', T)
     MLM   the masked words, from the other words and the whole image (I, T')
-    ITC and ITM on whole pairs, as everywhere. There is no teacher: pixels and words are targets without one.
+    ITC and ITM on whole pairs, as in all other objectives. No teacher is needed, as pixels and words are the targets.
 
-One modality is masked at a time, as in MAMO: in the paper's Table 6 this retrieves better than masking both. What
-differs from MAMO: how patches are hidden (squares of 2 x 2, with pixels blanked before the encoder, which thus needs
-no mask token), what is recovered (the signal instead of a teacher's vectors), and a decoder that reads the text.
+One modality is masked at a time, as in MAMO: in the paper's Table 6, this retrieves better than masking both.
+Differences from MAMO: the masking (squares of 2 x 2 patches, with pixels blanked before the encoder, which thus needs
+no mask token), the targets (the raw signal instead of a teacher's vectors), and a decoder that also reads the text.
 
 Differences from the paper, so that a comparison isolates the objective:
     - one fusion stream over [text; image] instead of two cross-attention streams; the decoder has the same blocks
-    - ITM reads the fused [CLS], not the product of two class tokens, and reads whole pairs (the paper does not say)
+    - ITM reads the fused [CLS], not the product of two class tokens, and uses whole pairs (the paper does not say)
     - our text encoder instead of RoBERTa, all weights trained from scratch, and a single learning rate
     - blanking patches before the encoder follows a re-implementation's reading of the paper; 80/10/10 for masked words
       and 0, mid grey, for blanked pixels are our choices
@@ -42,16 +42,16 @@ from siblings.masking import PixelDecoder, blank, mask_units, matched, whole_pai
 
 @dataclass
 class MaskVLMConfig(Config):
-    """What MaskVLM adds. In the paper, all four losses have weight 1 (App. A.2)."""
+    """The fields that MaskVLM adds. In the paper, all four losses have weight 1 (App. A.2)."""
 
-    mask_image: float = 0.6  # share of the patch units masked in I'
-    mask_text: float = 0.3  # share of the words masked in T'
-    mask_unit: int = 2  # side in patches of the square units that are masked as a whole
-    decoder_depth: int = 3  # blocks of the pixel decoder
+    mask_image: float = 0.6  # fraction of patch units masked in I'
+    mask_text: float = 0.3  # fraction of words masked in T'
+    mask_unit: int = 2  # side length, in patches, of the square units that are masked as a whole
+    decoder_depth: int = 3  # number of blocks in the pixel decoder
     w_mim: float = 1.0  # weight of masked image modelling
 
     def check(self) -> None:
-        """Config.check, plus the checks that MaskVLM adds."""
+        """Config.check, and the checks specific to MaskVLM."""
         super().check()
         require(self.mask_unit > 0, f"mask_unit is {self.mask_unit}: it must be at least 1")
         require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
@@ -67,7 +67,7 @@ class MaskVLMConfig(Config):
 
 
 class MaskVLM(VisionLanguageModel):
-    """Recovers raw pixels and words, each from the other modality, alongside ITC and ITM."""
+    """Predicts raw pixels and words, each from the other modality, alongside ITC and ITM."""
 
     config_class = MaskVLMConfig
 
@@ -88,7 +88,7 @@ class MaskVLM(VisionLanguageModel):
         attention_mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
         frames = frames_of(pixels)
 
-        # 1. Masking, one modality at a time, and the unimodal encoders: I and I' in one call, T and T' in another.
+        # 1. Masking, one modality at a time, then the unimodal encoders: I and I' in one call, T and T' in another.
         images, texts = {}, {}
         if config.sees_whole or config.w_mlm > 0:
             images["whole"] = (pixels,)
@@ -104,7 +104,7 @@ class MaskVLM(VisionLanguageModel):
             texts["masked"] = words.input_ids, attention_mask
         image, text = encode_together(self.encode_image, images), encode_together(self.encode_text, texts)
 
-        # 2. Whole pairs: contrast, and the views for matching. Then the masked views, fused with them in one call.
+        # 2. Whole pairs: contrastive loss, and the views for matching. The masked views are fused in the same call.
         losses, views, valid = whole_pairs(self, image.get("whole"), text.get("whole"), batch)
         if config.w_mim > 0:
             places = torch.arange(-frames, frames * config.num_patches, device=pixels.device).expand(len(pixels), -1)
@@ -114,7 +114,7 @@ class MaskVLM(VisionLanguageModel):
             views["words"] = View(image["whole"], text["masked"], attention_mask, words.index)
         fused = self.fuse_views(views)
 
-        # 3. Matching, pixels, words.
+        # 3. Losses: matching, pixels, words.
         if config.w_itm > 0:
             losses["itm"] = self.loss_itm(*matched(fused), valid)
         if config.w_mim > 0:

@@ -1,25 +1,25 @@
 """VLMAE (our proposal): a masked autoencoder for vision and language, a sibling of MAMO on the same encoders.
 
 Read this first. The paper is He et al., "VLMAE", arXiv 2208.09374. Only its abstract was available to us, and we found
-no code. According to the abstract, masked autoencoding of the image joins vision-language pre-training, so that the
-model attends to almost all critical patches and not only to those that a caption mentions; pre-training gets cheaper.
+no code. According to the abstract, masked autoencoding of the image is added to vision-language pre-training, so that
+the model attends to almost all critical patches, not only to those that a caption mentions; pre-training gets cheaper.
 The names RMIM and IFR are from memory, and we could not confirm them. Every formula, ratio, depth and weight below is
 our own, in that spirit: results say nothing about the paper. Tables call it "vlmae (our proposal)".
 
-Its answer to "recover what?": what an autoencoder recovers, with and without the text.
+Its answer to "recover what?": the targets of an autoencoder, predicted with and without the text.
 
     RMIM   the pixels of dropped patches, normalised per patch as in MAE, from the visible patches and the text
-    IFR    the teacher's image features of dropped patches, from the visible patches alone, without text
+    IFR    the teacher's image features of dropped patches, from the visible patches alone, without the text
     MLM    15 % of the words, from the other words and the visible patches
-    ITC and ITM as everywhere, but on (I_vis, T): the student never sees a whole image during pre-training.
+    ITC and ITM as in all other objectives, but on (I_vis, T): in pre-training, the student never sees a whole image.
 
-Differences from MAMO: half of the patches never enter the student, for any loss, which is what makes it cheap; the
-image encoder also has to recover dropped content on its own; the teacher is a copy of the image encoder only.
+Differences from MAMO: half of the patches never enter the student, whatever the loss, which saves computation; the
+image encoder alone must also reconstruct features of dropped patches; the teacher is a copy of the image encoder only.
 
-Our choices: 50 % of the patches are dropped at random; the keys of ITC are the student's; the RMIM decoder is two more
-fusion blocks over the fused tokens of (I_vis, T), with mask tokens and positions put back; the IFR predictor is one
-block over the image and a linear map; IFR is smooth L1 with layer-normalised targets; all weights are 1. Evaluation
-uses whole images, i.e. sequences about twice as long as in pre-training.
+Our choices: 50 % of the patches are dropped at random; the keys of ITC come from the student; the RMIM decoder consists
+of two fusion blocks over the fused tokens of (I_vis, T), with mask tokens and positions reinserted; the IFR predictor
+is one block over the image and a linear layer; IFR is smooth L1 with layer-normalised targets; all weights are 1.
+Evaluation uses whole images, i.e. sequences about twice as long as in pre-training.
 """
 
 from dataclasses import dataclass
@@ -52,17 +52,17 @@ from siblings.masking import PixelDecoder, matched, whole_pairs
 
 @dataclass
 class VLMAEConfig(Config):
-    """What our proposal adds."""
+    """The fields that our proposal adds."""
 
-    mask_image: float = 0.5  # share of the patches that are dropped
-    mask_text: float = 0.15  # share of the words masked for MLM
-    decoder_depth: int = 2  # blocks of the pixel decoder
+    mask_image: float = 0.5  # fraction of patches that are dropped
+    mask_text: float = 0.15  # fraction of words masked for MLM
+    decoder_depth: int = 2  # number of blocks in the pixel decoder
     w_rmim: float = 1.0  # weight of regional masked image modelling
     w_ifr: float = 1.0  # weight of image feature reconstruction
     ema: float = 0.995  # momentum of the teacher; unless given, train.py sets it from the length of the run
 
     def check(self) -> None:
-        """Config.check, plus the checks that our proposal adds."""
+        """Config.check, and the checks specific to our proposal."""
         super().check()
         require(self.decoder_depth > 0, f"decoder_depth is {self.decoder_depth}: it must be at least 1")
         require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
@@ -76,7 +76,7 @@ class VLMAEConfig(Config):
 
 
 class VLMAE(VisionLanguageModel):
-    """Recovers pixels with the text, features without it, and words, all from the visible half of the image."""
+    """Predicts pixels with the text, features without the text, and words, all from the visible half of the image."""
 
     config_class = VLMAEConfig
 
@@ -112,7 +112,7 @@ class VLMAE(VisionLanguageModel):
             texts["masked"] = words.input_ids, attention_mask
         text = encode_together(self.encode_text, texts)
 
-        # 2. Pairs: contrast, and the views for matching. RMIM needs all of (I_vis, T), of which matching reads [CLS].
+        # 2. Pairs: contrast, and the views for matching. RMIM needs (I_vis, T) in full, matching only its [CLS].
         losses, views, valid = whole_pairs(self, visible, text.get("whole"), batch)
         if config.w_rmim > 0:
             views["pair"] = View(visible, text["whole"], attention_mask)
@@ -120,7 +120,7 @@ class VLMAE(VisionLanguageModel):
             views["words"] = View(visible, text["masked"], attention_mask, words.index)
         fused = self.fuse_views(views)
 
-        # 3. Matching, and the recovery of what was dropped or masked.
+        # 3. Losses: matching, and the prediction of dropped patches and masked words.
         positions = self.student.image.places(frames)
         if config.w_itm > 0:
             losses["itm"] = self.loss_itm(*matched(fused), valid)
@@ -147,10 +147,10 @@ class VLMAE(VisionLanguageModel):
     def loss_rmim(self, predicted: Tensor, pixels: Tensor) -> Tensor:
         """Regional masked image modelling: predicted, pixels (b, m, 3 * patch_size ** 2) -> scalar, mean squared error.
 
-        Each patch is normalised by its own mean and variance, as in MAE. A model that knows nothing is at 1, or below
-        if some patches have a single colour, which normalises to 0.
-        differs: MAE's variance divides by the number of values minus one, and 1e-6 is added; here, as for the other
-        targets, it divides by the number of values, and 1e-5 is added.
+        Each patch is normalised by its own mean and variance, as in MAE. The chance level is 1, or lower if some
+        patches have a single colour, which normalises to 0.
+        differs: MAE divides by the square root of the unbiased variance plus 1e-6; as for the other targets, we use the
+        biased variance plus 1e-5.
         """
         return global_mean((predicted.float() - normalised(pixels)).square())
 

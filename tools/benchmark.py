@@ -1,4 +1,4 @@
-"""Measure speed as ratios within one run; absolute times on a shared machine mean little.
+"""Measure speed as ratios within one run, because absolute times on a shared machine mean little.
 
     python -m tools.benchmark step --presets nano --length 14 --vocab-size 125   a training step and its utilisation
     python -m tools.benchmark step --presets base --image-size 224 --batch-size 32 64 --precision bf16 --device cuda
@@ -7,13 +7,13 @@
     python -m tools.benchmark frames --presets nano --length 14 --vocab-size 125   videos of 1, 2, 4 and 8 frames
     python -m tools.benchmark agreement --data data/scenes/pairs_train.jsonl     bf16, fp16 and compiled vs. fp32
 
-The variants take turns, round by round, so that a slowdown of the machine affects all of them. What is reported is the
-median of the ratios over the rounds, with the smallest and the largest.
+The variants take turns in each round, so that a slowdown of the machine affects all of them equally. For each pair of
+variants, we report the median, minimum and maximum of the ratio over the rounds.
 
-`step` makes full training steps on one random batch, for each preset, objective and batch size. Their floating-point
-operations (FLOPs) follow from a formula; utilisation is their rate relative to that of large matrix products (the best
-of several shapes) in the same round. If the formula does not cover a model's fusion encoder, neither is reported. On a
-GPU, peak memory is that of each variant; on a CPU, it is that of the process so far, so only the first row's is exact.
+`step` runs full training steps on one random batch, for each preset, objective and batch size. A formula gives their
+floating-point operations (FLOPs). Utilisation is the FLOP rate of the step divided by the highest rate that large
+matrix products reach in the same round. If the formula does not cover a model's fusion encoder, neither number is
+reported. Peak memory is per variant on a GPU; on a CPU it is that of the process so far, so only the first is exact.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from train import TrainConfig, make_optimizer, rate_for
 from train import parse as parse_training
 from train import start as start_training
 
-DATA = "data/scenes/pairs_train.jsonl"  # default data of `loader`
-TURN = 0.2  # minimum duration of a turn of `step` in seconds
-SIDE = 1024  # side of the large matrices on a CPU; eight times that on a GPU
+DATA = "data/scenes/pairs_train.jsonl"  # default dataset of `loader`
+TURN = 0.2  # minimum duration of a turn of `step`, in seconds
+SIDE = 1024  # side length of the large matrices on a CPU; multiplied by eight on a GPU
 
 
 def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
-    """A batch of random pictures and texts of one length, all pairs different."""
+    """A batch of random pictures and texts, with all texts of the same length and all pairs different."""
     input_ids = torch.randint(max(config.special_ids) + 1, config.vocab_size, (size, length))
     return {
         "images": torch.randn(size, 3, *config.image_size),
@@ -62,7 +62,7 @@ def random_batch(config: Config, size: int, length: int) -> dict[str, Tensor]:
 
 
 def take_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one warm-up round."""
+    """The seconds that each variant takes in each round, after one warm-up round."""
     seconds = {name: [] for name in variants}
     for counted in range(-1, rounds):
         for name, variant in variants.items():
@@ -74,7 +74,7 @@ def take_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str
 
 
 def ratios(seconds: dict[str, list[float]], of: str, to: str) -> dict[str, float]:
-    """Median, smallest and largest ratio of two variants over the rounds."""
+    """The median, minimum and maximum ratio of two variants over the rounds."""
     values = [a / b for a, b in zip(seconds[of], seconds[to], strict=True)]
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
 
@@ -89,7 +89,7 @@ class TrainingStep:
         self.device, self.precision = device, precision
 
     def __call__(self, batch: dict[str, Tensor] | None = None) -> None:
-        """One step, on the initial batch unless another one is given."""
+        """Run one step on the given batch, by default the initial one."""
         with runtime.autocast(self.device, self.precision):
             losses = self.model(batch or self.batch)
         self.model.total(losses).backward()
@@ -100,10 +100,10 @@ class TrainingStep:
 
 
 def loader(options: argparse.Namespace) -> dict:
-    """Training steps on loaded batches vs. steps on one repeated batch, 20 steps per round.
+    """Training steps on loaded batches vs. training steps on one repeated batch, with 20 steps per round.
 
-    Uses only as many rows as a round needs, so that the measured rounds find decoded pictures, as do all epochs but the
-    first.
+    Only as many rows are used as one round needs, so that the measured rounds find decoded pictures in the cache, as
+    all epochs but the first do.
     """
     (preset,), (size,) = options.presets, options.batch_size
     rows = read_rows(options.data or [DATA], "pairs")[: 20 * size]
@@ -119,9 +119,9 @@ def loader(options: argparse.Namespace) -> dict:
 
 
 def decode(options: argparse.Namespace) -> dict:
-    """Reading JPEGs at 256 x 256 px as training does, scaled while decoding, vs. decoding them in full.
+    """Reading JPEGs at 256 x 256 px, scaled while decoding (as in training) vs. decoded at full size.
 
-    Synthetic photographs of three sizes (noise at all scales) and, with --data, its first twenty pictures.
+    JPEGs: synthetic photographs of three sizes (noise at all scales) and the first twenty pictures of --data, if given.
     """
     what = "JPEGs read at 256 x 256 px; differences in grey levels of 255"
     report = {"what": what, "rounds": options.rounds, "rows": [], "ratios": {}}
@@ -146,7 +146,7 @@ def decode(options: argparse.Namespace) -> dict:
     return report
 
 
-ANOTHER = {  # compared with fp32, as options of train.py; on a CPU only those without half precision
+ANOTHER = {  # variants compared with fp32, as options of train.py; on a CPU, only those without half precision
     "fp32 again": [],
     "fp32, compiled": ["--compile"],
     "bf16": ["--precision", "bf16"],
@@ -177,7 +177,7 @@ def agreement(options: argparse.Namespace) -> dict:
 
 
 def frames(options: argparse.Namespace) -> dict:
-    """Videos of 1, 2, 4 and 8 frames vs. one frame: time per video to encode them, and for a full training step."""
+    """Videos of 1, 2, 4 and 8 frames vs. one frame: time per video for encoding and for a full training step."""
     (preset,), (size,), many = options.presets, options.batch_size, (1, 2, 4, 8)
     report = {"what": f"videos of {preset}, {size} a batch, time per video against one frame", "ratios": {}}
     for objective in options.objectives:
@@ -214,7 +214,7 @@ def photograph(side: int) -> Image.Image:
 
 
 def step_of(objective: str, config: Config, size: int, options: argparse.Namespace, device) -> TrainingStep:
-    """A training step of a fresh model on a random batch, as the options specify."""
+    """A training step of a freshly initialised model on a random batch, as configured by the options."""
     model = OBJECTIVES[objective][0](config)
     step = TrainingStep(model, random_batch(config, size, options.length), device, options.precision)
     if options.grad_checkpointing:
@@ -225,7 +225,7 @@ def step_of(objective: str, config: Config, size: int, options: argparse.Namespa
 
 
 def config_of(objective: str, preset: str, options: argparse.Namespace) -> Config:
-    """The Config of an objective with the sizes of a preset, as the options specify."""
+    """The Config of an objective, with the sizes of a preset and the changes that the options specify."""
     model, changes = OBJECTIVES[objective]
     shape = {"vocab_size": options.vocab_size, "max_tokens": max(Config.max_tokens, options.length)}
     if options.image_size:
@@ -236,13 +236,13 @@ def config_of(objective: str, preset: str, options: argparse.Namespace) -> Confi
 
 
 class Repeated:
-    """An action for take_turns, repeated to fill a turn, at most 50 times.
+    """An action for take_turns, repeated until a turn has its minimum duration, at most 50 times.
 
-    If a GPU runs out of memory, only this action ends, not the run: `action` is then None and a turn does nothing.
+    If the action exhausts GPU memory, only this action is dropped: `action` becomes None, and its turns do nothing.
     """
 
     def __init__(self, device: torch.device, make: Callable[..., Callable[[], object]], *arguments):
-        """device: where the action runs; make: called with the arguments, returns the action; may run out of memory"""
+        """make(*arguments) returns the action, which runs on `device`; it may run out of memory"""
         before = 0.0
         if device.type == "cuda":
             torch.cuda.init()
@@ -260,7 +260,7 @@ class Repeated:
         self.peak_memory_mb = runtime.peak_memory_mb(device) - before
 
     def __call__(self) -> None:
-        """One turn, until the device has finished."""
+        """Run one turn and wait until the device has finished."""
         try:
             for _ in range(self.times if self.action else 0):
                 self.action()
@@ -271,7 +271,7 @@ class Repeated:
 
 
 def products(device: torch.device, precision: str) -> tuple[dict[str, Repeated], int]:
-    """Large matrix products of several shapes, and the number of floating-point operations of each of them."""
+    """Large matrix products of several shapes, and the number of floating-point operations in each product."""
     side = SIDE if device.type == "cpu" else 8 * SIDE
     dtype = runtime.PRECISIONS[precision] or torch.float32
     actions = {}
@@ -283,10 +283,10 @@ def products(device: torch.device, precision: str) -> tuple[dict[str, Repeated],
 
 
 def measure(preset: str, size: int, options: argparse.Namespace, device: torch.device, report: dict) -> None:
-    """Measure one preset and batch size: add to the report a row for each objective, and its ratio to the control."""
-    gc.collect()  # free the models measured before now, not at some later time
+    """Measure one preset and batch size: add one row per objective to the report, and its ratio to the control."""
+    gc.collect()  # free the models of earlier measurements now rather than at some later time
     if options.compile:
-        torch.compiler.reset()  # and their compiled code: recompilations of a function are limited
+        torch.compiler.reset()  # and their compiled code: recompilations per function are limited
     configs = {name: config_of(name, preset, options) for name in options.objectives}
     steps = {name: Repeated(device, step_of, name, config, size, options, device) for name, config in configs.items()}
     multiply, operations = products(device, options.precision)
@@ -296,7 +296,7 @@ def measure(preset: str, size: int, options: argparse.Namespace, device: torch.d
     best = min(multiply, key=lambda name: statistics.median(seconds[name]))
     rates = [operations / s for s in seconds[best]]
 
-    totals = {}  # operations of a step, 0 where they are not counted
+    totals = {}  # FLOPs of a step, or 0 where the formula does not apply
     for name, config in configs.items():
         row = {"preset": preset, "objective": name, "batch_size": size, "image_size": list(config.image_size)}
         report["rows"].append(row)
@@ -317,8 +317,8 @@ def measure(preset: str, size: int, options: argparse.Namespace, device: torch.d
 
 
 def row_of(size: int, flops: dict[str, int], seconds: list[float], rates: list[float]) -> dict:
-    """The measurements of a step. flops: by part, empty if they are not counted; seconds: in each round; rates: of
-    matrix products in the same rounds, in operations per second."""
+    """The row of one measured step. flops: by part, empty if the formula does not apply; seconds: of the step in each
+    round; rates: of the matrix products in the same rounds, in operations per second."""
     median = statistics.median(seconds)
     row = {"ms_per_step": 1000 * median, "pairs_per_s": size / median}
     row["product_gflop_per_s"] = statistics.median(rates) / 1e9
@@ -332,7 +332,7 @@ def row_of(size: int, flops: dict[str, int], seconds: list[float], rates: list[f
 
 
 def table(rows: list[dict]) -> str:
-    """The rows of `step` as a text table."""
+    """The rows of `step` as a plain-text table."""
     titles = ("ms/step", "pairs/s", "GFLOP/step", "product GFLOP/s", "utilisation", "peak MB")
     lines = [f"{'preset':8}{'objective':10}{'batch':>6}" + "".join(f"{title:>16}" for title in titles)]
     for row in rows:
@@ -349,7 +349,7 @@ def table(rows: list[dict]) -> str:
 
 
 def step(options: argparse.Namespace) -> dict:
-    """Full training steps of every preset, objective and batch size."""
+    """Full training steps for every preset, objective and batch size."""
     device = runtime.pick_device(options.device)
     options.precision, _ = runtime.pick_precision(options.precision, device)
     about = {"device": str(device), "precision": options.precision, "threads": torch.get_num_threads()}
@@ -370,22 +370,22 @@ def parse() -> argparse.Namespace:
         prog="python -m tools.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["nano"], help="one, except for step")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[64], help="pairs; one size, except for step")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["nano"], help="only step accepts several")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[64], help="pairs; only step accepts several")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["mamo", "control"], help="for step")
-    parser.add_argument("--image-size", type=int, nargs="+", help="pixels, instead of the preset's, for step")
-    parser.add_argument("--length", type=int, default=30, help="tokens of a text, for step")
-    parser.add_argument("--vocab-size", type=int, default=30522, help="size of the vocabulary, for step")
+    parser.add_argument("--image-size", type=int, nargs="+", help="pixels, overriding the preset, for step")
+    parser.add_argument("--length", type=int, default=30, help="tokens per text, for step")
+    parser.add_argument("--vocab-size", type=int, default=30522, help="vocabulary size, for step")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu, for step")
     parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16, for step")
     parser.add_argument("--compile", action="store_true", help="compile the step, for step")
     parser.add_argument("--drop-masked", action="store_true", help="MAMO's option of the same name, for step")
-    parser.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks going backward, for step")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks in backward, for step")
     parser.add_argument("--data", nargs="+", help=f"JSONL files, for loader (default: {DATA}) and decode")
-    parser.add_argument("--workers", type=int, default=0, help="data loading processes, for loader")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--workers", type=int, default=0, help="number of data-loading processes, for loader")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     for name, least in {"length": 1, "vocab_size": 6, "threads": 1, "rounds": 1}.items():
         if getattr(options, name) < least:
@@ -399,7 +399,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line: run one measurement, print its ratios and, with --out, write them."""
+    """Command-line entry point: run one measurement, print its ratios and, with --out, write them to a file."""
     options = parse()
     runtime.keep_memory()
     torch.set_num_threads(options.threads)

@@ -1,12 +1,12 @@
-"""Runs in TensorBoard: every number in log.csv, and a strip of pictures with what a model recovers at hidden patches.
+"""TensorBoard logging of runs: every number in log.csv, and a strip of pictures with reconstructions of masked patches.
 
-    python -m tools.board runs/demo runs/other              what has been logged so far
-    python -m tools.board runs/demo --follow                and everything new, until Ctrl-C
+    python -m tools.board runs/demo runs/other              everything that has been logged so far
+    python -m tools.board runs/demo --follow                the same, then all new entries, until Ctrl-C
     tensorboard --logdir runs
 
-It reads a run folder and writes to its subfolder `board`; training itself does not depend on it. TensorBoard is
-optional: `pip install tensorboard`. The strip shows pictures of val: whole, as the student sees them, and reassembled
-as on the page of tools/report.py. With --follow, one is written for every new checkpoint.
+This tool reads a run folder and writes to its subfolder `board`; training itself does not depend on it. TensorBoard is
+optional (`pip install tensorboard`). The strip shows validation pictures: whole, as the student sees them, and
+reconstructed as in the report of tools/report.py. With --follow, a strip is written for every new checkpoint.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from eval import load_model
 from mamo import patchify
 from tools.report import picture_of, recover, val_paths, why_nothing_recovered
 
-SHOWN, AMONG = 8, 100  # pictures in the strip, and pictures whose patches may replace hidden ones
-WAIT = 10  # seconds between two checks of a run
+SHOWN, AMONG = 8, 100  # number of pictures in the strip, and of pictures whose patches may replace masked ones
+WAIT = 10  # seconds between two polls of a run
 
 
 def writer_class() -> type:
-    """TensorBoard's writer. Raises ValueError if TensorBoard is not installed."""
+    """TensorBoard's SummaryWriter. Raises ValueError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -41,13 +41,13 @@ def writer_class() -> type:
 
 
 class Board:
-    """A run, and how much of it has been written so far."""
+    """The TensorBoard log of a run, and how much of the run has been written so far."""
 
     def __init__(self, run: Path, writer):
         self.run, self.writer, self.step, self.seen = run, writer, -1, 0.0
 
     def look(self) -> None:
-        """Write everything new."""
+        """Write everything that is new."""
         self.scalars()
         checkpoint = self.run / "checkpoint.pt"
         if checkpoint.is_file() and checkpoint.stat().st_mtime != self.seen:
@@ -56,14 +56,14 @@ class Board:
         self.writer.flush()
 
     def scalars(self) -> None:
-        """Write the rows of log.csv after the last one written."""
+        """Write all rows of log.csv that follow the last one written."""
         path = self.run / "log.csv"
         if not path.is_file():
             return
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if not (row.get("step") or "").isdecimal() or None in row.values():
-                    continue  # an incomplete line, still being written
+                    continue  # an incomplete line that train.py is still writing
                 step = int(row.pop("step"))
                 if step > self.step:
                     for name, value in row.items():
@@ -72,7 +72,7 @@ class Board:
                     self.step = step
 
     def strip(self, checkpoint: Path) -> None:
-        """Write pictures of val; below them, what is hidden; below that, what the student recovers."""
+        """Write a strip of three rows: validation pictures, their masked versions, the student's reconstructions."""
         model, tokenizer, state = load_model(checkpoint, torch.device("cpu"))
         paths = val_paths(state["train"])
         if why_nothing_recovered(model) or not paths:
@@ -96,12 +96,12 @@ class Board:
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(
         prog="python -m tools.board", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--follow", action="store_true", help="keep writing what is new, until Ctrl-C")
+    parser.add_argument("--follow", action="store_true", help="keep writing new entries until Ctrl-C")
     options = parser.parse_args()
     for run in options.runs:
         if not (run / "log.csv").is_file():

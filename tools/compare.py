@@ -1,7 +1,7 @@
-"""Fair comparison of configurations: a plan of arms and seeds, one result row per finished run, means and spreads.
+"""Controlled comparison of configurations: a plan of arms and seeds, one result row per run, means and deviations.
 
     python -m tools.compare experiments/table6.json --out runs/table6              one run after another
-    python -m tools.compare experiments/table6.json --out runs/table6 --side-by-side 2      two at a time
+    python -m tools.compare experiments/table6.json --out runs/table6 --side-by-side 2      two runs in parallel
     python -m tools.compare experiments/table6.json --out runs/table6 --results results/table6.json     keep the summary
 
 A plan is a JSON file:
@@ -11,22 +11,22 @@ A plan is a JSON file:
      "arms": {"all": "", "without MRM": "--w-mrm 0"},           options of each arm
      "evaluate": "world --data data/scenes",                    command and options of eval.py
      "seeds": [0, 1, 2], "steps": 1000,
-     "reference": "all", "equal": ["steps", "wall-clock"],      wall-clock: the time that the reference takes
+     "reference": "all", "equal": ["steps", "wall-clock"],      wall-clock: as long as the reference takes
      "columns": {"R@1": ["pairs_test/matching/image_to_text/R@1", ...], "ITM loss": ["log/itm"]},
-     "against": "all",                                          also report differences to this arm
-     "rates": {"all": 1.0, "without MRM": 0.8}}                 seconds per step, if known; else measured
+     "against": "all",                                          also report differences from this arm
+     "rates": {"all": 1.0, "without MRM": 0.8}}                 seconds per step; measured if not given
 
-A column shows the first of its paths that exists in a run's row: in results.json, or with log/ in the last row of
-log.csv. "script": "finetune.py" compares fine-tuning runs: "train" then begins with the task, and best.pt is evaluated.
-"evaluate" may be a list of commands, and {seed} in any option stands for the run's seed. Paths, including those in a
-plan, are relative to the working directory.
+A column shows the first of its paths that exists in a run's row: a path into results.json or, if it starts with log/,
+into the last row of log.csv. With "script": "finetune.py", a plan compares fine-tuning runs: "train" then begins with
+the task, and best.pt is evaluated. "evaluate" may be a list of commands, and {seed} in any option stands for the seed
+of the run. All paths, including those in a plan, are relative to the working directory.
 
-For equal wall-clock time, the number of steps follows from seconds per step that are measured before the start, with
-all arms taking turns step by step, so that a slowdown of the machine affects all of them. To resume interrupted runs,
-start the same command again; finished runs are not repeated.
+To equalise wall-clock time, we first measure the seconds per step of all arms, which take turns step by step so that a
+slowdown of the machine affects all of them equally; these rates determine each arm's number of steps. To resume
+interrupted runs, start the same command again; finished runs are not repeated.
 
-Differences are paired by seed, between runs of the same seed; reported are their mean and its 95 % confidence interval
-by Student's t distribution (`difference`). The sample is the seeds, so few of them give wide intervals.
+Differences are paired by seed. We report their mean and its 95 % confidence interval from Student's t distribution
+(`difference`). The sample size is the number of seeds, so few seeds yield wide intervals.
 """
 
 import argparse
@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Plan:
-    """What is compared; see the docstring of the module."""
+    """The specification of a comparison, see the module docstring."""
 
     what: str
     train: str
@@ -96,9 +96,9 @@ class Plan:
                     raise ValueError(f"the plan gives {word} to {arm!r}: leave it out, it follows from the plan")
 
 
-FREE = ("what", "columns", "seeds", "against", "rates")  # may change in a plan while its runs are kept
+FREE = ("what", "columns", "seeds", "against", "rates")  # fields of a plan that may change while its runs are kept
 
-# script: its function that starts a run, its command-line parser, the checkpoint to evaluate
+# script: function that starts a run, command-line parser, checkpoint to evaluate
 SCRIPTS = {
     "train.py": (train.start, train.parse, "checkpoint.pt"),
     "finetune.py": (finetune.start, finetune.parse, "best.pt"),
@@ -106,13 +106,13 @@ SCRIPTS = {
 
 
 def folder_name(arm: str) -> str:
-    """The name of an arm, as used in the folder names of its runs."""
+    """The form of an arm's name that the folder names of its runs contain."""
     return "".join(letter if letter.isalnum() else "-" for letter in arm)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm, trained for a number of steps from one seed."""
+    """One run: an arm trained for a number of steps from one seed."""
 
     arm: str
     steps: int
@@ -125,7 +125,7 @@ class Job:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan. Raises ValueError, in one sentence, for a plan that cannot be run."""
+    """Read a plan. Raises ValueError, with a one-sentence message, for a plan that cannot be run."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a plan, see --help")
     try:
@@ -135,7 +135,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def each_once(pairs: list[tuple]) -> dict:
-    """A JSON object whose keys are unique; by default, json keeps the last of several values for a key."""
+    """A JSON object with unique keys; by default, the json module silently keeps only the last of duplicate keys."""
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
             raise ValueError(f"{name!r} stands there twice: give every key and every arm once")
@@ -143,7 +143,7 @@ def each_once(pairs: list[tuple]) -> dict:
 
 
 def read_rows(path: Path) -> dict[Job, dict]:
-    """The rows of finished runs. An incomplete line, as after a crash, is reported, and its run is evaluated again."""
+    """The rows of finished runs. An incomplete line, e.g. after a crash, is reported and its run evaluated again."""
     rows = {}
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
         try:
@@ -155,7 +155,7 @@ def read_rows(path: Path) -> dict[Job, dict]:
 
 
 def seconds_per_step(plan: Plan, rounds: int = 25) -> dict[str, float]:
-    """Median seconds of a training step of each arm, including data loading and optimiser; the arms take turns."""
+    """The median seconds per training step of each arm, including data loading and optimiser; the arms take turns."""
     with tempfile.TemporaryDirectory() as folder:
         runs, seconds = {}, {arm: [] for arm in plan.arms}
         make_run, parse, _ = SCRIPTS[plan.script]
@@ -173,7 +173,7 @@ def seconds_per_step(plan: Plan, rounds: int = 25) -> dict[str, float]:
 
 
 def steps_of(plan: Plan, rates: dict[str, float]) -> dict[str, dict[str, int]]:
-    """Steps of each arm for each kind of equality: {"steps": {arm: steps}, "wall-clock": {arm: steps}}"""
+    """The number of steps per arm under each constraint: {"steps": {arm: steps}, "wall-clock": {arm: steps}}."""
     steps = {"steps": dict.fromkeys(plan.arms, plan.steps)}
     if "wall-clock" in plan.equal:
         budget = plan.steps * rates[plan.reference]
@@ -182,7 +182,7 @@ def steps_of(plan: Plan, rates: dict[str, float]) -> dict[str, dict[str, int]]:
 
 
 def flat(value, name: str = "") -> dict[str, float]:
-    """The numbers of a nested result, by path."""
+    """All numbers in a nested result, keyed by their paths."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):
@@ -193,10 +193,10 @@ def flat(value, name: str = "") -> dict[str, float]:
 
 
 class Comparison:
-    """A plan, the folder of its runs, and the rows of the finished ones."""
+    """A plan, the folder of its runs, and the rows of its finished runs."""
 
     def __init__(self, plan: Plan, out: Path, side_by_side: int, table_only: bool = False):
-        """table_only: measure nothing and write nothing."""
+        """table_only: measure nothing and write nothing"""
         self.plan, self.out, self.side_by_side = plan, out, side_by_side
         self.threads = max((os.cpu_count() or 1) // side_by_side, 1)
         self.rates = self.measured_rates(table_only)
@@ -205,9 +205,9 @@ class Comparison:
         self.rows, self.failed = read_rows(self.path), []
 
     def measured_rates(self, table_only: bool) -> dict[str, float]:
-        """Seconds per step of each arm, measured once and kept, because the numbers of steps follow from them.
+        """The seconds per step of each arm, measured once and saved, because the numbers of steps depend on them.
 
-        From then on the folder belongs to one plan: nothing that would affect its runs may change.
+        From then on, the folder belongs to one plan: nothing that would affect its runs may change.
         """
         decides = {name: value for name, value in vars(self.plan).items() if name not in FREE}
         path, kept = self.out / "seconds_per_step.json", self.out / "plan.json"
@@ -227,12 +227,12 @@ class Comparison:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def jobs(self) -> list[Job]:
-        """All runs, each once, seed by seed, so that every arm has a first result early."""
+        """All runs without duplicates, ordered by seed, so that every arm has a first result early."""
         wanted = [(arm, steps) for kind in self.steps.values() for arm, steps in kind.items()]
         return [Job(arm, steps, seed) for seed in self.plan.seeds for arm, steps in dict.fromkeys(wanted)]
 
     def run(self) -> None:
-        """Run what is not finished, several side by side; if a run fails, those that are running finish."""
+        """Execute all unfinished runs, several in parallel; if one fails, those already running are completed."""
         todo = deque(job for job in self.jobs() if job not in self.rows)
         seconds = sum(job.steps * self.rates[job.arm] for job in todo) / self.side_by_side
         print(f"{len(self.jobs())} runs, {len(self.jobs()) - len(todo)} finished", end="; ")
@@ -247,7 +247,7 @@ class Comparison:
                         return
                     try:
                         self.run_one(job)
-                    except BaseException as error:  # a thread would fail silently
+                    except BaseException as error:  # an exception in a thread would otherwise go unnoticed
                         self.failed.append(f"{job.folder}: {type(error).__name__}: {error}")
                     bar.update()
 
@@ -261,7 +261,7 @@ class Comparison:
             raise ValueError(f"a run failed: {self.failed[0]}; what is finished is kept, start again to go on")
 
     def run_one(self, job: Job) -> None:
-        """Train and evaluate in separate processes, and write the row."""
+        """Train and evaluate in separate processes, then write the result row."""
         plan, folder = self.plan, self.out / job.folder
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint, judged = folder / "checkpoint.pt", folder / SCRIPTS[plan.script][2]
@@ -291,7 +291,7 @@ class Comparison:
         row = {"arm": job.arm, "steps": job.steps, "seed": job.seed, "seconds": time.perf_counter() - start}
         row["pairs_per_s"] = statistics.median(float(line["pairs_per_s"]) for line in log if line["pairs_per_s"])
         row["peak_memory_mb"] = max(float(line["peak_memory_mb"]) for line in log if line["peak_memory_mb"])
-        row |= {f"log/{name}": float(value) for name, value in log[-1].items() if value}  # the final values
+        row |= {f"log/{name}": float(value) for name, value in log[-1].items() if value}  # the last values logged
         row |= flat(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         with self.lock:
             self.rows[job] = row
@@ -299,7 +299,7 @@ class Comparison:
             runtime.write_beside(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def summary(self) -> dict:
-        """By kind of equality and arm: steps, speed relative to the reference, means and standard deviations."""
+        """For each constraint and arm: steps, speed relative to the reference, means and standard deviations."""
         plan, arms = self.plan, {}
         for kind, steps in self.steps.items():
             for arm in plan.arms:
@@ -321,7 +321,7 @@ class Comparison:
 
 
 def add_differences(part: dict, control: dict, columns: list[str]) -> None:
-    """Add "difference" to each column of an arm: to the control, over the seeds that both have, if two or more."""
+    """Add to each column of an arm its "difference" from the control, if they have at least two seeds in common."""
     for title in columns:
         if part is not control and title in part and title in control:
             ours, theirs = (dict(zip(one["seeds"], one[title]["values"], strict=True)) for one in (part, control))
@@ -335,14 +335,14 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 
 
 def difference(values: list[float]) -> dict[str, float]:
-    """Differences of two or more seeds -> {"mean", "low", "high"}, the mean with its 95 % confidence interval."""
+    """Paired differences of two or more seeds -> {"mean", "low", "high"}: the mean and its 95 % confidence interval"""
     mean, freedom = statistics.mean(values), len(values) - 1
     half = T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1] * statistics.stdev(values) / len(values) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def table(summary: dict, columns: list[str]) -> str:
-    """Mean and standard deviation per arm and column, as a text table."""
+    """Mean and standard deviation per arm and column, as a plain-text table."""
     wide = max(map(len, summary))
     lines = [f"{'':{wide}}  {'steps':>6} {'seeds':>5} {'time':>5}" + "".join(f"{title:>16}" for title in columns)]
     for arm, part in summary.items():
@@ -357,15 +357,15 @@ def table(summary: dict, columns: list[str]) -> str:
 
 
 def main() -> None:
-    """Command line: run what a plan lacks, print its table and write the summary."""
+    """Command-line entry point: execute the missing runs of a plan, print the table and write the summary."""
     parser = runtime.Parser(
         prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("plan", type=Path, help="JSON file with the plan")
+    parser.add_argument("plan", type=Path, help="JSON file of the plan")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and their rows")
-    parser.add_argument("--side-by-side", type=int, default=1, help="number of runs at a time, which share the cores")
-    parser.add_argument("--results", type=Path, help="JSON file to write the summary to, with command and hardware")
-    parser.add_argument("--table-only", action="store_true", help="run nothing, only show finished runs")
+    parser.add_argument("--side-by-side", type=int, default=1, help="number of parallel runs, which share the cores")
+    parser.add_argument("--results", type=Path, help="JSON file for the summary, with command and hardware")
+    parser.add_argument("--table-only", action="store_true", help="show finished runs without running anything")
     options = parser.parse_args()
     if options.side_by_side < 1:
         raise ValueError(f"side_by_side is {options.side_by_side}: give 1 or more")

@@ -1,16 +1,16 @@
 """The cost of a training step of each objective, by formula: floating-point operations (FLOPs) of matrix products and,
-for MAMO and the control, the memory that it holds.
+for MAMO and the control, the memory that a step occupies.
 
-    python -m tools.costs                                            the table of docs/objectives.md
+    python -m tools.costs                                            the table in docs/objectives.md
     python -m tools.costs --memory base --batch-size 1 32 256        memory of a step of MAMO
-    python -m tools.costs --growth base                              what doubling each size does to both
+    python -m tools.costs --growth base                              how both grow when each size is doubled
 
 A backward pass costs twice the forward pass, with a gradient for each of the two factors; but pixels, the keys of a
-queue and detached targets need no gradient, and the teacher and the similarities used to draw negatives have no
-backward pass at all. Element-wise operations are not counted, nor is the second forward pass of gradient checkpointing.
+queue and detached targets need no gradient, and the teacher and the similarities used to sample negatives have no
+backward pass. Element-wise operations and the second forward pass of gradient checkpointing are not counted.
 
-Each objective below counts the passes that its forward makes; docs/objectives.md draws them. Fusion is counted as
-mamo.FusionEncoder computes it, see `uncounted`.
+Each objective below counts the passes of its forward method; docs/objectives.md illustrates them. The cost of fusion
+assumes the computation in mamo.FusionEncoder, see `uncounted`.
 """
 
 import argparse
@@ -32,19 +32,19 @@ from train import takes_muon
 
 @dataclass
 class Passes:
-    """What a step sends through each part, per pair of the batch. Costs are multiply-adds of a forward pass."""
+    """The inputs to each part of the model in one step, per pair of the batch. Costs: multiply-adds, forward only."""
 
-    images: list[int]  # tokens of each view of the image in the student's encoder, with the class token
+    images: list[int]  # tokens per view of the image in the student's encoder, with the class token
     texts: int  # number of views of the text
-    fused: list[tuple[int, int]]  # for each fused view: image tokens, and positions that are needed
-    words: int = 0  # slots of masked words that MLM predicts
-    heads: int = 0  # cost of the objective's own heads and decoders
-    contrast: int = 0  # cost of its own contrasts with all rows of the batch
-    teacher: int = 0  # cost of the teacher and all else without a backward pass
+    fused: list[tuple[int, int]]  # per fused view: image tokens, output positions that are needed
+    words: int = 0  # number of slots for the masked words that MLM predicts
+    heads: int = 0  # cost of the heads and decoders specific to the objective
+    contrast: int = 0  # cost of contrastive losses specific to the objective, against all rows of the batch
+    teacher: int = 0  # cost of the teacher and of all other computation without a backward pass
 
 
 class Costs:
-    """Multiply-adds of the parts of a model, for texts of length l and a batch of b."""
+    """The multiply-adds of each part of a model, for texts of length l and a batch of size b."""
 
     def __init__(self, config: Config, b: int, l: int):  # noqa: E741
         self.config, self.b, self.l, self.n, self.d = config, b, l, config.num_patches, config.width
@@ -52,12 +52,12 @@ class Costs:
         self.embedding = self.n * self.patch * self.d
 
     def block(self, tokens: int, outputs: int) -> int:
-        """A Block: query, output and MLP at the outputs, key and value at all tokens, two products for attention."""
+        """A Block: query, output and MLP at output positions, key and value at all tokens, two attention products."""
         d = self.d
         return (2 + 8) * outputs * d * d + 2 * tokens * d * d + 2 * outputs * tokens * d
 
     def stack(self, depth: int, tokens: int, outputs: int) -> int:
-        """Blocks, the last of which is needed at some positions only."""
+        """A stack of blocks, the last of which is needed at `outputs` positions only."""
         return (depth - 1) * self.block(tokens, tokens) + self.block(tokens, outputs)
 
     def image(self, tokens: int) -> int:
@@ -78,20 +78,20 @@ class Costs:
         return blocks + outputs * self.d * self.patch
 
     def matching(self, image_tokens: int) -> list[tuple[int, int]]:
-        """The fused views of ITM, each needed at [CLS] only."""
+        """The fused views of ITM, each of which is needed at [CLS] only."""
         return [(image_tokens, 1)] * 3 * (self.config.w_itm > 0)
 
     def masked(self, ratio: float, of: int) -> int:
-        """How many of `of` patches, or units, are masked."""
+        """The number of masked patches, or units, out of `of`."""
         return mask_patches(torch.zeros(1, of), ratio)[0].shape[1]
 
     def slots(self, ratio: float) -> int:
-        """Number of slots for masked words."""
+        """The number of slots for masked words."""
         return math.ceil(ratio * self.l)
 
 
 def mamo(config: MAMOConfig, costs: Costs) -> Passes:
-    """The masked views, in separate passes or both in one, and what the teacher sees."""
+    """The masked views, in separate passes or both in one, and the teacher's views."""
     n, d = costs.n, costs.d
     mrm, mim, queue = config.w_mrm > 0, config.w_mim > 0, config.queue_size > 0
     patches = config.masks_patches * costs.masked(config.mask_image, n)
@@ -109,7 +109,7 @@ def mamo(config: MAMOConfig, costs: Costs) -> Passes:
 
 
 def maskvlm(config: MaskVLMConfig, costs: Costs) -> Passes:
-    """A decoder reads the image of the masked view, which is therefore needed in full."""
+    """The decoder reads the whole image part of the masked view, which is therefore needed at all positions."""
     whole, mim, unit = 1 + costs.n, config.w_mim > 0, config.mask_unit
     words = config.masks_words * costs.slots(config.mask_text)
     patches = costs.masked(config.mask_image, costs.n // unit**2) * unit**2
@@ -120,7 +120,7 @@ def maskvlm(config: MaskVLMConfig, costs: Costs) -> Passes:
 
 
 def glscl(config: GLSCLConfig, costs: Costs) -> Passes:
-    """The image with and without the dropped patches, and texts with words masked in two ways."""
+    """The image with and without the dropped patches, and texts with words masked for two purposes."""
     completes, mgsc, mltc, mlm = config.completes, config.w_mgsc > 0, config.w_mltc > 0, config.w_mlm > 0
     whole, kept = 1 + costs.n, 1 + costs.n - costs.masked(config.mask_drop, costs.n)
     patches = mltc * costs.masked(config.mask_image, costs.n)
@@ -128,7 +128,7 @@ def glscl(config: GLSCLConfig, costs: Costs) -> Passes:
     images, fused = [whole] * (1 + mltc) + [kept] * mgsc, [(kept, 2 + missing)] * mgsc
     fused += [(whole, 2 + missing + patches)] * completes
     fused += [(whole, patches)] * mltc + [(whole, words)] * mlm + costs.matching(whole)
-    # Each contrast is two products, each with one factor that takes a gradient: four in all.
+    # Each contrast consists of two products, each with one factor that requires a gradient: four in all.
     contrast = 4 * costs.b * costs.d * (2 * mgsc + patches**2 + missing**2)
     # Without MGSC, the view without the dropped patches only provides targets.
     target = (mltc and not mgsc) * (costs.embedding + costs.image(kept) + costs.fusion(kept, 2 + missing))
@@ -141,7 +141,7 @@ def vlmae(config: VLMAEConfig, costs: Costs) -> Passes:
     d, rmim, ifr = costs.d, config.w_rmim > 0, config.w_ifr > 0
     dropped, words = costs.masked(config.mask_image, costs.n), config.masks_words * costs.slots(config.mask_text)
     visible = 1 + costs.n - dropped
-    # RMIM needs all of the positive pair, of which ITM, if it has a weight, reads [CLS].
+    # RMIM needs the positive pair at all positions; ITM, if it has a weight, reads its [CLS].
     pairs = [(visible, costs.l + visible), *costs.matching(visible)[1:]] if rmim else costs.matching(visible)
     fused = [(visible, words)] * config.masks_words + pairs
     heads = rmim * costs.decoder(dropped) + ifr * (costs.block(1 + costs.n, dropped) + dropped * d * d)
@@ -154,7 +154,7 @@ PASSES = {MAMOConfig: mamo, MaskVLMConfig: maskvlm, GLSCLConfig: glscl, VLMAECon
 
 
 def uncounted(fusion: nn.Module | None) -> str:
-    """Why the formula does not apply to a model with this fusion encoder, in one sentence; "" if it does."""
+    """A one-sentence reason why the formula does not apply to a model with this fusion encoder; "" if it applies."""
     if fusion is None or type(fusion) is FusionEncoder:
         return ""
     return (
@@ -189,15 +189,15 @@ def flops_of_step(config: Config, batch_size: int, length: int) -> dict[str, int
 def memory_of_step(
     config: MAMOConfig, batch_size: int, length: int, grad_checkpointing: bool = False
 ) -> dict[str, int]:
-    """Bytes that a training step in fp32 holds between its forward and its backward pass.
+    """The bytes that a training step in fp32 holds between its forward and its backward pass.
 
     For the backward pass, a block keeps 3 vectors per token (its input, key and value) and 13 per output: query, mixed
-    values, the inputs of both norms and of the MLP, and twice the hidden layer of the MLP, which is four times as wide.
-    Not counted: temporary memory of single operations, and what the allocator holds back.
+    values, the inputs of both norms and of the MLP, and twice the MLP's hidden layer, which is four times as wide.
+    Temporary memory of individual operations and memory reserved by the allocator are not counted.
 
-    Args:    grad_checkpointing   each block then keeps only its input, and the rest is recomputed one block at a time
+    Args:    grad_checkpointing   each block keeps only its input, and the rest is recomputed one block at a time
     Returns: "weights" of student, heads and teacher, "gradients", "optimiser" (one moment for matrices in blocks, two
-             for the rest), "activations"
+             for all other parameters), "activations"
     """
     costs, d = Costs(config, batch_size, length), config.width
     passes, n = mamo(config, costs), costs.n
@@ -206,7 +206,7 @@ def memory_of_step(
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained = sum(p.numel() for p in learning.values())
     by_muon = sum(p.numel() for name, p in learning.items() if takes_muon(name, p))
-    # Stacks of blocks that run in one call: (depth, tokens of all views, outputs of the last block).
+    # Stacks of blocks that run in one call: (depth, number of tokens in all views, output positions of the last block).
     stacks = [(config.image_depth, sum(passes.images), sum(passes.images))]
     stacks.append((config.text_depth, passes.texts * length, passes.texts * length))
     fused = sum(length + tokens for tokens, _ in passes.fused)
@@ -231,7 +231,7 @@ def memory_of_step(
 def memory_table(
     preset: str, batch_sizes: Sequence[int] = (1, 8, 32, 64, 256), length: int = 30, words: int = 30522
 ) -> str:
-    """GB of a step of MAMO by batch size: as it is, with masked patches dropped, with checkpointing, and with both."""
+    """GB of a MAMO step by batch size: by default, with masked patches dropped, with checkpointing, and with both."""
     rows = []
     for size in batch_sizes:
         cells = [str(size)]
@@ -244,7 +244,7 @@ def memory_table(
 
 
 def growth_table(preset: str, batch_size: int = 64, length: int = 30, words: int = 30522) -> str:
-    """The powers of each size with which FLOPs and memory of a step of MAMO grow, from the preset to twice the size."""
+    """The exponents with which FLOPs and memory of a MAMO step grow in each size, from the preset to twice the size."""
 
     def both(batch_size: int = batch_size, length: int = length, words: int = words, **changes) -> tuple[int, int]:
         config = MAMOConfig(**PRESETS[preset] | changes, vocab_size=words)
@@ -268,7 +268,7 @@ def growth_table(preset: str, batch_size: int = 64, length: int = 30, words: int
 
 
 def table() -> str:
-    """The rows of the table in docs/objectives.md: cost relative to control, and shares in base."""
+    """The rows of the table in docs/objectives.md: cost relative to the control, and each part's share in base."""
 
     def counted(name: str, preset: str, length: int, words: int) -> dict[str, int]:
         model, changes = OBJECTIVES[name]
@@ -286,11 +286,11 @@ def table() -> str:
 
 
 def main() -> None:
-    """Command line: print the rows, unless the formula does not cover the fusion encoder."""
+    """Command-line entry point: print the rows, or an error if the formula does not cover the fusion encoder."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", choices=PRESETS, help="memory of a step of this preset, instead of FLOPs")
-    parser.add_argument("--growth", choices=PRESETS, help="powers with which FLOPs and memory grow")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=(1, 8, 32, 64, 256), help="for --memory")
+    parser.add_argument("--memory", choices=PRESETS, help="print the memory of a step of this preset instead of FLOPs")
+    parser.add_argument("--growth", choices=PRESETS, help="print the exponents with which FLOPs and memory grow")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=(1, 8, 32, 64, 256), help="sizes for --memory")
     options = parser.parse_args()
     why = uncounted(Encoders(MAMOConfig()).fusion)
     require(not why, why)

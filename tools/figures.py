@@ -1,10 +1,10 @@
-"""Draw the figures of docs/: the parts of MAMO, the passes of each objective's step, attention in videos, the trial.
+"""Draw the figures of docs/: MAMO's architecture, the passes of each objective, attention in videos, the trial.
 
     python -m tools.figures --out docs
 
-The passes are traced, not drawn by hand. A model of the preset nano makes a step on a picture and a caption of the
-built-in world, which shows the input of each encoder and what is masked in it. The step is then repeated, each time
-with the output of one pass corrupted: the losses that change are those that read it.
+The passes are traced, not drawn by hand. A model of the preset nano runs one step on a picture and a caption of the
+built-in world, which shows the input of each encoder and what is masked in it. The step is then repeated once per pass,
+with the output of that pass corrupted: the losses that change are those that read this output.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tokenizer import Tokenizer
 from tools.compare import difference
 from world.shapes import COLOURS, Scene, place, render
 
-# The pair whose step is traced, and another one, which supplies a wrong picture and a wrong caption for matching.
+# The pair whose step is traced, and another pair that supplies a negative picture and caption for matching.
 CAPTIONS = ("a red circle above a blue cross", "a yellow square")
 SCENES = (
     Scene(238, (place("red", "circle", "medium", 13, (11, 8)), place("blue", "cross", "medium", 13, (11, 24)))),
@@ -41,8 +41,8 @@ PATCHES = 16  # per picture in the preset nano, in four rows
 WIDTH = 1120
 INK, QUIET, LINE, PAPER = "#1c1c1c", "#5c5f66", "#9aa0a8", "#ffffff"
 STUDENT, TEACHER, MASKED, TOKEN = "#eef4fa", "#f3f1ec", "#4a5a78", "#f7f7f4"
-ON_COLOUR = "#fffffe"  # text on a colour, also in dark mode
-DARK = {  # replacements of the colours in dark mode
+ON_COLOUR = "#fffffe"  # text on a coloured background, also in dark mode
+DARK = {  # replacement colours for dark mode
     INK: "#e8e5de",
     QUIET: "#b3b5ba",
     LINE: "#4a4f57",
@@ -56,7 +56,7 @@ DARK = {  # replacements of the colours in dark mode
     "#f1f2f4": "#2b2f35",
 }
 FILLS = {"token": MASKED, "blank": "#7f7f7f", "drop": PAPER}
-# For each loss: a colour-blind safe colour, the target, the distance.
+# For each loss: a colour that is safe for colour-blind readers, the target, the distance.
 LOSSES = {
     "itc": ("#a64d86", "class token of I, [CLS] of T: own partner in the batch", "cross-entropy"),
     "itm": ("#6a4c00", "right or wrong, for one right pair and two wrong", "cross-entropy"),
@@ -79,12 +79,12 @@ class Side(NamedTuple):
     """A picture or a text as an encoder receives it."""
 
     how: str  # "whole"; "token", "blank" or "drop" for patches, "mask" for words; "fused" after fusion
-    masked: tuple[int, ...] = ()  # patches, or words, counted from the first one after [CLS]
-    other: bool = False  # from the other pair
+    masked: tuple[int, ...] = ()  # masked patches or words, numbered from the first one after [CLS]
+    other: bool = False  # whether it belongs to the other pair
 
 
 class Pass(NamedTuple):
-    """A batch of rows passing through an encoder."""
+    """A batch of rows that passes through an encoder."""
 
     part: str  # the encoder's name in the model, such as student.fusion
     call: int  # number of the call within the step; several passes may share a call
@@ -93,7 +93,7 @@ class Pass(NamedTuple):
 
 
 class Trace:
-    """A step of an objective: the passes that it makes, and what each loss reads from them."""
+    """A step of an objective: its passes, and the parts of them that each loss reads."""
 
     def __init__(self, objective: str, seed: int = 100, **changes):
         """changes: fields of the Config"""
@@ -104,10 +104,10 @@ class Trace:
         self.model = model(model.config_class(**fields | changes | ids))
         pictures = [Image.fromarray(render(scene, 32)) for scene in SCENES]
         self.batch = make_batch(pictures, list(CAPTIONS), self.model.config, tokenizer, seed)
-        self.batch["replace_noise"] *= 0  # every masked word becomes [MASK], none a random word
+        self.batch["replace_noise"] *= 0  # replace every masked word by [MASK], none by a random word
         self.length = self.batch["input_ids"].shape[1]
         self.passes: list[Pass] = []
-        self.given: list[tuple[Side, Side, Tensor]] = []  # encoder outputs, to recognise the inputs of fusion
+        self.given: list[tuple[Side, Side, Tensor]] = []  # encoder outputs, used to recognise the inputs of fusion
         self.parts = []
         fusions = FusionEncoder, type(self.model.student.fusion)
         for name, part in self.model.named_modules():
@@ -119,7 +119,7 @@ class Trace:
         self.tracing, self.spoiled = True, (-1, "")
         losses = self.step()
         self.tracing, self.losses = False, list(losses)
-        self.reads = [{} for _ in self.passes]  # for each pass, by loss: the places at which the loss reads its output
+        self.reads = [{} for _ in self.passes]  # per pass, by loss: output positions that the loss reads
         for number, one in enumerate(self.passes):
             for places in ("[CLS]", "words", "class token", "patches") if one.image and one.text else ("",):
                 self.spoiled = number, places
@@ -134,7 +134,7 @@ class Trace:
         return {name: loss.item() for name, loss in self.model(self.batch).items()}
 
     def image(self, part: str, forward, images: Tensor, patch_mask=None, kept=None) -> Tensor:
-        """Replaces the forward of an image encoder, to note its passes."""
+        """Replaces the forward method of an image encoder, to record its passes."""
         sides = []
         for number, pixels in enumerate(patchify(images, 8)):
             changed = (pixels != patchify(self.batch["images"], 8)[number % 2]).any(dim=-1)
@@ -147,7 +147,7 @@ class Trace:
         return self.encoded(part, "image", sides, forward(images, patch_mask, kept))
 
     def text(self, part: str, forward, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Replaces the forward of a text encoder, to note its passes."""
+        """Replaces the forward method of a text encoder, to record its passes."""
         sides = []
         for number, ids in enumerate(input_ids):
             masked = (ids != self.batch["input_ids"][number % 2]).nonzero().flatten() - 1
@@ -155,7 +155,7 @@ class Trace:
         return self.encoded(part, "text", sides, forward(input_ids, attention_mask))
 
     def encoded(self, part: str, modality: str, sides: list[Side], vectors: Tensor) -> Tensor:
-        """Note the passes of an encoder call, two pairs each."""
+        """Record the passes of one encoder call, each of two pairs."""
         self.calls += 1
         views = list(zip(sides[::2], sides[1::2], vectors.split(2), strict=True))
         if self.tracing:
@@ -163,7 +163,7 @@ class Trace:
         return torch.cat([self.passed(part, view, **{modality: side}) for side, _, view in views])
 
     def fusion(self, part: str, fuse_views, *views: View) -> list[Tensor]:
-        """Replaces the fuse_views of a fusion encoder, to note its passes."""
+        """Replaces the fuse_views method of a fusion encoder, to record its passes."""
         self.calls += 1
         return [
             self.passed(part, fused, self.side(view.image), self.side(view.text), view.places)
@@ -171,7 +171,7 @@ class Trace:
         ]
 
     def side(self, vectors: Tensor) -> Side:
-        """What was encoded into these vectors. Two pairs in swapped order are a wrong picture or text for each."""
+        """The input that led to these vectors. Two pairs in swapped order are each other's negatives."""
         for side, other, given in self.given if self.tracing else ():
             for found, rows in ((side, given), (other, given.flip(0))):
                 if rows.shape == vectors.shape and rows.equal(vectors):
@@ -179,7 +179,7 @@ class Trace:
         return Side("fused")
 
     def passed(self, part: str, vectors: Tensor, image=None, text=None, places: Tensor | None = None) -> Tensor:
-        """Note a pass; if it is the one to corrupt, flip the vectors at the chosen places."""
+        """Record a pass; if it is the pass to corrupt, negate the vectors at the selected positions."""
         number, self.count = self.count, self.count + 1
         if self.tracing:
             self.passes.append(Pass(part, self.calls, image, text))
@@ -195,7 +195,7 @@ class Trace:
         return torch.where(kinds[self.spoiled[1]][..., None], vectors.flip(-1), vectors)
 
     def names(self, modality: str) -> dict[Side, str]:
-        """I, T: whole. I', I'': masked, most first. I_vis: masked, if the student sees no more. I⁻, T⁻: wrong."""
+        """I, T: whole. I', I'': masked, most first. I_vis: masked, if never seen whole. I⁻, T⁻: negatives."""
         letter, seen = modality[0].upper(), {getattr(one, modality) for one in self.passes} - {None, Side("fused")}
         masked = sorted((-len(side.masked), side) for side in seen if side.masked and not side.other)
         names = {Side("whole"): letter} | {side: letter + "'" * (1 + rank) for rank, (_, side) in enumerate(masked)}
@@ -221,7 +221,7 @@ def traced(objective: str) -> Trace:
 
 
 class Drawing:
-    """Lines of an SVG with its own background, light or dark like the page that shows it."""
+    """The elements of an SVG with its own background, light or dark like the page that embeds it."""
 
     def __init__(self, height: int, title: str):
         dark = " ".join(
@@ -239,7 +239,7 @@ class Drawing:
         self.box(1, 1, WIDTH - 2, height - 2, PAPER, LINE)
 
     def add(self, kind: str, text: str = "", **attributes) -> None:
-        """Add an element; _ in the name of an attribute stands for -."""
+        """Add an element; an underscore in an attribute name stands for a hyphen."""
         told = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in attributes.items())
         self.lines.append(f"<{kind} {told}>{escape(pretty(text))}</{kind}>" if text else f"<{kind} {told}/>")
 
@@ -262,12 +262,12 @@ class Drawing:
             self.text(x + width / 2, top + 18 * number, line, 12, "middle", QUIET)
 
     def lines_of(self, x: float, y: float, text: str) -> None:
-        """Small centred lines in the column of a loss."""
+        """Small centred lines of text in the column of a loss."""
         for number, line in enumerate(textwrap.wrap(text.replace(", T", ",\u00a0T").replace("of ", "of\u00a0"), 17)):
             self.text(x, y + 14 * number, line, 11, "middle")
 
     def loss(self, name: str, x: float, y: float) -> None:
-        """The name of a loss, on its colour."""
+        """The name of a loss on a background of its colour."""
         self.box(x, y, 58, 28, LOSSES[name][0])
         self.text(x + 29, y + 19, name.upper(), anchor="middle", fill=ON_COLOUR, bold=True)
 
@@ -279,7 +279,7 @@ class Drawing:
             )
 
     def picture(self, x: float, y: float, size: float, side: Side) -> None:
-        """The picture of the pair, or of the other one, with masked patches."""
+        """The picture of the pair, or of the other pair, with its masked patches."""
         scene, scale, cell = SCENES[side.other], size / 32, size / 4
         self.box(x, y, size, size, rgb([scene.background] * 3), rx=0)
         for thing in scene.objects:
@@ -295,7 +295,7 @@ class Drawing:
                 self.text(left + cell / 2, top + cell * 0.7, "×", round(cell * 0.7), "middle", QUIET)
 
     def words(self, x: float, y: float, side: Side) -> None:
-        """The caption of the pair, or of the other one, in two lines; masked words are covered."""
+        """The caption of the pair, or of the other pair, in two lines; masked words are covered."""
         left = x
         for number, word in enumerate(CAPTIONS[side.other].split()):
             if number == 4:
@@ -306,7 +306,7 @@ class Drawing:
             left += width + 4
 
     def save(self, path: Path) -> None:
-        """Write the file."""
+        """Write the SVG file."""
         text = "\n".join([*self.lines, "</svg>", ""])
         runtime.write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
@@ -325,7 +325,7 @@ def pretty(text: str) -> str:
 
 
 def draw_step(objective: str) -> Drawing:
-    """A row for each pass and a column for each loss, with a dot where the loss reads the pass."""
+    """One row per pass and one column per loss, with a dot where the loss reads the output of the pass."""
     trace, row, top = traced(objective), 52, 62
     columns = {loss: 636 + 106 * number for number, loss in enumerate(reversed(trace.losses))}
     bottom = top + row * len(trace.passes) + 8 * len(trace.parts)
@@ -365,7 +365,7 @@ def draw_step(objective: str) -> Drawing:
 
 
 def draw_pass(sheet: Drawing, trace: Trace, one: Pass, y: float) -> None:
-    """The input of a pass: its name, and its picture and caption with what is masked in them."""
+    """The input of a pass: its name, and its picture and caption with their masks."""
     sheet.text(258, y + 30, trace.name(one), bold=True)
     if Side("fused") in one:
         return
@@ -383,7 +383,7 @@ def draw_pass(sheet: Drawing, trace: Trace, one: Pass, y: float) -> None:
 
 
 def draw_architecture() -> Drawing:
-    """Student, teacher, heads and losses, and what is compared with what."""
+    """The student, the teacher, the heads and losses, and the vectors that each loss compares."""
     sheet = Drawing(604, "MAMO: a student with image, text and fusion encoder, its moving-average teacher, five losses")
     draw_inputs(sheet)
     draw_student(sheet)
@@ -392,7 +392,7 @@ def draw_architecture() -> Drawing:
 
 
 def draw_inputs(sheet: Drawing) -> None:
-    """The pair, whole and masked, and the whole pair again for the teacher."""
+    """The pair, whole and masked, and the whole pair again as input of the teacher."""
     config, whole = MAMOConfig(), Side("whole")
     image, text = (next(side for side in traced("mamo").names(kind) if side.masked) for kind in ("image", "text"))
     for x, y, size, side, name in ((30, 84, 72, whole, "I"), (122, 84, 72, image, "I'"), (76, 412, 68, whole, "I")):
@@ -406,7 +406,7 @@ def draw_inputs(sheet: Drawing) -> None:
 
 
 def depths(field: str) -> str:
-    """The number of blocks in the smallest preset and in the paper's size."""
+    """The number of blocks in the smallest preset and in the paper."""
     return f"{PRESETS['nano'][field]} blocks in nano, {PRESETS['base'][field]} in base"
 
 
@@ -439,7 +439,7 @@ def draw_student(sheet: Drawing) -> None:
 
 
 def draw_teacher(sheet: Drawing) -> None:
-    """The teacher: a moving average, and the targets of the losses."""
+    """The teacher, which is a moving average of the student, and the targets of the losses."""
     sheet.box(232, 384, 500, 196, TEACHER, "#cfc8b8", stroke_dasharray="6 4")
     sheet.text(246, 406, "teacher: whole pairs only, no gradient", bold=True)
     for x, y, width, kind in ((256, 420, 200, "image"), (256, 508, 200, "text"), (540, 464, 170, "fusion")):
@@ -458,8 +458,8 @@ def draw_teacher(sheet: Drawing) -> None:
 
 
 def draw_video() -> Drawing:
-    """Which token attends to which in the image encoder, for a video of three frames of 2 x 2 patches. It is computed,
-    not drawn by hand: a row is filled where the gradient of that token's output is not zero."""
+    """The attention pattern of the image encoder for a video of three frames of 2 x 2 patches. The pattern is computed,
+    not drawn by hand: a cell is filled where the gradient of the output token with respect to the input is non-zero."""
     frames, n, cell, left, top = 3, 4, 24, 250, 96
     config = MAMOConfig(image_size=(16, 16), patch_size=8, frames=frames)
     hidden = torch.randn(1, frames + frames * n, config.width, requires_grad=True)
@@ -497,7 +497,7 @@ def draw_video() -> Drawing:
 # ------------------------------------------------------------------------------------------------------- the trial
 
 FOILS = tuple(f"foils matching, {kind}" for kind in ("relation", "axis", "colour", "shape", "swap"))
-TRIAL = {  # experiments/trial/plan.md: part -> measure, file of results, columns (their mean), difference of interest
+TRIAL = {  # experiments/trial/plan.md: part -> measure, results file, columns to average, difference of interest
     "a. after fine-tuning": (
         ("questions, 60,000 rows", "vqa", ("accuracy",), 2),
         ("questions, 3,000 rows", "vqa_few", ("accuracy",), 2),
@@ -521,7 +521,7 @@ ARMS = {"mamo": ("MAMO", "mrm"), "maskvlm": ("MaskVLM", "itc"), "vlmae": ("our V
 
 
 def draw_trial() -> Drawing:
-    """Differences to the control, with their 95 % intervals over seeds; a row for each planned measure."""
+    """Differences from the control, with 95 % confidence intervals over seeds; one row per planned measure."""
     row, top, zero, scale = 34, 70, 790, 17.5  # pixels; of a point: scale
     bottom = top + row * (len(TRIAL) + sum(map(len, TRIAL.values())))
     sheet = Drawing(bottom + 52, "A fair trial: differences to ITC + ITM + MLM, with 95 % intervals")
@@ -568,11 +568,11 @@ FIGURES |= {f"{objective}.svg": functools.partial(draw_step, objective) for obje
 
 
 def main() -> None:
-    """Command line: draw all figures."""
+    """Command-line entry point: draw all figures."""
     parser = runtime.Parser(
         prog="python -m tools.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the figures")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="output folder for the figures")
     out = parser.parse_args().out
     for name, draw in FIGURES.items():
         draw().save(out / name)

@@ -1,7 +1,7 @@
-"""Frames of video files as pictures, for tools/prepare.py: .mp4 and similar formats.
+"""Extract frames from video files (.mp4 and similar formats) as pictures, for tools/prepare.py.
 
-PyAV reads the files (`pip install av`); the rest of the project does not need it. Frames are spread evenly over the
-video, scaled down to a useful size, and kept on disk, so that a second run reuses them.
+The files are decoded by PyAV (`pip install av`), which the rest of the project does not need. Frames are evenly spaced
+over the video, downscaled to a useful size, and kept on disk, so that a second run reuses them.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from PIL import Image
 from reading.videos import choose_frames
 
 CONTAINERS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg")
-SIDE = 320  # pixels of the longer side
+SIDE = 320  # length of the longer side in pixels
 
 
 def frames_of_file(path: Path, folder: Path, count: int) -> list[str]:
-    """Write `count` frames of a video file as JPEGs to a folder, unless they exist -> their names, in order.
+    """Write `count` frames of a video file to a folder as JPEGs, unless they exist -> their names, in temporal order
 
-    Raises:  ValueError if PyAV is not installed, or the file cannot be decoded
+    Raises:  ValueError if PyAV is not installed, or if the file cannot be decoded
     """
     names = [f"{number:03d}.jpg" for number in range(count)]
     if not all((folder / name).is_file() for name in names):
@@ -39,7 +39,7 @@ def frames_of_file(path: Path, folder: Path, count: int) -> list[str]:
 
 
 def decoded(path: Path) -> Iterator:
-    """The frames of a video file, one after another, as PyAV objects."""
+    """The frames of a video file in temporal order, as PyAV objects."""
     try:
         import av
     except ImportError as error:

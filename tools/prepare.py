@@ -3,13 +3,13 @@
     python -m tools.prepare folder --images my/pictures --out my
     python -m tools.prepare coco --annotations dataset_coco.json --images coco --out data/coco
 
-docs/data.md lists the data sets, where their files come from, and the command for each. Nothing is downloaded.
+docs/data.md lists the datasets, the sources of their files, and the command for each. Nothing is downloaded.
 
-A converter is a generator: it reads the published files of a data set and yields (place, split, row). The place says in
-which file, and where in it, the entry is, for error messages; pictures are named relative to --images. `convert` does
-the rest: it checks every row against the schema of its task, checks that the pictures exist, and writes
-TASK_SPLIT.jsonl, such as pairs_train.jsonl. A split called dev is written as val, where finetune.py looks for it. The
-converters come first, then the helpers they share, then `convert` and the command line.
+A converter is a generator that reads the published files of a dataset and yields (place, split, row). The place is the
+file and the position of the entry in it, for error messages; picture names are relative to --images. `convert` does the
+rest: it checks every row against the schema of its task, checks that the pictures exist, and writes TASK_SPLIT.jsonl,
+such as pairs_train.jsonl. A split called dev is written as val, where finetune.py looks for it. In this file, the
+converters come first, then the helpers that they share, then `convert` and the command line.
 """
 
 import argparse
@@ -44,14 +44,14 @@ Rows = Iterator[tuple[str, str, dict]]  # (place, split, row)
 def karpathy(args: argparse.Namespace, left_out: Counter) -> Rows:
     """COCO and Flickr with Karpathy's splits: one row per picture, with all its captions.
 
-    restval, the part of COCO's val2014 that is in neither val nor test, is added to train, as is common.
+    As is common, restval (the part of COCO's val2014 that belongs to neither val nor test) is added to train.
     """
     splits = {"train": "train", "restval": "train", "val": "val", "test": "test"}
     for place, entry in entries(args.annotations, "images"):
         with at(place):
             split, sentences = take(entry, "split", splits), take(entry, "sentences", list)
             captions = not_blank([take(sentence, "raw") for sentence in sentences], left_out)
-            folder = f"{take(entry, 'filepath')}/" if "filepath" in entry else ""  # only COCO has folders
+            folder = f"{take(entry, 'filepath')}/" if "filepath" in entry else ""  # only COCO has subfolders
             image = folder + take(entry, "filename")
         if captions:
             yield place, split, {"image": image, "caption": captions}
@@ -60,7 +60,7 @@ def karpathy(args: argparse.Namespace, left_out: Counter) -> Rows:
 def coco_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
     """COCO's own captions_train2017.json, and files in the same format: one row per picture, with all its captions.
 
-    These are the published splits, not Karpathy's: each file is one split, and --split says which.
+    These are the published splits, not Karpathy's: each file contains one split, which --split names.
     """
     names, captions = {}, {}
     for place, entry in entries(args.annotations, "images"):
@@ -82,7 +82,7 @@ def coco_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
 def flickr8k(args: argparse.Namespace, left_out: Counter) -> Rows:
     """Flickr8k: one row per picture. Pictures in none of the official lists in --splits are left out.
 
-    Without the lists, a hash of the picture's name chooses the split, in the official proportions of six to one to one.
+    Without these lists, a hash of the picture's name determines the split, in the official 6:1:1 proportions.
     """
     official = {}
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test")) if args.splits else ():
@@ -98,8 +98,8 @@ def flickr8k(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:
-    """The captions of each picture, from lines of the form picture#number<Tab>caption, a CSV file with the header
-    image,caption, or Kaggle's Flickr30k, whose header is image_name| comment_number| comment."""
+    """The captions of each picture, read from lines of the form picture#number<Tab>caption, from a CSV file with the
+    header image,caption, or from Kaggle's Flickr30k with the header image_name| comment_number| comment."""
     captions, header = {}, None
     for place, line in lines_of(path):
         with at(place):
@@ -109,10 +109,10 @@ def read_captions(path: Path) -> dict[str, list[str]]:
                     continue
             if header == "image,caption":
                 image, *fields = next(csv.reader([line]))
-                caption = ",".join(fields)  # in some files captions with commas are not quoted
+                caption = ",".join(fields)  # some files do not quote captions with commas
             elif header == KAGGLE:
                 image, *fields = (part.strip() for part in line.split("|"))
-                caption = re.sub(r"^\d+\s*", "", " ".join(fields))  # the number; in one line no | follows it
+                caption = re.sub(r"^\d+\s*", "", " ".join(fields))  # the number; one line lacks the | after it
             else:
                 name, *fields = line.split("\t")
                 image, caption = name.rpartition("#")[0], " ".join(fields)
@@ -131,12 +131,12 @@ CAMERA = {"img", "image", "dsc", "dscf", "dscn", "pxl", "mvimg", "photo", "pictu
 
 
 def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """Your own pictures and videos, also in subfolders: a row each. Captions come from the first of these that exists:
+    """Your own pictures and videos, including subfolders: one row each. Captions come from the first existing source:
 
     captions.txt or captions.csv in the folder (see read_captions); metadata.jsonl or metadata.csv there or in
-    subfolders (see read_metadata); dog.txt beside dog.jpg, one caption per line; the name of the picture, as in
-    a_red-circle_03.png. A hash of the name decides which pictures go to val; if metadata list the pictures, a top-level
-    folder called train, validation or test takes precedence.
+    subfolders (see read_metadata); dog.txt beside dog.jpg, with one caption per line; the file name itself, as in
+    a_red-circle_03.png. A hash of the name determines which pictures go to val; if the pictures are listed in metadata,
+    a top-level folder called train, validation or test takes precedence.
     """
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val-share is {args.val_share}: give a share from 0 to below 1")
@@ -152,7 +152,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     for (
         name,
         captions,
-    ) in listed.items():  # a list may say ./dog.jpg, or write in one letter the "é" that macOS has in two
+    ) in listed.items():  # a list may say ./dog.jpg, or encode as one character the "é" that macOS splits into two
         name = spelled.get(normalize("NFC", PurePosixPath(name).as_posix()), name)
         captions_of.setdefault(name, []).extend(captions)
     unread = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
@@ -168,8 +168,8 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     source = lists[0].name if lists else ", ".join(sorted({path.name for path in metadata}))
     source = source or ("the .txt beside each picture" if beside else "the names of the pictures")
     print(f"captions are read from {source}")
-    without, first = [], {}  # first: by resolved path, the first name of a picture that is there more than once
-    for name in sorted(names | captions_of.keys()):  # convert reports those that are listed but missing
+    without, first = [], {}  # first: by resolved path, the first name of a picture that occurs more than once
+    for name in sorted(names | captions_of.keys()):  # convert reports names that are listed but missing
         path = args.images / name
         if lists or metadata:
             captions = not_blank(captions_of.get(name, []), left_out)
@@ -209,8 +209,8 @@ def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def lsmdc(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """LSMDC: one row per line of clip, four times and sentence, separated by tabs. A clip is in the folder of its film,
-    whose name is the clip's without the last part."""
+    """LSMDC: one row per line of clip, four times and sentence, separated by tabs. Clips are in one folder per film,
+    named like the clip without its last part."""
     for place, line in lines_of(args.annotations):
         with at(place):
             clip, *times, sentence = line.rstrip("\r\n").split("\t")
@@ -223,7 +223,7 @@ def lsmdc(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def is_junk(path: Path) -> bool:
-    """Whether a path, relative to the folder of pictures, is left by a system or an editor: ._x.png, __MACOSX."""
+    """Whether a path, relative to the folder of pictures, is a leftover of a system or editor: ._x.png, __MACOSX."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
@@ -238,8 +238,8 @@ SPLIT_FOLDERS = {
 def read_metadata(path: Path, images: Path, column: str) -> dict[str, list[str]]:
     """The captions of each picture, from metadata.jsonl or metadata.csv in the format of Hugging Face's image folders.
 
-    Each entry has file_name, relative to the folder of the file, and a caption or a list of captions in the given
-    column, by default in "text" or "caption".
+    Each entry has a file_name, relative to the folder of the metadata file, and a caption or a list of captions in the
+    given column, by default "text" or "caption".
     """
     if path.suffix == ".parquet":
         raise ValueError(f"{path} is a Parquet file, which is not read here: save it as metadata.jsonl beside it")
@@ -264,7 +264,7 @@ def csv_entries(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def caption_in_name(name: str) -> list[str]:
-    """a_red-circle_03 -> ["a red circle"]; a name that a camera gave, such as IMG_2034, is no caption -> []"""
+    """a_red-circle_03 -> ["a red circle"]; a camera's file name, such as IMG_2034, is not a caption -> []"""
     words = [word for word in re.split(r"[\W_]+", name) if word and not re.search(r"\d", word)]
     return [] if {word.lower() for word in words} <= CAMERA else [" ".join(words)]
 
@@ -272,8 +272,8 @@ def caption_in_name(name: str) -> list[str]:
 def conceptual_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
     """Conceptual Captions 3M (caption<Tab>url) and 12M (url<Tab>caption): one row per line.
 
-    img2dataset names a picture by its line number, counted from 0 after the header caption<Tab>url that it requires, in
-    folders ("shards") of 10,000.
+    img2dataset names a picture by its zero-based line number, not counting the header caption<Tab>url that it requires,
+    and stores 10,000 pictures per folder ("shard").
     """
     number = -1
     for place, line in lines_of(args.annotations):
@@ -296,7 +296,7 @@ def conceptual_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def questions_of(args: argparse.Namespace, pattern: str) -> dict[int, tuple[str, int, dict]]:
-    """The questions of VQA v2: question_id -> its place, the picture's number, the row without answers"""
+    """The questions of VQA v2: question_id -> place, picture number, row without answers"""
     asked = {}
     for place, entry in entries(args.questions, "questions"):
         with at(place):
@@ -344,9 +344,9 @@ def scores(answers: list[str]) -> dict[str, float]:
     """The official score of each answer: min(1, agreeing annotators / 3), averaged over leaving out one annotator.
 
     differs: the official evaluation fully normalises predictions, but only the punctuation of the annotators' answers,
-    and not even that if all ten are identical. Here both are normalised alike, so that an answer has the same spelling
-    in every row; for the published annotations, which are already in lower case, the scores are the same. With more or
-    fewer than ten annotators, shares count as if ten had answered: min(1, 10 * share / 3).
+    and not even that if all ten are identical. We normalise both in the same way, so that an answer is spelled alike in
+    every row; for the published annotations, which are already in lower case, the scores are identical. For more or
+    fewer than ten annotators, shares are rescaled as if there were ten: min(1, 10 * share / 3).
     """
     counts, n = Counter(filter(None, map(normalise, answers))), len(answers)
     if n != 10:
@@ -362,9 +362,9 @@ TRUTH = {"true": True, "True": True, "false": False, "False": False}
 
 
 def nlvr(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """Cornell NLVR: --orders rows per entry, whose six pictures show the same three boxes in six orders.
+    """Cornell NLVR: --orders rows per entry, whose six pictures show the same three boxes in different orders.
 
-    A group consists of the pictures, up to four, that one sentence was written for; consistency is per group.
+    A group consists of the pictures (up to four) for which one sentence was written; consistency is per group.
     """
     for place, entry in json_lines(args.annotations):
         with at(place):
@@ -376,18 +376,18 @@ def nlvr(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def nlvr2(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """NLVR2: one row per entry, with two photographs. A group consists of the pairs that share a sentence."""
+    """NLVR2: one row per entry, with two photographs. All pairs that share a sentence form a group."""
     for place, entry in json_lines(args.annotations):
         with at(place):
             split, images, pair, sentence = parts_of(entry, "split-set-pair-sentence")
-            name = f"{entry.get('directory', '')}/{split}-{images}-{pair}".lstrip("/")  # only train has directories
+            name = f"{entry.get('directory', '')}/{split}-{images}-{pair}".lstrip("/")  # only train has subfolders
             row = {"text": take(entry, "sentence"), "label": take(entry, "label", TRUTH)}
             row |= {"images": [f"{name}-img0.png", f"{name}-img1.png"], "group": f"{split}-{images}-{sentence}"}
         yield place, args.split, row
 
 
 def parts_of(entry: dict, form: str) -> list[str]:
-    """The parts of an entry's identifier, such as 1572-0 in the form sentence-position."""
+    """The parts of an entry's identifier, e.g. of 1572-0 in the form sentence-position."""
     parts = take(entry, "identifier").split("-")
     if len(parts) != len(form.split("-")) or not all(parts):
         raise ValueError(f"identifier is {entry['identifier']!r}: expected {form}")
@@ -395,7 +395,7 @@ def parts_of(entry: dict, form: str) -> list[str]:
 
 
 def snli_ve(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """SNLI-VE: one row per hypothesis about a Flickr30k photograph, whose key releases spell in two ways."""
+    """SNLI-VE: one row per hypothesis about a Flickr30k photograph; releases differ in the spelling of its key."""
     for place, entry in json_lines(args.annotations):
         with at(place):
             if take(entry, "gold_label") == "-":
@@ -408,7 +408,7 @@ def snli_ve(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def refcoco(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """RefCOCO, RefCOCO+, RefCOCOg: one row per sentence, with the box of the instance that it refers to.
+    """RefCOCO, RefCOCO+, RefCOCOg: one row per sentence, with the box of the instance that the sentence refers to.
 
     The proposals are the boxes of all annotated instances in the picture.
     """
@@ -439,10 +439,10 @@ def refcoco(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def clip(box: list, width: int, height: int) -> list[float] | None:
-    """The part of a box [x, y, width, height] inside its picture; None if there is none.
+    """The part of a box [x, y, width, height] that lies inside the picture, or None if there is none.
 
-    Some COCO boxes extend beyond the border through rounding. Rounding to hundredths of a pixel, COCO's precision,
-    keeps x + width from exceeding the picture by a floating-point error.
+    Due to rounding, some COCO boxes extend beyond the border. Rounding to hundredths of a pixel, the precision of COCO,
+    prevents x + width from exceeding the picture by a floating-point error.
     """
     if len(box) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
         raise ValueError(f"bbox is {box}: expected [x, y, width, height]")
@@ -463,12 +463,12 @@ ALBEF = {  # for each task, the keys of an entry and their types
 
 
 def albef(args: argparse.Namespace, left_out: Counter) -> Rows:
-    """JSON lists in the format of ALBEF, for every task: one row per entry.
+    """JSON lists in ALBEF's format, for every task: one row per entry.
 
-    Ten answers are scored as in VQA; otherwise each answer is worth its share. Lists for grounding have no boxes: they
-    serve for training, not for evaluation.
+    If there are ten answers, they are scored as in VQA; otherwise the score of each answer is its share. Lists for
+    grounding contain no boxes, so they are usable for training but not for evaluation.
     """
-    top = args.strip.rstrip("/") + "/"  # whole folder names only: "coco" does not match coco2/a.jpg
+    top = args.strip.rstrip("/") + "/"  # match whole folder names only: "coco" does not match coco2/a.jpg
     for place, entry in entries(args.annotations):
         with at(place):
             row = {key: take(entry, key, kind) for key, kind in ALBEF[args.task].items()}
@@ -491,7 +491,7 @@ def albef(args: argparse.Namespace, left_out: Counter) -> Rows:
 
 
 def texts_in(value: Any) -> list[str]:
-    """One text or a list of texts, as a list."""
+    """One text or a list of texts, returned as a list."""
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"found {reprlib.repr(value)}: expected a text or a list of texts")
@@ -505,7 +505,7 @@ KINDS = {str: "a text", int: "a whole number", list: "a list", object: "a value"
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """Prefix the message of a ValueError with the place of an entry."""
+    """Prefix the message of a ValueError with the place of the entry that caused it."""
     try:
         yield
     except (ValueError, csv.Error) as fault:
@@ -513,9 +513,9 @@ def at(place: str) -> Iterator[None]:
 
 
 def take(entry: Any, key: str, kind: type | dict = str) -> Any:
-    """The value of a required key. Text is stripped of surrounding white space.
+    """The value of a required key of an entry. Strings are stripped of surrounding white space.
 
-    Args:    kind   the type of the value, or a dict whose keys are the allowed texts and whose values are returned
+    Args:    kind   the type of the value, or a dict from each allowed string to the value to return
     """
     expected = ", ".join(kind) if isinstance(kind, dict) else KINDS[kind]
     if not isinstance(entry, dict):
@@ -529,34 +529,34 @@ def take(entry: Any, key: str, kind: type | dict = str) -> Any:
 
 
 def not_blank(texts: list[str], left_out: Counter) -> list[str]:
-    """The texts that are not blank; official files contain a few that are."""
+    """The texts that are not blank; official files contain a few blank ones."""
     texts = [text.strip() for text in texts]
     left_out["blank texts"] += texts.count("")
     return [text for text in texts if text]
 
 
 def fill(pattern: str, values: dict[str, Any]) -> str:
-    """The name of a picture: a pattern such as {id:012d}.jpg, filled with values."""
+    """The name of a picture: a pattern such as {id:012d}.jpg, filled in with values."""
     try:
         if any(re.search(r"\d{4}", field) for field in re.findall(r"\{[^}]*\}", pattern)):
-            raise ValueError("a width of thousands")  # which would be written out
+            raise ValueError("a width of thousands")  # which would be written out in full
         return pattern.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(f"--pattern {pattern!r} does not fit ({error}): it knows {', '.join(values)}") from error
 
 
 def entries(path: Path, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(place, entry) of a list: the whole document, or the value of a key. A place: "a.json: images[17]".
+    """(place, entry) for each entry of a list: the document, or the value of a key. A place: "a.json: images[17]".
 
-    Documents are read into memory as a whole; docs/data.md says how much the official ones take.
+    Each document is read into memory as a whole; docs/data.md states how much memory the official ones take.
     """
     try:
-        if path.suffix in (".p", ".pkl", ".pickle"):  # the official ones are from Python 2, with byte strings
+        if path.suffix in (".p", ".pkl", ".pickle"):  # the official pickles are from Python 2, with byte strings
             with open(path, "rb") as file:
                 document = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
         else:
             document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except Exception as error:  # a damaged pickle can raise almost anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         fault = str(error) or type(error).__name__
         raise ValueError(f"{path} cannot be read ({fault}): is it whole, and unpacked?") from error
     with at(str(path)):
@@ -565,7 +565,7 @@ def entries(path: Path, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts, lists and dicts, and refuses anything that would have to be imported and called."""
+    """Unpickles numbers, strings, lists and dicts, and refuses anything that requires importing or calling code."""
 
     def find_class(self, module: str, name: str):
         raise ValueError(f"it asks to run {module}.{name}, but a pickle of plain lists was expected")
@@ -578,16 +578,16 @@ MISSING = "rows whose picture is missing"
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write the rows of a data set; print how many there are, what was left out, and what else is in the folder.
+    """Write the rows of a dataset, and print the number of rows, what was left out, and which other files remain.
 
     Raises:  ValueError for an entry in another format, a missing picture (unless args.skip_missing), no rows, or an
              existing file (unless args.force)
     """
     schema = "phrases" if args.converter is albef and args.task == "grounding" else args.task  # without boxes
     schema = "questions" if args.converter is vqa_test else schema  # without answers
-    # Resolved first: after a symbolic link, ".." does not lead where the path suggests.
+    # Resolve the path first: after a symbolic link, ".." does not lead where the path suggests.
     root = Path(os.path.relpath(args.images.resolve(), args.out.resolve())).as_posix()
-    written, left_out, pictures, missing = Counter(), Counter(), set(), {}  # missing: a dict, to keep their order
+    written, left_out, pictures, missing = Counter(), Counter(), set(), {}  # missing: a dict, to preserve order
     run = " ".join([args.command, args.task, *([args.split] if "split" in args else [])])
     earlier = listed(args.out)
     there = {name for names in earlier.values() for name in names if (args.out / name).exists()}
@@ -647,21 +647,21 @@ def convert(args: argparse.Namespace) -> None:
 SPLITS = ("train", "val", "dev", "test", "test1", "test2")
 OPTIONS = {
     "--annotations": {"type": Path, "required": True, "help": "annotation file"},
-    "--questions": {"type": Path, "required": True, "help": "file of questions of the same split"},
+    "--questions": {"type": Path, "required": True, "help": "questions file of the same split"},
     "--refs": {"type": Path, "required": True, "help": 'the pickle, such as "refs(unc).p"; no code in it runs'},
-    "--instances": {"type": Path, "required": True, "help": "instances.json of the same release"},
-    "--splits": {"type": Path, "help": "folder of Flickr_8k.trainImages.txt, .devImages.txt and .testImages.txt"},
-    "--split": {"choices": SPLITS, "default": "train", "help": "split that the file holds (%(default)s)"},
+    "--instances": {"type": Path, "required": True, "help": "instances.json from the same release"},
+    "--splits": {"type": Path, "help": "folder with Flickr_8k.trainImages.txt, .devImages.txt and .testImages.txt"},
+    "--split": {"choices": SPLITS, "default": "train", "help": "split that the file contains (%(default)s)"},
     "--pattern": {"help": "pattern of picture names; cc: {row}, {shard}, {name} (from the url); vqa: {id}, {split}"},
     "--orders": {"type": int, "choices": range(1, 7), "default": 1, "help": "pictures per entry (%(default)s)"},
-    "--task": {"choices": tuple(ALBEF), "required": True, "help": "what the list is for"},
-    "--column": {"default": "", "help": 'column of metadata that holds the caption ("text" or "caption")'},
-    "--val-share": {"type": float, "default": 0.0, "help": "share of the pictures held out as val (%(default)s)"},
-    "--frames": {"type": int, "default": 16, "help": "pictures to take from each video file (%(default)s)"},
-    "--strip": {"default": "", "help": "leading part of the paths in the file, which --images replaces"},
+    "--task": {"choices": tuple(ALBEF), "required": True, "help": "task that the list is for"},
+    "--column": {"default": "", "help": 'metadata column that contains the caption ("text" or "caption")'},
+    "--val-share": {"type": float, "default": 0.0, "help": "fraction of the pictures held out as val (%(default)s)"},
+    "--frames": {"type": int, "default": 16, "help": "number of frames to extract from each video file (%(default)s)"},
+    "--strip": {"default": "", "help": "prefix of the paths in the file, to be replaced by --images"},
 }
 ONE = ("--annotations",)
-# command: (converter, task, help, options); the task of ALBEF's lists is an option
+# command: (converter, task, help, options); for ALBEF's lists, the task is an option
 COMMANDS = {
     "folder": (folder, "pairs", "your own pictures and captions", ("--val-share", "--column", "--frames")),
     "coco": (karpathy, "pairs", "COCO captions: Karpathy's dataset_coco.json", ONE),
@@ -687,7 +687,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: check the paths, then convert."""
+    """Command-line entry point: check the paths, then convert."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="data set")
     for name, (converter, task, text, options) in COMMANDS.items():
@@ -695,11 +695,11 @@ def main(arguments: list[str] | None = None) -> None:
         command.set_defaults(converter=converter, **({"task": task} if task else {}))
         for option in options:
             command.add_argument(option, **OPTIONS[option])
-        command.add_argument("--images", type=Path, required=True, help="folder of the pictures or videos")
-        command.add_argument("--out", type=Path, required=True, help="folder to write to")
-        skip = {"action": "store_true", "default": name == "cc"}  # many links of cc are dead
-        command.add_argument("--skip-missing", **skip, help="leave out rows whose picture is missing")
-        command.add_argument("--force", action="store_true", help="replace files that exist already")
+        command.add_argument("--images", type=Path, required=True, help="folder with the pictures or videos")
+        command.add_argument("--out", type=Path, required=True, help="output folder")
+        skip = {"action": "store_true", "default": name == "cc"}  # many URLs of cc are dead
+        command.add_argument("--skip-missing", **skip, help="skip rows whose picture is missing")
+        command.add_argument("--force", action="store_true", help="overwrite existing files")
     args = parser.parse_args(arguments)
     if getattr(args, "frames", 1) < 1:
         raise ValueError(f"--frames is {args.frames}: give 1 or more")
@@ -711,7 +711,7 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # user errors end with one sentence, not with a traceback
+    except (ValueError, OSError) as error:  # user errors end with one sentence instead of a traceback
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,18 +1,18 @@
-"""An HTML report on a checkpoint: what it retrieves, where it looks, what it recovers, how it learned. One file.
+"""Write an HTML report on a checkpoint as one file: retrieval, heat maps, reconstructions, learning curves and results.
 
     python -m tools.report --checkpoint runs/demo/checkpoint.pt --data data/scenes/pairs_test.jsonl
 
-The file needs no server and no network: pictures, figures and maps are inside it, and the template page.html draws
-them. Its five parts:
+The file needs neither a server nor a network connection: it embeds all pictures, figures and maps, and the template
+page.html displays them. The page has five parts:
 
     gallery     retrieval in both directions by eval.retrieval, half right and half wrong answers if there are enough
-    words       for each word of a caption, a heat map made by hiding parts of the picture, see explain.py
-    recovered   what the student predicts at hidden patches, shown as the patches of other pictures whose teacher
-                features are nearest to it (MAMO only: other objectives do not predict features)
-    curves      log.csv beside the checkpoint, each loss with the level of a model that knows nothing
-    results     recalls on this gallery, and what results.json beside the checkpoint holds, compared with chance
+    words       a heat map for each word of a caption, computed by masking parts of the picture, see explain.py
+    recovered   what the student predicts at masked patches, shown as the patches of other pictures whose teacher
+                features are nearest to the prediction (MAMO only: other objectives do not predict features)
+    curves      log.csv beside the checkpoint, with the chance level of each loss
+    results     recalls on this gallery, and the contents of results.json beside the checkpoint, compared with chance
 
-How to read it: `describe` calls the parts in this order; each returns a plain dictionary that page.html reads.
+How to read it: `describe` computes the parts in this order; each function returns a plain dictionary for page.html.
 """
 
 import argparse
@@ -42,21 +42,21 @@ from tokenizer import CHUNK, Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DIRECTIONS = ("image_to_text", "text_to_image")
-SHOWN = 4  # answers per query on the page, from the ten best that are known
-MOSAICS = 6  # pictures for which the page shows what was recovered
-PATCHES = 65_536  # most patches of the data that may replace a hidden one, to bound the memory
-LONG_SIDE = 320  # of a photograph on the page, in pixels
-DRAWING = 128  # pictures up to this many pixels a side are kept exact, as PNG
-PICTURE_BYTES = 40_000  # most bytes of a photograph, so that 50 of them stay below 3 MB as text
+SHOWN = 4  # answers shown per query, out of the ten best that are known
+MOSAICS = 6  # number of pictures whose reconstruction is shown
+PATCHES = 65_536  # maximum number of patches in the data that may replace a masked one, to bound memory
+LONG_SIDE = 320  # longer side of an embedded photograph, in pixels
+DRAWING = 128  # pictures with at most this many pixels per side are embedded losslessly, as PNG
+PICTURE_BYTES = 40_000  # maximum size of a photograph, so that 50 of them take less than 3 MB as text
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def embed(picture: Image.Image) -> dict:
-    """A picture for the page -> {"src": data URI, "width", "height" in pixels, "crisp": draw pixels as squares}
+    """A picture for the page -> {"src": data URI, "width", "height" in pixels, "crisp": display pixels as squares}
 
-    A small drawing stays as it is; a photograph is scaled down, and compressed until it is small enough.
+    A small drawing is embedded as it is; a photograph is downscaled and compressed until it is small enough.
     """
     width, height = picture.size
     file, crisp = io.BytesIO(), max(picture.size) <= DRAWING
@@ -81,14 +81,14 @@ def text_of(raw: bytes) -> str:
 
 
 class Album:
-    """The pictures of the page, each embedded once and referred to by its number."""
+    """The pictures of the page, each embedded once and referred to by its index."""
 
     def __init__(self, captions: dict[str, list[str]], frames: int):
-        """frames: how many the model sees of a video, shown as one strip, so that a map can cover it"""
+        """frames: how many the model reads from a video, shown as one strip, so that a map can cover the strip"""
         self.captions, self.frames, self.numbers, self.pictures = captions, frames, {}, []
 
     def number(self, path: str) -> int:
-        """The number of a picture, which is embedded on first use."""
+        """The index of a picture, which is embedded when first used."""
         if path not in self.numbers:
             self.numbers[path] = len(self.pictures)
             self.pictures.append(embed(shown(path, self.frames, apart=False)) | {"alt": "; ".join(self.captions[path])})
@@ -99,8 +99,8 @@ class Album:
 
 
 def words_of(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[tuple[str, list[int]]]:
-    """The words of a text as they are written, each with the rows of its tokens; no rows if it is cut off."""
-    words, start = [], 1  # row 0 is [CLS]
+    """The words of a text as written, each with the positions of its tokens (none if it is truncated)."""
+    words, start = [], 1  # position 0 is [CLS]
     for chunk in CHUNK.findall(text):
         stop = start + len(tokenizer.tokenize(chunk))
         words.append((chunk, list(range(start, min(stop, max_tokens - 1)))))
@@ -109,21 +109,21 @@ def words_of(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[tuple[str
 
 
 def word_maps(model, tokenizer: Tokenizer, pairs: list[tuple[str, str]], how: How, device) -> list[Tensor]:
-    """Maps by hiding, for each pair (picture's path, text) -> (words that are read + 1, n); the last row: whole text.
+    """Occlusion maps for each pair (picture path, text) -> (words that are read + 1, n); the last row: the whole text.
 
-    A model without a head for words only has maps of whole texts.
+    For a model without an MLM head, there is only the map of the whole text.
     """
     maps = {}
     model.eval()
     for path, text in sorted(set(pairs)):
-        if path not in maps:  # the views of a picture are made once, for all its texts
+        if path not in maps:  # the views of a picture are encoded once for all its texts
             views, maps[path] = hidden_views(model, pixels_of(path, model.config).to(device), how), {}
         maps[path][text] = maps_of_words(model, tokenizer, *views, text)
     return [maps[path][text] for path, text in pairs]
 
 
 def maps_of_words(model, tokenizer: Tokenizer, views: Tensor, masks: tuple[Tensor, Tensor], text: str) -> Tensor:
-    """Maps by hiding, for a text and a picture's views and masks (see hidden_views) -> (words that are read + 1, n), as
+    """Occlusion maps for a text, and a picture's views and masks (see hidden_views) -> (words that are read + 1, n), as
     in word_maps."""
     longest = model.config.max_tokens
     ids = tokenizer.encode(text, longest)
@@ -142,7 +142,7 @@ def read(tokenizer: Tokenizer, texts: list[str], max_tokens: int, device) -> tup
 
 
 def packed(maps: Tensor, grid: tuple[int, int]) -> str:
-    """Maps (words + 1, n) as bytes, each with its own scale; for a video, with the frames side by side."""
+    """Maps (words + 1, n) as bytes, each scaled separately; for a video, with the frames side by side."""
     maps = rearrange(maps, "w (f y x) -> w (y f x)", y=grid[0], x=grid[1])
     levels = maps / maps.amax(dim=1, keepdim=True).clamp(min=1e-12)
     return text_of((255 * levels).round().byte().numpy().tobytes())
@@ -158,7 +158,7 @@ def spaced(items: list, count: int) -> list:
 
 
 def choose(queries: list[dict], count: int) -> list[dict]:
-    """Queries with right and wrong answers in turn, as many of both if there are enough."""
+    """Queries with right and wrong answers in alternation, equally many of both if there are enough."""
     right, wrong = ([one for one in queries if one["right"] is good] for good in (True, False))
     few = min(len(wrong), max(count // 2, count - len(right)))
     turns = itertools.zip_longest(spaced(right, count - few), spaced(wrong, few))
@@ -166,7 +166,7 @@ def choose(queries: list[dict], count: int) -> list[dict]:
 
 
 def answers_to(query: str, found: list[str], right: set[str], direction: str) -> list[dict]:
-    """The first few of the ten best answers, plus the best right one if it is not among them; its rank may be None."""
+    """The first few of the ten best answers, plus the best right one if none of them is right; its rank may be None."""
     answers = [{"name": name, "place": place} for place, name in enumerate(found)]
     best = next((one for one in answers if one["name"] in right), {"name": min(right), "place": None})
     shown = answers[:SHOWN] if best in answers[:SHOWN] else [*answers[:SHOWN], best]
@@ -178,9 +178,9 @@ def answers_to(query: str, found: list[str], right: set[str], direction: str) ->
 
 
 def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) -> dict[str, list[dict]]:
-    """By direction, the queries to show; together they show at most `pictures` pictures, which are added to the album.
+    """The queries to show, by direction; together they show at most `pictures` pictures, which are added to the album.
 
-    Args:    lists   as filled by eval.retrieval: the ten best of each query by contrast, then re-ranked
+    Args:    lists   as filled by eval.retrieval: the ten best of each query by contrast, then re-ranked by matching
     Returns: {direction: [{"right": whether the first answer is, "answers": [{"path", "text", "right", "place"}]}]}
     """
     (right, names), way = right_answers(rows, lists), lists[-1]["way"]
@@ -204,10 +204,10 @@ def galleries(rows: list[dict], lists: list[dict], album: Album, pictures: int) 
 
 
 def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, how: How, device) -> None:
-    """Give each answer "contrast", its cosine; "matching", its probability (None beyond the k best, which matching does
-    not re-rank); and "maps", see packed (None without matching)."""
+    """Add to each answer "contrast", its cosine; "matching", its probability (None beyond the k best, because matching
+    re-ranks only those); and "maps", see packed (None for a model without matching)."""
     pairs = [(answer["path"], answer["text"]) for answer in answers]
-    shown = [{"image": path, "caption": text} for path, text in pairs]  # without encoding the whole gallery again
+    shown = [{"image": path, "caption": text} for path, text in pairs]  # avoids encoding the whole gallery again
     images, texts, encoded = encode_rows(model, tokenizer, shown, device, captions_of)
     i, t = (torch.tensor(places) for places in zip(*((images[path], texts[text]) for path, text in pairs), strict=True))
     cosines = (encoded.image_embed[i] * encoded.text_embed[t]).sum(dim=1).tolist()
@@ -221,7 +221,7 @@ def score(model, tokenizer: Tokenizer, answers: list[dict], k: int, how: How, de
 
 
 def number(value: float | None) -> float | None:
-    """A number rounded for JSON; None if it is not finite."""
+    """A number rounded for JSON, or None if it is not finite."""
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
@@ -229,7 +229,7 @@ def number(value: float | None) -> float | None:
 
 
 def why_nothing_recovered(model) -> str:
-    """Why a model cannot show what it recovers; empty if it can."""
+    """The reason why a model has no reconstructions to show, or "" if it has some."""
     if not hasattr(model, "mim_head"):
         return (
             "Nothing to show: this checkpoint has no head that predicts the features of hidden patches. Only MAMO's "
@@ -242,11 +242,11 @@ def why_nothing_recovered(model) -> str:
 
 @torch.no_grad()
 def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], shown: int, device) -> dict:
-    """What the student predicts at hidden patches of pictures, compared with the teacher's features there.
+    """Compare the student's predictions at masked patches with the teacher's features of these patches.
 
     Args:    paths, captions   distinct pictures, each with a right caption; the first `shown` of them become mosaics
-    Returns: {"ratio", "pictures", "cosines": [[of what, mean cosine with the teacher's own feature]],
-             "items": [{"hidden": patches, "mosaic": the picture with hidden patches from other pictures}]}
+    Returns: {"ratio", "pictures", "cosines": [[of what, mean cosine with the teacher's feature of the same patch]],
+             "items": [{"hidden": patches, "mosaic": the picture, its masked patches replaced by others'}]}
     """
     config, count = model.config, len(paths)
     noise = torch.rand(count, config.num_patches, generator=torch.Generator().manual_seed(0))
@@ -264,7 +264,7 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
             said.append(model.mim_head(at(fused, 1 + index[some].to(device))).float().cpu())
         target.append(normalised(model.teacher.image(images)[:, 1:]).cpu())
     predicted, misled, target = map(torch.cat, (predicted, misled, target))
-    mean_there = (target.sum(dim=0) - target) / (count - 1)  # (b, n, d), over all other pictures, patch by patch
+    mean_there = (target.sum(dim=0) - target) / (count - 1)  # (b, n, d), over all other pictures, per position
     candidates = {
         "the student's prediction, with the right caption": predicted,
         "the student's prediction, with another picture's caption": misled,
@@ -285,8 +285,8 @@ def recover(model, tokenizer: Tokenizer, paths: list[str], captions: list[str], 
 
 
 def nearest(predicted: Tensor, target: Tensor, own: int) -> Tensor:
-    """predicted (m, d), target (b, n, d) -> (m,): the nearest patch by cosine, numbered over all pictures, from any
-    picture but `own`."""
+    """predicted (m, d), target (b, n, d) -> (m,): the patch nearest by cosine, numbered over all pictures, from any
+    picture except `own`."""
     likeness = torch.einsum("md,bnd->mbn", F.normalize(predicted, dim=-1), F.normalize(target, dim=-1))
     likeness[:, own] = -math.inf
     return likeness.flatten(1).argmax(dim=1)
@@ -302,7 +302,7 @@ def picture_of(patches: Tensor, config) -> Image.Image:
 
 
 def curves(log: Path, chance: dict[str, float]) -> list[dict]:
-    """Losses and val scores of log.csv -> [{"name", "chance": level or None, "points": [[step, value], ...]}, ...]"""
+    """Losses and val scores in log.csv -> [{"name", "chance": level or None, "points": [[step, value], ...]}, ...]"""
     if not log.is_file():
         return []
     with open(log, newline="", encoding="utf-8") as file:
@@ -318,16 +318,16 @@ def curves(log: Path, chance: dict[str, float]) -> list[dict]:
 
 
 def val_paths(train: dict) -> list[Path]:
-    """The validation files of a pre-training run; none if they are gone."""
+    """The validation files of a pre-training run, or none if they no longer exist."""
     paths = [Path(path) for path in train["val"]] or [Path(train["data"][0]).with_name("pairs_val.jsonl")]
     return [] if "task" in train or not all(path.is_file() for path in paths) else paths
 
 
 def val_chance(tokenizer: Tokenizer, longest: int, train: dict) -> dict[str, float]:
-    """The random baseline of retrieval on val, under the names used in the log."""
+    """The random baseline of retrieval on val, under the column names of the log."""
     if not (paths := val_paths(train)):
         return {}
-    rows, _ = one_name(sample_of(read_rows(paths, "pairs"), 1000, "val"), tokenizer, longest)  # as train.py samples it
+    rows, _ = one_name(sample_of(read_rows(paths, "pairs"), 1000, "val"), tokenizer, longest)  # sampled as in train.py
     images = {name: place for place, name in enumerate(dict.fromkeys(row["image"] for row in rows))}
     texts = {text: place for place, text in enumerate(dict.fromkeys(text for row in rows for text in captions_of(row)))}
     right, _ = right_places(rows, images, texts, "")
@@ -338,7 +338,7 @@ def val_chance(tokenizer: Tokenizer, longest: int, train: dict) -> dict[str, flo
 
 
 def recall_table(title: str, result: dict) -> dict:
-    """The recalls of eval.retrieval as a table, with their confidence intervals."""
+    """The recalls returned by eval.retrieval as a table, with confidence intervals."""
     rows = []
     for direction in DIRECTIONS:
         for way in ("contrast", "matching", "chance"):
@@ -352,12 +352,12 @@ def recall_table(title: str, result: dict) -> dict:
 
 
 def interval(low_high: list[float] | None) -> str:
-    """The interval in parentheses, or nothing."""
+    """The interval in parentheses, or an empty string."""
     return f" ({low_high[0]:.1f} to {low_high[1]:.1f})" if low_high else ""
 
 
 def foil_table(title: str, result: dict) -> dict:
-    """The accuracies of eval.foils as a table; chance is 50 %."""
+    """The accuracies returned by eval.foils as a table; chance is 50 %."""
     ways = [way for way in ("contrast", "matching") if result[way]]
     rows = [[kind, *(f"{result[way][kind]:.1f}" for way in ways), "50.0", str(n)] for kind, n in result["n"].items()]
     return {"title": f"{title}: the caption beats its foil", "head": ["in %", *ways, "chance", "n"], "rows": rows}
@@ -375,11 +375,11 @@ def grounding_table(title: str, result: dict) -> dict:
 
 
 def tables(result: dict, data: str, kept: Path) -> list[dict]:
-    """The recalls on this gallery, then the results on retrieval, foils and grounding in results.json."""
+    """The recalls on this gallery, then the results for retrieval, foils and grounding in results.json."""
     found = [recall_table(f"this page, {data}", result)]
     for name, one in (json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}).items():
         if "images" in one and one["contrast"] == result["contrast"]:
-            continue  # the same gallery, already shown above
+            continue  # results on the same gallery, which the page already shows
         if "images" in one:
             found.append(recall_table(name, one))
         elif "contrast" in one:
@@ -393,9 +393,9 @@ def tables(result: dict, data: str, kept: Path) -> list[dict]:
 
 
 def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespace, device) -> dict:
-    """Everything that the page shows, as plain values.
+    """The full content of the page, as plain Python values.
 
-    Raises:  ValueError for data of a single picture, or a model without contrast
+    Raises:  ValueError for data with a single picture, or for a model without a contrastive loss
     """
     rows, config = read_rows(options.data, "pairs"), model.config
     captions = {row["image"]: row["caption"] for row in by_picture(rows, "pairs")}
@@ -412,8 +412,8 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
     score(model, tokenizer, answers, result["k"], how, device)
     first = list(dict.fromkeys(answer["path"] for query in chosen["image_to_text"] for answer in query["answers"]))
     for answer in answers:
-        answer["picture"] = album.number(answer.pop("path"))  # the page refers to pictures by number
-    mapped = config.w_itm > 0 and config.w_mlm > 0  # without a head for words, only whole texts have maps
+        answer["picture"] = album.number(answer.pop("path"))  # the page refers to pictures by index
+    mapped = config.w_itm > 0 and config.w_mlm > 0  # without an MLM head, only whole texts have maps
     words = {
         text: words_of(tokenizer, text, config.max_tokens) for text in sorted({answer["text"] for answer in answers})
     }
@@ -433,7 +433,7 @@ def describe(model, tokenizer: Tokenizer, state: dict, options: argparse.Namespa
 
 
 def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], album: Album, device) -> dict:
-    """What `recover` returns for some of the gallery's pictures, or {"why": reason} if nothing can be shown."""
+    """The result of `recover` for some of the gallery's pictures, or {"why": reason} if there is nothing to show."""
     if why := why_nothing_recovered(model) or "Nothing to show: only pictures are put together." * is_video(first[0]):
         return {"why": why}
     room, others = max(PATCHES // model.config.num_patches, 2), [path for path in captions if path not in first]
@@ -445,7 +445,7 @@ def recovered(model, tokenizer: Tokenizer, captions: dict, first: list[str], alb
 
 
 def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict[str, str]:
-    """What the checkpoint is, in words."""
+    """A description of the checkpoint in words."""
     config, (rows, columns) = model.config, model.config.grid
     (height, width), task = config.image_size, state.get("head", {}).get("task")
     seen = ", which it was trained on, so it tests memory" if data.split() == state["train"]["data"] else ""
@@ -463,13 +463,13 @@ def about(model, state: dict, result: dict, data: str, checkpoint: Path) -> dict
 
 
 def page_of(report: dict) -> str:
-    """The template filled with the report."""
+    """The page template, filled with the content of the report."""
     return filled(TEMPLATE, report)
 
 
 def filled(template: Path, content: dict) -> str:
-    """A template with the style and script that all pages share, and its content as JSON, with < escaped so that it
-    cannot end the script."""
+    """A template combined with the style and script shared by all pages, and with the content as JSON. Every < in the
+    JSON is escaped, so that the content cannot end the script element."""
     page = template.read_text(encoding="utf-8")
     for mark, name in (("PAGES_STYLE", "pages.css"), ("PAGES_SCRIPT", "pages.js")):
         page = page.replace(mark, template.with_name(name).read_text(encoding="utf-8"))
@@ -478,14 +478,14 @@ def filled(template: Path, content: dict) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """Parse the command line; fields that only eval.py's commands have are set for load_for."""
+    """Parse the command line, and set the fields that load_for expects but only the commands of eval.py define."""
     parser = runtime.Parser(
         prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
-    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs to search among")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL files of pairs that form the gallery")
     parser.add_argument("--pictures", type=int, default=50, help="maximum number of pictures on the page")
-    parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
+    parser.add_argument("--passes", type=int, default=How.passes, help="masked images per map, see explain.py")
     parser.add_argument("--out", type=Path, help="HTML file to write (default: report.html beside the checkpoint)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.set_defaults(command="retrieval", **UNASKED)
@@ -493,11 +493,11 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Load a checkpoint, evaluate it, write the page."""
+    """Load a checkpoint, evaluate it and write the page."""
     options = parse()
     device = runtime.pick_device(options.device)
     model, tokenizer = load_for(options, device)
-    state = runtime.load_checkpoint(options.checkpoint)  # for what it says about its training
+    state = runtime.load_checkpoint(options.checkpoint)  # for its training options
     out = options.out or options.checkpoint.parent / "report.html"
     page = page_of(describe(model, tokenizer, state, options, device))
     runtime.write_beside(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))

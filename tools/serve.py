@@ -1,12 +1,12 @@
-"""A page to try a checkpoint: a picture and a text, both scores, a map for each word, nearest matches in a gallery.
+"""A web page to try out a checkpoint on a picture and a text: both scores, a map per word, nearest gallery items.
 
     python -m tools.serve --checkpoint weights/demo.pt --data data/scenes/pairs_test.jsonl
 
-Then open the printed address. It is for one person on one machine: it listens on the loopback interface only, refuses
-requests that other sites make through the browser, and processes one picture at a time. Files dropped on the page are
-decoded in memory and never written; their names are not sent.
+Then open the printed address. The server is meant for one person on one machine: it listens on the loopback interface
+only, rejects cross-site requests, and processes one picture at a time. Files dropped on the page are decoded in memory
+and never written to disk; their names are not sent.
 
-How to read it: `Looker.look` computes what the page shows, `Handler` serves its requests.
+How to read it: `Looker.look` computes the content of the page, `Handler` serves the requests of the page.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from tokenizer import Tokenizer
 from tools.report import embed, filled, maps_of_words, number, packed, words_of
 
 TEMPLATE = Path(__file__).with_name("serve.html")
-LONGEST = 1000  # most characters of a text
-MOST_BYTES = 30 * 2**20  # of a request
-MOST_PIXELS = 50_000_000  # of a picture, which takes 150 MB when decoded
-GALLERY = 5000  # most pictures
-NEAREST = 5  # nearest pictures and captions that are shown
-OFFERED = 8  # pictures of the gallery that are offered at the start
-RERANKED = 32  # candidates that matching re-ranks
+LONGEST = 1000  # maximum number of characters in a text
+MOST_BYTES = 30 * 2**20  # maximum size of a request
+MOST_PIXELS = 50_000_000  # maximum size of a picture, which takes 150 MB when decoded
+GALLERY = 5000  # maximum number of pictures in the gallery
+NEAREST = 5  # number of nearest pictures and captions to show
+OFFERED = 8  # number of gallery pictures offered on the start page
+RERANKED = 32  # number of candidates re-ranked by matching
 
 
 class Looker:
-    """A checkpoint and a gallery, encoded once; processes one picture at a time."""
+    """A checkpoint and a gallery, which is encoded once; processes one picture at a time."""
 
     def __init__(self, model, tokenizer: Tokenizer, rows: list[dict], device: torch.device, how: How):
         self.model, self.tokenizer, self.device, self.how = model.eval(), tokenizer, device, how
@@ -53,7 +53,7 @@ class Looker:
         self.captions = {row["image"]: captions_of(row)[0] for row in reversed(rows)}
 
     def about(self, checkpoint: Path) -> dict:
-        """What the page shows before the first request."""
+        """The content of the page before the first request."""
         offered = self.encoded.images[:OFFERED] if self.encoded else []
         sizes = {"pictures": len(self.encoded.images), "captions": len(self.encoded.texts)} if self.encoded else {}
         return {
@@ -67,12 +67,12 @@ class Looker:
         }
 
     def shown(self, number: int) -> dict:
-        """A picture of the gallery for the page."""
+        """A gallery picture in the format of the page."""
         name = self.encoded.images[number]
         return embed(load_image(name)) | {"number": number, "caption": self.captions[name]}
 
     def picture(self, asked: dict) -> Image.Image:
-        """The picture of a request. Raises ValueError, in one sentence, if it is missing or cannot be read."""
+        """The picture in a request. Raises ValueError, in one sentence, if it is missing or cannot be read."""
         if "number" in asked:
             if type(asked["number"]) is not int or not self.encoded or not 0 <= asked["number"] < len(self.captions):
                 raise ValueError(f"there is no picture {asked['number']!r:.50} in the gallery")
@@ -86,7 +86,7 @@ class Looker:
                 size = file.size
                 if size[0] * size[1] <= MOST_PIXELS:
                     return to_rgb(file)
-        except Exception as error:  # Pillow raises many kinds of exceptions for broken files
+        except Exception as error:  # Pillow raises many kinds of exceptions for corrupt files
             raise ValueError("this file cannot be read as a picture: give a JPEG, a PNG or a WebP") from error
         raise ValueError(
             f"a picture of {size[0]} x {size[1]} pixels is larger than the {MOST_PIXELS // 10**6} million that this "
@@ -95,9 +95,9 @@ class Looker:
 
     @torch.inference_mode()
     def look(self, asked: dict) -> dict:
-        """What the page shows for a picture and a text.
+        """The content of the page for a picture and a text.
 
-        Args:    asked   {"text", and "picture": the bytes of a file in base64, or "number": in the gallery}
+        Args:    asked   {"text", and "picture": a base64-encoded image file, or "number": index of a gallery picture}
         Returns: {"picture", "words": [[word, whether it has a map]], "maps", "contrast", "matching", "unknown": words,
                  "captions": [{"text", "contrast", "matching"}], "pictures": [{...}]}; see report.py for maps
         Raises:  ValueError, in one sentence, for a request that cannot be answered
@@ -107,7 +107,7 @@ class Looker:
             raise ValueError("a text is missing: say what the picture might show")
         if len(text) > LONGEST:
             raise ValueError(f"the text has {len(text):,} letters: give at most {LONGEST:,}")
-        text.encode("utf-8")  # an unpaired surrogate raises a ValueError
+        text.encode("utf-8")  # raises a ValueError for an unpaired surrogate
         picture, model, config = self.picture(asked), self.model, self.model.config
         words = words_of(self.tokenizer, text, config.max_tokens)
         with self.lock:
@@ -116,7 +116,7 @@ class Looker:
             image, read = model.encode_image(pixels[None]), model.encode_text(ids, mask)
             embeds = model.embed_image(image).cpu(), model.embed_text(read).cpu()
             own = Encoded([""], [text], image.cpu(), read.cpu(), mask.cpu(), *embeds)
-            maps, each = None, config.w_itm > 0 and config.w_mlm > 0  # otherwise only the whole text has a map
+            maps, each = None, config.w_itm > 0 and config.w_mlm > 0  # without MLM head, only a map of the whole text
             if config.w_itm > 0:
                 views = hidden_views(model, pixels, self.how)
                 maps = packed(maps_of_words(model, self.tokenizer, *views, text), config.grid)
@@ -159,9 +159,9 @@ class Looker:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / returns the page, POST /look answers a request. Everything else is refused."""
+    """GET / returns the page, POST /look answers a request of the page; all other requests are rejected."""
 
-    timeout = 30  # seconds without data after which a request ends
+    timeout = 30  # seconds without data after which a request times out
     server_version = "mamo"
 
     def __init__(self, looker: Looker, page: bytes, *given):
@@ -184,12 +184,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def refuse(self, status: int, sentence: str) -> None:
-        """Refuse with a reason in one sentence; the rest of the request is not read."""
+        """Reject a request with a one-sentence reason, without reading the rest of it."""
         self.close_connection = True
         self.answer(status, json.dumps({"error": sentence}).encode())
 
     def is_ours(self) -> bool:
-        """Whether the page itself asks, and not another site in the same browser, whatever name that site uses."""
+        """Whether a request comes from our page, not from another site in the browser, whatever its host name."""
         port = self.server.server_address[1]
         ours = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
         origin = self.headers.get("Origin")
@@ -232,12 +232,12 @@ class Handler(BaseHTTPRequestHandler):
         """Do not log successful requests."""
 
     def log_error(self, form: str, *given) -> None:
-        """Log errors, without characters that could control a terminal."""
+        """Log errors, without control characters that could affect a terminal."""
         print((form % given).encode("unicode_escape").decode(), file=sys.stderr)
 
 
 def make_server(looker: Looker, checkpoint: Path, port: int) -> ThreadingHTTPServer:
-    """A server that is not yet running; port 0 = any free one. Raises ValueError for a port that is taken."""
+    """Create a server without starting it; port 0 = any free port. Raises ValueError for a port that is in use."""
     page = filled(TEMPLATE, looker.about(checkpoint)).encode()
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, looker, page))
@@ -246,21 +246,21 @@ def make_server(looker: Looker, checkpoint: Path, port: int) -> ThreadingHTTPSer
 
 
 def parse() -> argparse.Namespace:
-    """Parse the command line; fields that only eval.py's commands have are set for load_for."""
+    """Parse the command line, and set the fields that load_for expects but only the commands of eval.py define."""
     parser = runtime.Parser(
         prog="python -m tools.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt of train.py, or weights/demo.pt")
-    parser.add_argument("--data", nargs="+", default=[], help="JSONL files of pairs, the gallery to search")
+    parser.add_argument("--data", nargs="+", default=[], help="JSONL files of pairs that form the gallery")
     parser.add_argument("--port", type=int, default=8000, help="port on the loopback interface (%(default)s)")
-    parser.add_argument("--passes", type=int, default=How.passes, help="hidden pictures for each map, see explain.py")
+    parser.add_argument("--passes", type=int, default=How.passes, help="masked images per map, see explain.py")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.set_defaults(command="search", **UNASKED)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Load, encode the gallery, listen until Ctrl-C."""
+    """Load the checkpoint, encode the gallery, and serve until Ctrl-C."""
     options = parse()
     device = runtime.pick_device(options.device)
     model, tokenizer = load_for(options, device)

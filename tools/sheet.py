@@ -1,4 +1,4 @@
-"""Contact sheets as PNG: pictures beside what was found or answered, correct in green and wrong in red."""
+"""Contact sheets as PNG files: pictures beside retrieved texts or predicted answers, correct in green, wrong in red."""
 
 import textwrap
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from data import is_video, pictures_of, shown
 from explain import Heat, save_png
 from metrics import fits, points_into, right_answers, right_label, score_answers, text_of
 
-RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # along with + and -, so that a sheet does not rely on colour alone
+RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # combined with + and -, so that a sheet does not rely on colour alone
 GAP, LINE = 12, 22  # pixels
 
 
 @dataclass
 class Cell:
-    """A cell of a sheet: pictures side by side, and to their right lines of text, each with its colour."""
+    """A cell of a sheet: pictures side by side and, to their right, lines of text, each with its own colour."""
 
     pictures: list[Image.Image]
     lines: list[tuple[str, str]]
 
 
 def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600, title: str = "") -> None:
-    """Draw cells row by row, each `width` pixels wide, below a title."""
+    """Draw cells row by row below a title, each cell `width` pixels wide."""
     pen_font = ImageFont.load_default(size=15)
     height = max(picture.height for cell in cells for picture in cell.pictures) + GAP
     top = GAP + (LINE + GAP if title else 0)
@@ -43,7 +43,7 @@ def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600
 
 
 def thumbnail(path: str, side: int = 128) -> Image.Image:
-    """A picture scaled to `side` pixels along its longer side; for a video, a strip of frames, `side` pixels high."""
+    """A picture scaled to `side` pixels along its longer side or, for a video, a strip of frames `side` pixels high."""
     picture = shown(path)
     side = side if not is_video(path) else side * picture.width // picture.height
     return ImageOps.contain(
@@ -52,23 +52,23 @@ def thumbnail(path: str, side: int = 128) -> Image.Image:
 
 
 def some_of(items: list, count: int) -> list:
-    """`count` of the items, spread over all of them."""
+    """`count` of the items, spread evenly over the list."""
     return items[:: max(len(items) // count, 1)][:count]
 
 
 def draw_heats(heats: list[Heat], path: Path, line: str) -> None:
-    """Each picture without and with its heat map; for a video, all frames with their maps."""
+    """Each picture with and without its heat map; for a video, all frames with their maps."""
     panels = [panel for heat in heats for panel in (heat.picture, heat.image())]
     line += "   larger = hotter"
     draw_sheet([Cell(panels, [])], path, width=sum(panel.width + GAP for panel in panels), title=line)
 
 
 def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int = 8, best: int = 5) -> None:
-    """Some pictures of a gallery beside their top captions, re-ranked if there is matching; if none of these is
-    correct, a correct one below."""
+    """Some pictures of a gallery beside their top captions, re-ranked if the model has a matching head; if none of
+    them is correct, a correct caption is shown below."""
     right, names = right_answers(rows, lists)
     picture, text = names["image_to_text"]
-    way = lists[-1]["way"]  # matching comes after contrast
+    way = lists[-1]["way"]  # the matching entry follows the contrast entry
     ranked = {one["query"]: one["found"] for one in lists if one["way"] == way and one["direction"] == "image_to_text"}
     cells = []
     for image in some_of(list(ranked), pictures):
@@ -81,7 +81,7 @@ def draw_ranked(rows: list[dict], lists: list[dict], path: Path, pictures: int =
 
 
 def draw_found(text: str, found: list[dict], path: Path) -> None:
-    """The pictures found for a text, best first, row by row, with their scores. found: see eval.search"""
+    """The pictures retrieved for a text with their scores, best first, row by row. found: see eval.search"""
     cells = []
     for place, one in enumerate(found, 1):
         scores = [f"{way} {one[way]:.2f}" for way in ("contrast", "matching") if one[way] is not None]
@@ -90,10 +90,10 @@ def draw_found(text: str, found: list[dict], path: Path) -> None:
 
 
 def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Path, each: int = 6) -> None:
-    """Correct answers on the left, wrong ones on the right, with picture, text, answer and the correct answer.
+    """Correct predictions on the left, wrong ones on the right: picture, text, prediction and correct answer.
 
-    For grounding, correct boxes are drawn in green, the chosen proposal, or else the predicted box, in red; the point
-    is a dot.
+    For grounding, ground-truth boxes are drawn in green, and the chosen proposal (or, without proposals, the predicted
+    box) in red; a dot marks the point.
     """
     cells = {True: [], False: []}
     for row, prediction in zip(rows, predictions, strict=True):
@@ -120,14 +120,14 @@ def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Pa
 
 
 def hit(row: dict, prediction: dict) -> bool:
-    """Whether the chosen proposal, or without proposals the point, is correct."""
+    """Whether the chosen proposal is correct or, without proposals, whether the point is."""
     if "proposals" in row:
         return fits(prediction.get("proposal"), row["boxes"])
     return points_into(prediction.get("point"), row["boxes"])
 
 
 def with_boxes(path: str, row: dict, prediction: dict) -> Image.Image:
-    """A thumbnail; for grounding, with its boxes and the point."""
+    """A thumbnail; for grounding, with the boxes and the point drawn on it."""
     small = thumbnail(path)
     scale, pen = small.width / shown(path).width, ImageDraw.Draw(small)
     chosen = prediction.get("proposal") or prediction.get("box")

@@ -1,9 +1,9 @@
-"""A checkpoint to share: the weights of a run in half precision, its vocabulary and options, without the optimiser.
+"""Reduce a checkpoint for sharing: weights in half precision, vocabulary and options, without the optimiser state.
 
     python -m tools.slim runs/demo/checkpoint.pt --out weights/demo.pt
 
-The file is four to six times smaller. Everything that loads checkpoints loads it, including evaluation and fine-tuning;
-only --resume refuses it, because the optimiser state is gone. Scores change in the fourth digit.
+The resulting file is four to six times smaller. All commands that load checkpoints accept it, including evaluation and
+fine-tuning, except for --resume, which needs the optimiser state. Scores change in the fourth digit.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import torch
 
 import runtime
 
-LEFT_OUT = ("optimizer", "scaler", "meter", "best")  # needed only to resume a run
+LEFT_OUT = ("optimizer", "scaler", "meter", "best")  # only needed to resume a run
 
 
 def slim(state: dict) -> dict:
-    """The content of the checkpoint to share. Raises ValueError for weights too large for half precision."""
+    """The reduced content of a checkpoint. Raises ValueError for weights too large for half precision."""
     kept = {name: value for name, value in state.items() if name not in LEFT_OUT}
     weights = {name: value.half() if value.is_floating_point() else value for name, value in state["model"].items()}
     if any(not value.isfinite().all() for value in weights.values()):
@@ -26,12 +26,12 @@ def slim(state: dict) -> dict:
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = runtime.Parser(
         prog="python -m tools.slim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    parser.add_argument("--out", type=Path, required=True, help="output file")
     options = parser.parse_args()
     if options.out.resolve() == options.checkpoint.resolve():
         raise ValueError(f"{options.out} is the run's own checkpoint: give another --out, or the run cannot be resumed")

@@ -1,17 +1,17 @@
-"""One training step, line by line, on one page: left the source that ran, right what each line computed for a batch.
+"""One training step, line by line, on one page: the source that ran on the left, the computed values on the right.
 
     python -m tools.trace --checkpoint weights/demo.pt --out trace.html
     python -m tools.trace --steps 0 150 500 --variants all --out trace.html         a short run, and variants of it
     python -m tools.trace --steps 0 300 --train="--objective glscl" --out glscl.html        with options of train.py
 
-The page shows the forward pass of the model's objective and every function of mamo.py and siblings/ that it calls, in
-the order of their first calls: the values that each line assigned and, for some functions, pictures of them: hidden
-patches and words, the cosines of the batch with the drawn negatives, the numbers that a loss compares at a patch, what
-was recovered, the losses compared with those of a model that knows nothing, and gradient norms. A slider selects the
-step of the run, a switch the variant. The page cannot become outdated: it contains the source that ran.
+The page shows the forward pass of the model's objective and every function of mamo.py and siblings/ that the forward
+pass calls, in the order of first calls. Each line is annotated with the values that it assigned. Some functions are
+also illustrated: masked patches and words, the batch's cosines with the sampled negatives, the vectors that a loss
+compares at a patch, reconstructions, losses compared with their chance levels, and gradient norms. A slider selects the
+training step, a switch the variant. The page cannot go stale, because it embeds the source that ran.
 
-How to read it: `Recorder` watches a call through Python's hook for debuggers, so no line of the model is changed for
-it; `snapshot` records a step with it; `pictured` makes the pictures.
+How to read it: `Recorder` observes a call through Python's tracing hook, so the model's code is unchanged; `snapshot`
+uses it to record a step; `pictured` creates the illustrations.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from world import scenes
 TEMPLATE = Path(__file__).with_name("trace.html")
 ROOT = Path(mamo.__file__).parent
 FOLLOWED = (mamo.__file__, *map(str, Path(siblings.__file__).parent.glob("*.py")))
-# Functions that would not help a reader of the page.
+# Functions that are not informative for a reader of the page.
 LEFT_OUT = (
     "require",
     "gather",
@@ -59,8 +59,8 @@ LEFT_OUT = (
 )
 LEFT_OUT += ("VisionLanguageModel.temperature", "VisionLanguageModel.total", "MAMO.contrasts_parts", "global_mean")
 OBJECTIVE_NAMES = {cls.__name__ for cls, _ in siblings.OBJECTIVES.values()}
-SAMPLES = 4  # pairs of the batch that are shown
-CELLS = 32, 64  # most rows and columns that are drawn of a tensor
+SAMPLES = 4  # number of pairs of the batch to show
+CELLS = 32, 64  # maximum number of rows and columns of a tensor to draw
 VARIANTS = {
     "as it is": "",
     "MRM alone": "--w-itc 0 --w-itm 0 --w-mlm 0 --w-mim 0",
@@ -74,10 +74,10 @@ VARIANTS = {
 
 
 class Recorder:
-    """Records during a call what every line of the followed functions assigned, in each function's first call."""
+    """Records the values that each line of the followed functions assigns in the function's first call."""
 
     def __init__(self):
-        self.functions: dict[types.CodeType, dict] = {}  # in the order of their first calls
+        self.functions: dict[types.CodeType, dict] = {}  # in order of first calls
         self.locals: dict[str, dict] = {}  # by qualified name, the local variables of a function when it returned
 
     def __enter__(self):
@@ -89,7 +89,7 @@ class Recorder:
         sys.settrace(self.before)
 
     def called(self, frame: types.FrameType, event: str, _) -> Callable | None:
-        """Called when a function begins; returns what watches its lines."""
+        """Called by Python when a function begins; returns the callback that traces its lines."""
         code = frame.f_code
         if event != "call" or code.co_filename not in FOLLOWED or not follows(code):
             return None
@@ -123,14 +123,14 @@ class Recorder:
 
 
 def follows(code: types.CodeType) -> bool:
-    """Whether the page shows a function: no comprehensions, and nothing that only checks or looks up."""
+    """Whether the page shows a function: no comprehensions, no functions that only validate or look up."""
     owner = code.co_qualname.rpartition(".")[0]
     configures = owner.endswith("Config") or owner in ("MaskedWords", "View", "Fused")
     return not code.co_name.startswith(("<", "__")) and code.co_qualname not in LEFT_OUT and not configures
 
 
 def names_of(frame: types.FrameType) -> dict[str, tuple]:
-    """The local variables of a function, dicts by key: name -> (identity, which changes on assignment; value)"""
+    """The local variables of a function, and dicts by key: name -> (identity, which changes on assignment; value)"""
     found = {}
     for name, value in frame.f_locals.items():
         if name == "self":
@@ -143,12 +143,12 @@ def names_of(frame: types.FrameType) -> dict[str, tuple]:
 
 
 def merged(old: list, new: list) -> list:
-    """The values of a line that runs more than once: the last ones are kept."""
+    """The values of a line that runs more than once, of which the last ones are kept."""
     return [*(one for one in old if one[0] not in {name for name, _ in new}), *new]
 
 
 def statements_of(code: types.CodeType) -> dict[int, int]:
-    """Line -> the last line of its statement, where the values are shown."""
+    """Line -> last line of its statement, at which the values are shown"""
     lines, first = inspect.getsourcelines(code)
     tree, shift, last = ast.parse(textwrap.dedent("".join(lines))), first - 1, {}
     for node in ast.walk(tree):
@@ -159,7 +159,7 @@ def statements_of(code: types.CodeType) -> dict[int, int]:
 
 def described(value, inside: bool = False) -> dict:
     """A value for the page: a number, a tensor with its shape, statistics and first row, or a few words. Tensors inside
-    other values are not drawn: they were, where they were made."""
+    other values are not drawn again, because they were drawn where they were computed."""
     if isinstance(value, Tensor):
         found = tensor(value.detach())
         return {name: part for name, part in found.items() if not (inside and name in ("map", "size", "most"))}
@@ -199,7 +199,7 @@ def tensor(value: Tensor) -> dict:
 
 
 def packed(values: Tensor, most: float) -> str:
-    """Values as bytes, as text: 127 is zero, 0 and 254 the largest magnitude."""
+    """Values as bytes, encoded as text: 127 is zero, 0 and 254 are the largest magnitude."""
     levels = (127 + 127 * values.nan_to_num(0, 0, 0) / max(most, 1e-12)).round().clamp(0, 254)
     return text_of(levels.byte().contiguous().numpy().tobytes())
 
@@ -213,7 +213,7 @@ def as_bytes(pixels: Tensor) -> Tensor:
 
 
 def pictured(model, recorder: Recorder, batch: dict, tokenizer: Tokenizer, losses: dict, chance: dict) -> dict:
-    """What is shown below some functions, by their qualified names: lists of {"kind", ...}."""
+    """The illustrations below some functions, by qualified function name: lists of {"kind", ...}."""
     found, held = {}, recorder.locals
     forward = f"{type(model).__name__}.forward"
     mine = held[forward]
@@ -250,7 +250,7 @@ def pictured(model, recorder: Recorder, batch: dict, tokenizer: Tokenizer, losse
 
 
 def words_of_masked(batch: dict, words: MaskedWords, tokenizer: Tokenizer) -> list:
-    """For each shown text, its tokens as [what is read, the original, whether it is to be recovered]."""
+    """For each shown text, its tokens as [input token, original token, whether it is to be predicted]."""
     rows = []
     for row in range(SAMPLES):
         chosen = set(words.index[row][words.valid[row]].tolist())
@@ -261,7 +261,7 @@ def words_of_masked(batch: dict, words: MaskedWords, tokenizer: Tokenizer) -> li
 
 
 def guesses(likely: Tensor, words: MaskedWords, tokenizer: Tokenizer) -> list:
-    """likely (b, m, v) -> for each masked word of the shown texts, the three most likely [word, probability]"""
+    """likely (b, m, v) -> for each masked word in the shown texts, the three most likely [word, probability]"""
     rows = []
     for row in range(SAMPLES):
         for slot in words.valid[row].nonzero().flatten().tolist():
@@ -277,7 +277,7 @@ def guesses(likely: Tensor, words: MaskedWords, tokenizer: Tokenizer) -> list:
 
 @torch.no_grad()
 def comparisons(model, held: dict) -> Iterator[tuple[str, dict]]:
-    """(loss, what it compares at the hidden places of the shown pairs: prediction and target, (s, m, d))"""
+    """(loss, the vectors that it compares at masked positions of the shown pairs: prediction and target, (s, m, d))"""
 
     def put(name: str, ours: Tensor, target: Tensor, what: str, *sources: str, at_words: bool = False) -> tuple:
         pair = ours[:SAMPLES].float(), target[:SAMPLES].float()
@@ -320,7 +320,7 @@ def comparisons(model, held: dict) -> Iterator[tuple[str, dict]]:
             yield put(name, mine["predicted"], target, "At each hidden patch: the prediction, and the target.", source)
 
 
-DISTANCES = {  # by loss: the distance that it takes the mean of
+DISTANCES = {  # by loss: the distance that is averaged
     "MAMO.loss_mrm": ("squared", F.mse_loss),
     "MAMO.loss_mim": ("absolute", F.l1_loss),
     "MaskVLM.loss_mim": ("absolute", F.l1_loss),
@@ -331,8 +331,8 @@ DISTANCES = {  # by loss: the distance that it takes the mean of
 
 @torch.no_grad()
 def recovered(model, held: dict, batch: dict, hidden: Tensor | None) -> list[dict]:
-    """The shown pictures, reassembled: pixels as predicted; for features, the nearest patch of another picture of the
-    batch, see tools/report.py."""
+    """The shown pictures with reconstructed patches: predicted pixels or, for predicted features, the nearest patch of
+    another picture in the batch, see tools/report.py."""
     config, images = model.config, batch["images"]
     names = {name.rpartition(".")[2]: name for name in held}
     loss = names.get("loss_mim", names.get("loss_rmim"))
@@ -359,8 +359,8 @@ def recovered(model, held: dict, batch: dict, hidden: Tensor | None) -> list[dic
 
 
 def snapshot(model, batch: dict, tokenizer: Tokenizer) -> tuple[dict, dict]:
-    """Record one step of a copy of the model -> what the page shows of it, and the functions {qualified name: code}."""
-    model.watch = {}  # drop the values of the last step, which hold its graph
+    """Record one step of a copy of the model -> content for the page, and the functions {qualified name: code}"""
+    model.watch = {}  # drop the values of the last step, which keep its graph alive
     model = copy.deepcopy(model).train()
     chance = model.chance(len(batch["images"]))
     with Recorder() as recorder:
@@ -378,7 +378,7 @@ def snapshot(model, batch: dict, tokenizer: Tokenizer) -> tuple[dict, dict]:
 
 
 def gradients(model) -> list:
-    """[part, gradient norm, number of parameters], block by block for the encoders"""
+    """[part, gradient norm, number of parameters], per block for the encoders"""
     groups: dict[str, list] = {}
     for name, parameter in model.named_parameters():
         if not name.startswith("teacher."):
@@ -400,24 +400,24 @@ def source_of(code: types.CodeType) -> dict:
 
 
 def order_of(functions: dict[str, dict], forward: str) -> list[str]:
-    """The functions in the order of the page: the forward pass, losses, then the rest in the order of first calls."""
+    """The functions in page order: the forward pass, the losses, then all others in the order of first calls."""
     losses = [name for name in functions if name.rpartition(".")[2].startswith(("loss_", "contrast", "teach"))]
     return [forward, *losses, *(name for name in functions if name != forward and name not in losses)]
 
 
 def variant(name: str, options: argparse.Namespace, out: str) -> "train.Run":
-    """A run that has not begun. Raises ValueError for options that train.py refuses."""
+    """A run that has not started yet. Raises ValueError for options that train.py rejects."""
     given = shlex.split(f"{options.train} {VARIANTS[name]}")
     steps = max(max(options.steps), 1)
     run = train.start(*train.parse(["--data", *options.data, *given, "--steps", str(steps), "--out", out]))
     if name == "no stop-gradient":
-        run.model.teacher = run.model.student  # teach, without its torch.no_grad, passes gradients to it
+        run.model.teacher = run.model.student  # without torch.no_grad, gradients flow into the targets
         run.model.teach = types.MethodType(MAMO.teach.__wrapped__, run.model)
     return run
 
 
 def watched_runs(options: argparse.Namespace, texts: tuple[list, list]) -> tuple[list[dict], dict, Tokenizer, Config]:
-    """Make short runs, one per variant -> snapshots with "step" and "variant", the functions, tokenizer, config"""
+    """Execute short runs, one per variant -> snapshots with "step" and "variant", the functions, tokenizer, config"""
     shots, functions = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for place, name in enumerate(options.variants):
@@ -452,7 +452,7 @@ def page_of(shots: list[dict], functions: dict, batch: dict, texts: list[str], c
 
 
 def own_world() -> list[str]:
-    """A few pictures of the built-in world, drawn into a folder that is deleted when the program ends."""
+    """A few pictures of the built-in world, rendered into a folder that is deleted when the program ends."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     arguments = ["--out", folder, "--train", "640", "--val", "20", "--test", "20"]
@@ -466,15 +466,15 @@ def parse() -> argparse.Namespace:
         prog="python -m tools.trace", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", type=Path, help="checkpoint.pt of a run, or weights/demo.pt; default: short runs"
+        "--checkpoint", type=Path, help="checkpoint.pt of a run, or weights/demo.pt; default: trace short runs"
     )
     parser.add_argument("--data", nargs="+", help="JSONL files of pairs; default: a few pictures of the built-in world")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 150, 500], help="steps of short runs to show")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 150, 500], help="steps of the short runs to show")
     of = f"variants of short runs of MAMO: all, or some of {', '.join(VARIANTS)}"
     parser.add_argument("--variants", nargs="+", default=["as it is"], metavar="NAME", help=of)
-    parser.add_argument("--train", default="", help="more options of train.py for short runs, as one string")
+    parser.add_argument("--train", default="", help="additional options of train.py for short runs, as one string")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of the batch that is traced (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("trace.html"), help="page to write")
+    parser.add_argument("--out", type=Path, default=Path("trace.html"), help="HTML file to write")
     options = parser.parse_args()
     options.variants = list(VARIANTS) if options.variants == ["all"] else options.variants
     for name in options.variants:

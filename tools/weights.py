@@ -1,21 +1,21 @@
-"""Published encoders: convert a file on disk, then start from it with train.py --init.
+"""Published encoders: convert the weights in a file, then initialise a model from them with train.py --init.
 
     python -m tools.weights deit_small_patch16_224.pth --out image.pt
     python -m tools.weights MiniLM/model.safetensors --out text.pt        with tokenizer.json and config.json beside it
     python train.py --preset small --init image.pt text.pt --data my/pairs_train.jsonl --out runs/mine
 
-It reads ViTs with timm's names (timm, DeiT, MAE, DINO), CLIP's image encoder (OpenAI's file, or with Hugging Face's
-names) and BERTs with Hugging Face's names (BERT, MiniLM); .pth, .pt, .bin and .safetensors. Nothing is downloaded, and
-no file can run code while it is read. The output holds plain tensors under the names of mamo.py:
+Supported are ViTs with timm's parameter names (timm, DeiT, MAE, DINO), CLIP's image encoder (OpenAI's file, or Hugging
+Face's names) and BERTs with Hugging Face's names (BERT, MiniLM), as .pth, .pt, .bin or .safetensors. Nothing is
+downloaded, and reading a file never executes code in it. The output holds plain tensors under the names of mamo.py:
 
     image   patch embedding, class token, positions, blocks, norms; CLIP's projection becomes ITC's if the widths match
     text    word embeddings, positions, norm, layers, the MLM head if there is one, and the vocabulary
 
 `take` loads them into a model: the lower layers of a BERT into the text encoder, the next ones into the fusion encoder.
-Pixels are in [-1, 1] here; the mean and deviation that a ViT was trained with are folded into its patch embedding.
+Our pixels are in [-1, 1], so a ViT's normalisation mean and deviation are folded into its patch embedding.
 
 differs: positions are interpolated as in ALBEF if the picture size differs; DINO's own code shifts the grid by a tenth
-of a patch. BERT's second token type is dropped, because texts here have only one.
+of a patch. BERT's second token type is dropped, because our texts have only one.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PIXELS = {  # mean and standard deviation with which an encoder expects values i
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # timm's "augreg" weights
 }
 
-# Published name, as a pattern -> our name; {0} is the block number. None: not part of the encoder, left out.
+# Published name, as a pattern -> our name; {0} is the block index. None: not part of the encoder, ignored.
 IMAGE_NAMES = {
     r"patch_embed\.proj|conv1|embeddings\.patch_embedding": "patch_embedding",
     r"cls_token|class_embedding|embeddings\.class_embedding": "class_token",
@@ -73,7 +73,7 @@ TEXT_NAMES = {
     r"encoder\.layer\.(\d+)\.output\.LayerNorm": "blocks.{0}.norm2",
     r"cls\.predictions\.transform\.dense": "mlm_head.0",
     r"cls\.predictions\.transform\.LayerNorm": "mlm_head.2",
-    r"cls\.predictions": "mlm",  # its bias
+    r"cls\.predictions": "mlm",  # the bias of the MLM head
     r"embeddings\.position_ids|pooler\..*|cls\.seq_relationship|cls\.predictions\.decoder": None,
 }
 
@@ -83,15 +83,15 @@ TEXT_NAMES = {
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a published file by name, as fp32.
 
-    Raises:  ValueError, in one sentence, for a file that is damaged, holds more than tensors, or is something else
+    Raises:  ValueError, in one sentence, for a file that is damaged, contains more than tensors, or has another format
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give the weights of a published encoder, on this disk")
     try:
         if path.suffix == ".safetensors":
             state = read_safetensors(path)
-        elif is_script(path):  # OpenAI's CLIP; TorchScript has no pickled code, and its own is not run
-            with warnings.catch_warnings(action="ignore"):  # it is deprecated
+        elif is_script(path):  # OpenAI's CLIP; TorchScript contains no pickled code, and its own code is not run
+            with warnings.catch_warnings(action="ignore"):  # loading TorchScript is deprecated
                 state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -104,7 +104,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         inner = next((state[name] for name in ("model", "state_dict", "teacher") if name in state), None)
         if inner is None:
             break
-        state = inner  # DeiT and MAE put the weights under "model", a full checkpoint of DINO under "teacher"
+        state = inner  # DeiT and MAE store the weights under "model", a full checkpoint of DINO under "teacher"
     tensors = (
         {name: value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     )
@@ -141,7 +141,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """The words of vocab.txt, or of Hugging Face's tokenizer.json, by id. Raises ValueError for another file."""
+    """The words of vocab.txt, or of Hugging Face's tokenizer.json, by id. Raises ValueError for any other file."""
     if path.suffix == ".json":
         try:
             ids = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
@@ -162,9 +162,9 @@ def read_vocabulary(path: Path) -> list[str]:
 
 
 def renamed(tensors: dict[str, Tensor], names: dict[str, str | None], path: Path) -> dict[str, Tensor]:
-    """Tensors under our names, with query, key and value split as in Attention.
+    """The tensors under our names, with query, key and value split as in Attention.
 
-    Raises:  ValueError for an unknown tensor, since it would change what the encoder computes
+    Raises:  ValueError for an unknown tensor, because it would change what the encoder computes
     """
     found = {}
     for name, value in tensors.items():
@@ -195,7 +195,7 @@ def renamed(tensors: dict[str, Tensor], names: dict[str, str | None], path: Path
 
 
 def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str) -> dict:
-    """The tensors of a ViT -> what `convert` saves for an image encoder"""
+    """The tensors of a ViT -> the dictionary that `convert` saves for an image encoder"""
     if any("dist_token" in name for name in tensors):
         raise ValueError(
             f"{path} is a distilled DeiT, with two tokens before the patches: take one that is not distilled"
@@ -217,7 +217,7 @@ def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str)
     d, _, p, _ = kernel.shape
     mean, deviation = map(torch.tensor, PIXELS[pixels or ("clip" if clip else "imagenet")])
     bias = found.get("patch_embedding.bias", torch.zeros(d))
-    # Here a value x is in [-1, 1]; the encoder was trained on ((x + 1) / 2 - mean) / deviation.
+    # Our values x are in [-1, 1]; the encoder was trained on ((x + 1) / 2 - mean) / deviation.
     found["patch_embedding.bias"] = bias + (kernel * ((0.5 - mean) / deviation)[:, None, None]).sum(dim=(1, 2, 3))
     found["patch_embedding.weight"] = (kernel * (0.5 / deviation)[:, None, None]).reshape(d, -1)
     found["class_token"] = found["class_token"].flatten()
@@ -236,19 +236,19 @@ def image_tower(tensors: dict[str, Tensor], path: Path, heads: int, pixels: str)
 
 
 def has(found: dict[str, Tensor], name: str) -> bool:
-    """Whether there is a tensor of that name, or an embedding table."""
+    """Whether a tensor or an embedding table of that name exists."""
     return name in found or name + ".weight" in found
 
 
 def text_tower(tensors: dict[str, Tensor], path: Path, heads: int, vocab: Path | None) -> dict:
-    """The tensors of a BERT -> what `convert` saves for a text encoder"""
+    """The tensors of a BERT -> the dictionary that `convert` saves for a text encoder"""
     own = {name.removeprefix("bert."): value for name, value in tensors.items()}
     found = renamed(own, TEXT_NAMES, path)
     lacking = [name for name in ("words", "positions", "norm") if name + ".weight" not in found]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}: it is not a whole BERT")
     types = found.pop("types.weight", torch.zeros(1, found["words.weight"].shape[1]))
-    found["positions"] = found.pop("positions.weight") + types[0]  # a single text has type 0 everywhere
+    found["positions"] = found.pop("positions.weight") + types[0]  # all tokens of a single text have type 0
     beside = [path.with_name(name) for name in ("vocab.txt", "tokenizer.json")]
     vocab = vocab or next((one for one in beside if one.is_file()), None)
     if vocab is None:
@@ -270,9 +270,9 @@ def text_tower(tensors: dict[str, Tensor], path: Path, heads: int, vocab: Path |
 
 
 def convert(path: Path, out: Path, heads: int = 0, pixels: str = "", vocab: Path | None = None) -> str:
-    """Convert a published encoder to a file for train.py --init -> what it is, in one line
+    """Convert a published encoder to a file for train.py --init -> a one-line description of it
 
-    Args:    heads    attention heads, 0 = from config.json or, for a ViT, one per 64 of the width
+    Args:    heads    number of attention heads, 0 = from config.json or, for a ViT, one per 64 of the width
              pixels   a key of PIXELS, "" = CLIP's for CLIP, else ImageNet's
              vocab    vocab.txt or tokenizer.json of a BERT, None = beside the file
     Raises:  ValueError, in one sentence, for a file that is not such an encoder
@@ -292,7 +292,7 @@ def convert(path: Path, out: Path, heads: int = 0, pixels: str = "", vocab: Path
 
 
 def depth_of(tensors: dict[str, Tensor]) -> int:
-    """The number of blocks."""
+    """The number of blocks in an encoder."""
     return len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
 
 
@@ -300,9 +300,9 @@ def depth_of(tensors: dict[str, Tensor]) -> int:
 
 
 def load_tower(path: str | Path) -> dict:
-    """Read what `convert` wrote. Raises ValueError for any other file."""
+    """Load a file written by `convert`. Raises ValueError for any other file."""
     try:
-        tower = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # to read words alone
+        tower = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # to read just the words
     except Exception as error:
         raise ValueError(f"{path} cannot be read: give a file that tools/weights.py wrote") from error
     if not isinstance(tower, dict) or not {"what", "fields", "tensors"} <= tower.keys():
@@ -311,7 +311,7 @@ def load_tower(path: str | Path) -> dict:
 
 
 def vocabulary(paths: list[str], given: str = "") -> list[str] | None:
-    """The vocabulary of the text encoder among some files, or None. Raises ValueError if `given` is a different one."""
+    """The vocabulary of the text encoder among the files, or None. Raises ValueError if `given` is a different one."""
     words = next((tower["vocab"] for tower in map(load_tower, paths) if tower["what"] == "text"), None)
     if words and given and Tokenizer.from_file(given).vocab != words:
         raise ValueError(f"{given} is not the vocabulary of the text encoder in --init: leave --vocab out")
@@ -320,9 +320,9 @@ def vocabulary(paths: list[str], given: str = "") -> list[str] | None:
 
 @torch.no_grad()
 def take(model: VisionLanguageModel, paths: list[str]) -> str:
-    """Load converted encoders into a fresh model and copy its teacher again -> what was loaded and what stayed fresh
+    """Load converted encoders into a new model and reset its teacher -> a description of what was and was not loaded
 
-    Raises:  ValueError for encoders of another shape, or two of one kind; the model is then unchanged
+    Raises:  ValueError for encoders of another shape, or two of the same kind; the model is then unchanged
     """
     towers, state, said, wanted = [load_tower(path) for path in paths], model.state_dict(), [], {}
     if len({tower["what"] for tower in towers}) < len(towers):
@@ -357,12 +357,12 @@ def part_of(name: str) -> str:
 
 
 def option(name: str, value) -> str:
-    """The option of train.py that makes the model fit."""
+    """The option of train.py that makes the model fit the encoder."""
     return name.replace("_", "-") if value is True else f"{name.replace('_', '-')} {value}, or another --preset"
 
 
 def place_image(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tensor], str]:
-    """The tensors of an image encoder under the model's names, and a note."""
+    """The tensors of an image encoder under the model's names, and a note on them."""
     tensors, note = dict(tower["tensors"]), ""
     grid = model.config.grid
     if tuple(tower["grid"]) != grid:
@@ -378,7 +378,7 @@ def place_image(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tens
 
 
 def place_text(model: VisionLanguageModel, tower: dict) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a text encoder under the model's names, and a note."""
+    """The tensors of a text encoder under the model's names, and a note on them."""
     config, tensors = model.config, dict(tower["tensors"])
     if config.max_tokens > len(tensors["positions"]):
         raise ValueError(
@@ -405,12 +405,12 @@ def main() -> None:
         prog="tools.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="published weights: .pth, .pt, .bin or .safetensors")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, for train.py --init")
+    parser.add_argument("--out", type=Path, required=True, help="output file, for train.py --init")
     parser.add_argument(
         "--heads", type=int, default=0, help="attention heads; default, for a BERT: from config.json beside it"
     )
     parser.add_argument(
-        "--pixels", choices=PIXELS, default="", help="how pixels were normalised; default: imagenet, for CLIP clip"
+        "--pixels", choices=PIXELS, default="", help="pixel normalisation; default: imagenet, or clip for CLIP"
     )
     parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json; default: the one beside the file")
     options = parser.parse_args()

@@ -1,1 +1,1 @@
-"""The built-in world: training data without a download, and the single definition of what is true in it."""
+"""The built-in world: training data that is generated rather than downloaded, and a single source of truth about it."""

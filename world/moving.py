@@ -2,22 +2,22 @@
 
     python -m world.moving --out data/moving
 
-A *meaning* says what happens; `words(meaning)` puts it into words; `frames(meaning, seed)` draws it in 9 frames of
-32 x 32 pixels. The files are as in the built-in world, with "video" instead of "image": pairs, foils and vqa.
+A *meaning* states what happens; `words(meaning)` returns its caption; `frames(meaning, seed)` renders it as 9 frames of
+32 x 32 pixels. The files have the same format as those of world.scenes, with "video" instead of "image".
 
-Only time tells meanings apart. `backwards(meaning)` is what happens when a video is played in reverse; it is drawn as
-the same frames in reverse order. Three kinds of foils are captions of such a reversed video:
+Meanings can be told apart only by the order of the frames. `backwards(meaning)` is what the reversed video shows; it is
+rendered as the same frames in reverse order. Three kinds of foils are captions of this reversed video:
 
     direction   a red circle moves right                          a red circle moves left
     mover       a red circle moves up and a blue ring moves down  a blue ring moves up and a red circle moves down
     order       a red circle blinks, then a blue ring swells      a blue ring swells, then a red circle blinks
 
-So a model that sees all frames but not their order is right half of the time, and so is one that sees only the middle
-frame. This is not claimed for the other kinds, `path` (the two legs of a path exchanged) and `change` (grows for
+A model that sees all frames but not their order therefore scores 50 %, and so does a model that sees only the middle
+frame. We make no such claim for the other kinds: `path` (the two legs of a path exchanged) and `change` (grows for
 shrinks, appears for goes away, or the two colours of a colour change exchanged).
 
-Training videos come in twins: a video and its reverse, or the same with the two objects exchanged. Text alone gives
-nothing away: a caption is as likely as its foil.
+Training videos come in pairs of twins: a video and its reverse, or a video and the same one with the two objects
+exchanged. The text alone is uninformative, because a caption is as likely as its foil.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from world.shapes import COLOURS, PAPER, SHAPES, paint
 
 FRAMES, MIDDLE, EXTENT = 9, 4, 32
 THINGS = tuple(f"{colour} {shape}" for colour, shape in product(tuple(COLOURS)[:6], tuple(SHAPES)[:5]))
-STEPS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
+STEPS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # x increases to the right, y downwards
 BACK = {"right": "left", "left": "right", "up": "down", "down": "up"}
 BACK |= {"grows": "shrinks", "shrinks": "grows", "appears": "goes away", "goes away": "appears"}
-ACTS = ("blinks", "swells", "hops")  # each looks the same backwards
+ACTS = ("blinks", "swells", "hops")  # each of these looks the same in reverse
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Apart:
 
     thing: str
     other: str
-    way: str  # direction of the first
+    way: str  # direction in which the first one moves
 
 
 @dataclass(frozen=True)
 class Passes:
-    """A thing moves past another, which stays still."""
+    """One thing moves past another, which stays still."""
 
     thing: str
     other: str
@@ -73,7 +73,7 @@ class Changes:
     """A thing grows, shrinks, appears, goes away, or changes its colour."""
 
     thing: str
-    how: str  # or the new colour
+    how: str  # "grows", "shrinks", "appears", "goes away", or the new colour
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def words(meaning: Meaning) -> str:
 
 
 def backwards(meaning: Meaning) -> Meaning:
-    """What happens when the video is played in reverse."""
+    """The meaning of the reversed video."""
     match meaning:
         case Moves(thing, path):
             return Moves(thing, tuple(BACK[way] for way in reversed(path)))
@@ -126,7 +126,7 @@ def exchanged(meaning: Apart | Passes) -> Meaning:
 
 
 def foils_of(meaning: Meaning) -> dict[str, str]:
-    """Wrong captions by kind, as close to the right one as possible."""
+    """Incorrect captions by kind, each as close to the correct caption as possible."""
     match meaning:
         case Moves(_, path) if len(path) == 2:
             other = replace(meaning, path=path[::-1])
@@ -144,7 +144,7 @@ def foils_of(meaning: Meaning) -> dict[str, str]:
 
 
 def question_of(meaning: Meaning) -> tuple[str, str, str]:
-    """A question about a video: kind, question, answer."""
+    """A question about a video -> kind, question, answer"""
     match meaning:
         case Moves(thing, path):
             return "direction", f"which way does the {thing} move{' last' if len(path) == 2 else ''}?", path[-1]
@@ -160,7 +160,7 @@ def question_of(meaning: Meaning) -> tuple[str, str, str]:
 
 
 def draw_meaning(rng: random.Random) -> Meaning:
-    """Draw at random what happens in a video."""
+    """Sample a random meaning for a video."""
     thing, other = rng.sample(THINGS, 2)
     match rng.randrange(8):
         case 0 | 1:
@@ -184,14 +184,14 @@ def draw_meaning(rng: random.Random) -> Meaning:
 
 
 def frames(meaning: Meaning, seed: str) -> list[np.ndarray]:
-    """The frames of a video, each (32, 32, 3) of uint8. With the same seed, frames(backwards(meaning)) are these in
-    reverse order: everything is drawn around the middle frame."""
+    """The frames of a video, each (32, 32, 3) of uint8. With the same seed, frames(backwards(meaning)) are the same
+    frames in reverse order, because the motion is symmetric around the middle frame."""
     rng = random.Random(seed)
     paper, middle = rng.randint(*PAPER), [rng.randint(14, 18) for _ in range(2)]
     lanes, near = rng.sample((8, 24), 2), rng.randint(9, 10)
     pictures = []
     for time in range(-MIDDLE, FRAMES - MIDDLE):
-        # The background flickers by one grey level: a WebP file would merge identical frames.
+        # The background flickers by one grey level, because the WebP encoder would merge identical frames.
         pixels = np.full((EXTENT, EXTENT, 3), paper - time % 2, dtype=np.float32)
         for thing, centre, extent, strength in placed(meaning, time, middle, lanes, near):
             colour, shape = thing.split()
@@ -203,8 +203,8 @@ def frames(meaning: Meaning, seed: str) -> list[np.ndarray]:
 
 
 def placed(meaning: Meaning, time: int, middle: list[int], lanes: list[int], extent: int) -> list[tuple]:
-    """What is visible `time` frames after the middle one: thing, centre, extent, opacity."""
-    far = int(9 * time / MIDDLE)  # pixels from the middle, symmetric in time
+    """The objects that are visible `time` frames after the middle one: thing, centre, extent, opacity."""
+    far = int(9 * time / MIDDLE)  # distance from the middle in pixels, symmetric in time
     match meaning:
         case Moves(thing, path):
             x, y = STEPS[path[0] if time < 0 else path[-1]]
@@ -224,7 +224,7 @@ def placed(meaning: Meaning, time: int, middle: list[int], lanes: list[int], ext
         case Changes(thing, how):
             if how in ("grows", "shrinks"):
                 return [(thing, middle, extent + int(time if how == "grows" else -time), 1.0)]
-            seen = 0.5 + np.sign(time) / 2  # opacity of what appears
+            seen = 0.5 + np.sign(time) / 2  # opacity of the thing that appears
             if how in ("appears", "goes away"):
                 return [(thing, middle, extent, seen if how == "appears" else 1 - seen)]
             parts = [(thing, 1 - seen), (f"{how} {thing.split()[1]}", seen)]
@@ -247,7 +247,7 @@ def placed(meaning: Meaning, time: int, middle: list[int], lanes: list[int], ext
 
 
 def videos(split: str, size: int, seed: int) -> list[tuple[Meaning, list[np.ndarray], int | None]]:
-    """`size` videos: what happens, the frames and, for training, the number of the pair of twins."""
+    """`size` videos: their meaning, their frames and, for training, the index of the pair of twins."""
     made, rng = [], random.Random(f"{seed} {split}")
     while len(made) < size:
         meaning, look = draw_meaning(rng), f"{seed} {split} {len(made)}"
@@ -261,7 +261,7 @@ def videos(split: str, size: int, seed: int) -> list[tuple[Meaning, list[np.ndar
 
 
 def write(folder: Path, split: str, size: int, seed: int, bar: tqdm) -> None:
-    """Write one split of all tasks."""
+    """Write the files of all tasks for one split."""
     rows = {"pairs": [], "foils": [], "vqa": []}
     (folder / "videos" / split).mkdir(parents=True)
     for number, (meaning, pictures, twin) in enumerate(videos(split, size, seed)):
@@ -280,13 +280,13 @@ def write(folder: Path, split: str, size: int, seed: int, bar: tqdm) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data/moving"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("data/moving"), help="output folder (default: %(default)s)")
     parser.add_argument("--train", type=int, default=10000, help="training videos, in pairs of twins (%(default)s)")
-    parser.add_argument("--val", type=int, default=500, help="videos for validation (%(default)s)")
-    parser.add_argument("--test", type=int, default=500, help="videos for test (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--val", type=int, default=500, help="number of validation videos (%(default)s)")
+    parser.add_argument("--test", type=int, default=500, help="number of test videos (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}: give 0 or more")

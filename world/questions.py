@@ -1,13 +1,13 @@
 """Questions about the built-in world: visual question answering, visual reasoning and visual entailment.
 
-scenes.py writes them to disk. Answers always come from `holds`, the single definition of truth, and everything is
-balanced so that one half of the input gives nothing away:
+`scenes.py` writes the questions to disk. Every answer comes from `holds`, the single source of truth, and each task is
+balanced so that neither the text alone nor the picture alone is informative:
 
-    vqa          for each kind of question, all answers are equally frequent; for yes, no and numbers this holds for any
-                 picture, while a colour or shape that is asked for is naturally one of those in the picture
-    reasoning    two texts are combined with two (pairs of) pictures; each text is true of one and false of the other,
-                 and vice versa: the text alone, or the pictures alone, give exactly 50 %
-    entailment   each picture has one statement of each label; the words of a statement do not give away its label
+    vqa          all answers to a kind of question are equally frequent; for yes, no and numbers, this also holds given
+                 the picture, whereas the answer to a question about a colour or shape always occurs in the picture
+    reasoning    two texts are combined with two pictures, or two pairs of pictures; each text is true of one and false
+                 of the other, and vice versa: the text alone, or the pictures alone, yield exactly 50 %
+    entailment   each picture has one statement per label; the words of a statement do not reveal its label
 """
 
 import random
@@ -46,14 +46,14 @@ from world.shapes import (
 
 @dataclass(frozen=True)
 class Asked:
-    """Some pictures and the rows that ask about them; a row refers to its pictures by their index in `scenes`."""
+    """Some pictures and the rows that refer to them, by their index in `scenes`."""
 
     scenes: tuple[Scene, ...]
     rows: tuple[tuple[tuple[int, ...], dict], ...]
 
 
 def draw_meaning(split: str, world: World, rng: random.Random) -> Related:
-    """A relation that a split may use: seen ones in train and val, half held-out ones in test, novel ones in novel."""
+    """Sample a relation allowed in a split: seen in train and val, half of them held out in test, novel in novel."""
     pool = {"novel": "novel", "test": rng.choice(("heldout", "seen"))}.get(split, "seen")
     return tell(rng.choice(world.pools[pool]), world, rng)
 
@@ -66,18 +66,18 @@ def may_tell(meaning: Related, split: str, world: World) -> bool:
 
 
 def full(thing: Object) -> Description:
-    """Colour and shape of an object."""
+    """The description of an object by its colour and shape."""
     return Description(thing.colour, thing.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------------ vqa
 #
-# Each function asks one kind of question about a scene: (question, answer), or None if the scene does not allow it.
-# `things` are the objects that may be asked about: all of them, or in the split novel only the novel ones.
+# Each function generates one kind of question about a scene: (question, answer), or None if the scene allows none.
+# `things` are the objects that a question may be about: all objects, or only the novel ones in the split novel.
 
 
 def ask_colour(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
-    """What colour is the circle? For a shape that occurs once."""
+    """What colour is the circle? Only about a shape that occurs once."""
     alone = [thing for thing in things if len(found(Description(None, thing.shape), scene)) == 1]
     if not alone:
         return None
@@ -87,7 +87,7 @@ def ask_colour(scene: Scene, things: list[Object], split: str, world: World, rng
 
 
 def ask_shape(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
-    """What shape is the red object? For a colour that occurs once."""
+    """What shape is the red object? Only about a colour that occurs once."""
     alone = [thing for thing in things if len(found(Description(thing.colour), scene)) == 1]
     if not alone:
         return None
@@ -97,7 +97,7 @@ def ask_shape(scene: Scene, things: list[Object], split: str, world: World, rng:
 
 
 def ask_count(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
-    """How many red objects are there? Only for scenes where each number from 0 to the level's largest is possible."""
+    """How many red objects are there? Only if every number from 0 to the level's maximum is possible."""
     largest = 3 if len(world.level.sizes) > 1 else 2
     by_count: dict[int, list[Description]] = {number: [] for number in range(largest + 1)}
     colours = [Description(colour) for colour in world.level.colours]
@@ -107,14 +107,14 @@ def ask_count(scene: Scene, things: list[Object], split: str, world: World, rng:
         return None
     number = rng.randint(0, largest)
     frame = choose(("how many {} are there?", "how many {} can be seen?"), world, rng)
-    # Choose colour or shape first, so that which of the two is asked about does not give away the number.
+    # Choose between colour and shape first, so that this choice does not reveal the number.
     kinds = [[what for what in by_count[number] if (what.colour is None) == asked] for asked in (False, True)]
     what = rng.choice(rng.choice([kind for kind in kinds if kind]))
     return frame.format(plural(what)), str(number)
 
 
 def ask_existence(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
-    """Is there a red circle? Half of the absent ones recombine a colour and a shape that are present."""
+    """Is there a red circle? Half of the absent objects recombine a colour and a shape that are present."""
     shown = {(thing.colour, thing.shape) for thing in scene.objects}
     thing = rng.choice(things)
     if rng.random() < 0.5:
@@ -129,7 +129,7 @@ def ask_existence(scene: Scene, things: list[Object], split: str, world: World, 
 
 
 def ask_position(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
-    """Where is the red circle, seen from the blue square? For two aligned objects, each the only one of its kind."""
+    """Where is the red circle, seen from the blue square? For two aligned objects, each unique in colour and shape."""
     pairs = [
         (a, relation, b)
         for a in scene.objects
@@ -147,7 +147,7 @@ def ask_position(scene: Scene, things: list[Object], split: str, world: World, r
 
 
 def ask_comparison(scene: Scene, things: list[Object], split: str, world: World, rng: random.Random):
-    """Are there more circles than squares? For two colours or shapes, at least one of them visible; "no" if equal."""
+    """Are there more circles than squares? About two colours or shapes, one or both visible; "no" if equal."""
     kinds = rng.choice(
         ([Description(c) for c in world.level.colours], [Description(None, s) for s in world.level.shapes])
     )
@@ -170,18 +170,18 @@ ASK = {
     "position": ask_position,
     "comparison": ask_comparison,
 }
-PER_PICTURE = 3  # kinds of question asked about each picture
+PER_PICTURE = 3  # number of questions about each picture, all of different kinds
 
 
 def choose(frames: tuple[str, ...], world: World, rng: random.Random) -> str:
-    """A wording: the first one if the level has a single style, else a random one."""
+    """Choose a template: the first one if the level has a single style, else a random one."""
     return frames[0] if world.level.styles == 1 else rng.choice(frames)
 
 
 def vqa(number: int, split: str, world: World, rng: random.Random) -> Asked:
     """One picture and three questions of different kinds."""
     while True:
-        kinds = rng.sample(sorted(ASK), PER_PICTURE)  # drawn anew: not every scene allows every three kinds
+        kinds = rng.sample(sorted(ASK), PER_PICTURE)  # resampled, because some scenes rule out some kinds
         scene = draw_repeated(split, world, rng) if "count" in kinds else draw_any(split, world, rng)
         novel = [thing for thing in scene.objects if (thing.colour, thing.shape) in world.novel]
         asked = [ASK[kind](scene, novel or list(scene.objects), split, world, rng) for kind in kinds]
@@ -195,12 +195,12 @@ def vqa(number: int, split: str, world: World, rng: random.Random) -> Asked:
 
 
 def draw_any(split: str, world: World, rng: random.Random) -> Scene:
-    """A picture of a relation that a split may use."""
+    """Sample a scene that shows a relation allowed in a split."""
     return DRAW[world.name](draw_meaning(split, world, rng), world, rng)
 
 
 def draw_repeated(split: str, world: World, rng: random.Random) -> Scene:
-    """A picture in which a colour or a shape (equally often) occurs twice, or three times on the level full."""
+    """Sample a scene in which a colour or a shape (equally often) occurs twice or, on level full, three times."""
     most, kind = 3 if len(world.level.sizes) > 1 else 2, rng.choice(("colour", "shape"))
     while True:
         scene = draw_any(split, world, rng)
@@ -212,17 +212,17 @@ def draw_repeated(split: str, world: World, rng: random.Random) -> Scene:
 
 
 def reasoning(number: int, split: str, world: World, rng: random.Random) -> Asked:
-    """Two texts combined with two pictures, or two pairs of pictures, so that each is true once and false once.
+    """Two texts combined with two pictures, or two pairs of pictures, such that each is true once and false once.
 
-    For single pictures, the texts are two claims, each of which is false where the other is true. For two pictures,
-    they say where a claim holds: in the first, in the second, in both, in neither, in exactly one of them.
+    With single pictures, the texts are two claims, each of which is false where the other is true. With two pictures,
+    the texts state where a claim holds: in the first, in the second, in both, in neither, or in exactly one of them.
     """
     claims, drawn = draw_claims(split, world, rng)
-    style = rng.choice((0, 4)) if world.level.styles > 1 else 0  # the other wordings do not fit into a longer sentence
+    style = rng.choice((0, 4)) if world.level.styles > 1 else 0  # the other templates do not fit into a longer sentence
     said = [words(claim, style) for claim in claims]
 
     def picture(true: int) -> Scene:
-        """A scene in which one claim holds and the other does not."""
+        """A scene in which the claim with index `true` holds and the other one does not."""
         while True:
             scene = DRAW[world.name](drawn[true], world, rng)
             if clear(claims[true], scene) and not holds(claims[1 - true], scene):
@@ -230,12 +230,12 @@ def reasoning(number: int, split: str, world: World, rng: random.Random) -> Aske
 
     if number % 3 == 0:
         scenes, sets, texts, kind = (picture(0), picture(1)), ((0,), (1,)), said, "one picture"
-    elif rng.random() < 0.5:  # of which picture is it true?
+    elif rng.random() < 0.5:  # The texts say which of the two pictures a claim is true of.
         side = rng.randrange(2)
         texts = [f"the {('first', 'second')[side]} picture shows {text}" for text in said]
         scenes, kind = (picture(0), picture(1), picture(rng.randrange(2))), "two pictures"
         sets = ((0, 2), (1, 2)) if side == 0 else ((2, 0), (2, 1))
-    else:  # of how many is it true? Two pictures of one kind, and the same with one of them replaced.
+    else:  # The texts say how many pictures a claim is true of: two of one kind, or one of them replaced.
         same = rng.randrange(2)
         scenes, kind = (picture(same), picture(same), picture(1 - same)), "two pictures"
         sets = ((0, 1), rng.choice(((0, 2), (2, 1))))
@@ -252,11 +252,11 @@ def reasoning(number: int, split: str, world: World, rng: random.Random) -> Aske
 
 
 def draw_claims(split: str, world: World, rng: random.Random) -> tuple[list[Meaning], list[Related]]:
-    """Two contradictory claims about the same objects, and for each of them a relation to draw its scene from."""
+    """Two contradictory claims about the same objects and, for each of them, a relation to sample its scene from."""
     while True:
         meaning = draw_meaning(split, world, rng)
         kind = rng.choice(("swap", "swap", "reverse", "reverse", "turn"))
-        if split == "novel" and kind == "swap":  # exchanged colours of a novel combination are never novel
+        if split == "novel" and kind == "swap":  # exchanging a novel one's colours never gives a novel one
             continue
         other = {"swap": swap(meaning, world), "reverse": reverse(meaning), "turn": turn(meaning, rng)}[kind]
         if other is None:
@@ -269,14 +269,14 @@ def draw_claims(split: str, world: World, rng: random.Random) -> tuple[list[Mean
 
 # ----------------------------------------------------------------------------------------------------------- entailment
 #
-# A covered area may hide one object at its centre. A statement that is true whatever is hidden is entailed, one that is
-# false whatever is hidden is contradicted, and one that depends on what is hidden is neutral.
+# A covered area may conceal one object at its centre. A statement is entailed if it is true, and contradicted if it is
+# false, for every possible concealed object; if its truth depends on the concealed object, it is neutral.
 
 LABELS = ("entailment", "neutral", "contradiction")
 
 
 def label_of(meaning: Meaning, scene: Scene, world: World) -> str:
-    """One of LABELS. Only a hidden object that the meaning describes could make a difference, so those are tried."""
+    """One of LABELS. Only concealed objects matching the description can change its truth, so only these are tried."""
     described = (meaning.first, meaning.second) if isinstance(meaning, Related) else (meaning.what,)
     x, y, w, h = scene.cover
     truths = {holds(meaning, scene)}
@@ -289,7 +289,7 @@ def label_of(meaning: Meaning, scene: Scene, world: World) -> str:
 
 
 def state_count(label: str, kind: str, scene: Scene, world: World, rng: random.Random) -> Count | None:
-    """At least two, or at most one, of a colour or of a shape; None if no such statement has the label."""
+    """A count of at least two, or at most one, of a colour or shape; None if no such statement has the label."""
     values = world.level.colours if kind == "colour" else world.level.shapes
     number, bound = rng.choice(((2, "at least"), (1, "at most")))
     meanings = [Count(Description(**{kind: value}), number, bound) for value in values]
@@ -298,7 +298,7 @@ def state_count(label: str, kind: str, scene: Scene, world: World, rng: random.R
 
 
 def state_relation(label: str, split: str, scene: Scene, world: World, rng: random.Random) -> Related | None:
-    """One object beside another: both are visible, or one is not and may or may not be behind the cover."""
+    """One object beside another: both are visible, or one of them is not and may or may not be behind the cover."""
     shown = sorted({(thing.colour, thing.shape) for thing in scene.objects})
     allowed = sorted(world.novel) if split == "novel" else world.ordinary
     unseen = [combination for combination in allowed if combination not in shown]
@@ -313,7 +313,7 @@ def state_relation(label: str, split: str, scene: Scene, world: World, rng: rand
 
 
 def entailment(number: int, split: str, world: World, rng: random.Random) -> Asked:
-    """One picture with a covered area, and one statement of each label."""
+    """One picture with a covered area, and one statement per label."""
     while True:
         scene = draw_any(split, world, rng)
         repeated = [
@@ -325,7 +325,7 @@ def entailment(number: int, split: str, world: World, rng: random.Random) -> Ask
             continue
         kind, stated = rng.choice(repeated), []
         for label in LABELS:
-            if split == "novel" or rng.random() < 0.5:  # a count names no combination, so nothing novel
+            if split == "novel" or rng.random() < 0.5:  # a count mentions no combination, so no novel one either
                 stated.append(state_relation(label, split, scene, world, rng))
             else:
                 stated.append(state_count(label, kind, scene, world, rng))
@@ -334,7 +334,7 @@ def entailment(number: int, split: str, world: World, rng: random.Random) -> Ask
     rows = []
     for label, meaning in zip(LABELS, stated, strict=True):
         kind = "count" if isinstance(meaning, Count) else "relation"
-        text = words(meaning, rng.choice((1, 3, 5, 7)))  # not "a picture of": what is behind the cover counts too
+        text = words(meaning, rng.choice((1, 3, 5, 7)))  # not "a picture of": the concealed object counts
         rows.append(((0,), {"text": text, "label": label, "type": kind}))
     return Asked((scene,), tuple(rows))
 
@@ -345,17 +345,17 @@ QUESTIONS = {"vqa": vqa, "reasoning": reasoning, "entailment": entailment}
 
 
 def tasks_of(world: World) -> list[str]:
-    """The tasks of a level; entailment only if something is covered."""
+    """The tasks of a level; entailment is included only if the level covers an area."""
     return [task for task in QUESTIONS if task != "entailment" or world.level.covers]
 
 
 def count_of(task: str, size: int) -> int:
-    """How many samples a task has in a split of that size: one per picture, for reasoning one per two pictures."""
+    """The number of samples of a task in a split of `size`: one per picture or, for reasoning, one per two pictures."""
     return size // 2 if task == "reasoning" else size
 
 
 def questions_of(task: str, split: str, size: int, world: World) -> Iterator[Asked]:
-    """The questions of a split, from a random generator of their own."""
+    """The questions of a split, generated from a separate random seed for each task and split."""
     rng = random.Random(f"{world.seed} {task} {split}")
     for number in range(count_of(task, size)):
         yield QUESTIONS[task](number, split, world, rng)

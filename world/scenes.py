@@ -4,20 +4,20 @@
     python -m world.scenes --out data/full --level full  64 x 64, three to five objects, sizes, clutter, a covered area
     python -m world.scenes --out data/nlvr --level nlvr  400 x 100, three boxes of items or towers: see towers.py
 
-Each task has files for train, val, test and novel, in the schemas of reading/rows.py: pairs for pre-training, foils,
-phrases for grounding; and from questions.py vqa, reasoning and, if something is covered, entailment.
+Each task has files for train, val, test and novel, in the schemas of reading/rows.py: `pairs` for pre-training,
+`foils` and `grounding`; questions.py adds `vqa`, `reasoning` and, if the level has covered areas, `entailment`.
 
-How to read it: start with shapes.py, which defines what a scene is and what is true of it. Everything on disk is made
-in the same order: draw a meaning, derive its foils or its twin, then draw a scene in which the caption holds and the
-rest does not.
+How to read it: start with shapes.py, which defines what a scene is and which meanings are true of it. All samples are
+generated in the same order: sample a meaning, derive its foils or its twin, then sample a scene in which the caption
+holds and the foils do not.
 
-What a model can be tested on without having seen it:
+The splits test two kinds of generalisation:
 
-    novel combinations   some (colour, shape) pairs are in no picture and no text of train, val and test, only in novel
-    held-out meanings    some keys (two colours, two shapes) are in no relation used in train and val, in none of their
-                         bindings, orders and axes, so that the training captions give no hint about their foils
+    novel combinations   some (colour, shape) pairs occur in no picture or text of train, val and test, only in novel
+    held-out meanings    some keys (two colours, two shapes) occur in no relation of train and val, in any binding,
+                         order or axis, so that the training captions carry no information about their foils
 
-Text alone gives nothing away: going from a caption to a foil is as likely as going from that foil to the caption.
+The text alone is uninformative: replacing a caption by a foil is as likely as replacing that foil by the caption.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from world.shapes import (
     words,
 )
 
-VERSION = 3  # incremented when the same arguments start to give other files, so that no old world is kept by mistake
+VERSION = 3  # increment when the same arguments start to produce different files, so that no outdated world is reused
 
 # ---------------------------------------------------------------------------------------------------------------- foils
 
@@ -88,8 +88,8 @@ def neighbours(meaning: Related, attribute: str, world: World) -> list[Related]:
 def altered(meaning: Related, attribute: str, world: World, rng: random.Random) -> Related | None:
     """Replace one attribute of one object at random, so that no meaning is more frequent in foils than in captions.
 
-    A meaning with many neighbours would be reached too often. Accepting a draw with probability (own neighbours /
-    neighbours of the draw), the Metropolis rule, makes both directions equally likely; else the row lacks this kind.
+    Uniform sampling favours meanings with many neighbours. The Metropolis rule makes both directions equally likely:
+    accept with probability (own neighbours / neighbours of the proposal), else the row has no foil of this kind.
     """
     choices = neighbours(meaning, attribute, world)
     if not choices:
@@ -99,7 +99,7 @@ def altered(meaning: Related, attribute: str, world: World, rng: random.Random) 
 
 
 def foils_of(meaning: Related, world: World, rng: random.Random) -> dict[str, Related]:
-    """One wrong meaning of each kind that is possible for a relation."""
+    """One incorrect meaning of each kind that is possible for a relation."""
     foils = {"swap": swap(meaning, world), "relation": reverse(meaning), "axis": turn(meaning, rng)}
     foils |= {attribute: altered(meaning, attribute, world, rng) for attribute in ("colour", "shape", "size")}
     return {kind: foil for kind, foil in foils.items() if foil}
@@ -110,7 +110,7 @@ def foils_of(meaning: Related, world: World, rng: random.Random) -> dict[str, Re
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its texts, to be written as rows of each of its tasks."""
+    """One picture and its texts, from which the rows of several tasks are written."""
 
     tasks: tuple[str, ...]
     scene: Scene
@@ -120,23 +120,23 @@ class Sample:
     foils: dict[str, str] | None = None
 
 
-DIFFERENCES = ("places", "colours", "places", "axis", "places", "colours", "places", "places")  # between twins, in turn
+DIFFERENCES = ("places", "colours", "places", "axis", "places", "colours", "places", "places")  # of twins, in rotation
 
 
 def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
-    """Two training samples of the same objects that differ in their colours, their places or the axis they lie on.
+    """Two training samples with the same objects that differ in their colours, their places or their axis.
 
-    A relation caption is false of the twin's picture, so every batch has hard negatives that a random one hardly ever
-    has. Either object may be mentioned first, but a caption of a single object names the first in reading order, the
-    left or upper one. That ties content to place: in trials with one seed, accuracy on relation foils by contrast was
-    93 % after 500 steps; with the named object drawn at random, 51 % after 500 and after 1,250.
+    A caption of a relation is false of the twin's picture, so every batch contains hard negatives that are very rare in
+    random batches. A relation may mention either object first, but a caption of a single object always names the first
+    in reading order (left or upper), which ties content to place: in trials with one seed, contrast reached 93 %
+    accuracy on relation foils after 500 steps; with the object sampled at random, 51 % after 500 and after 1,250.
     """
     kind = rng.choices(("related", "single", "count"), world.level.weights)[0]
     difference = DIFFERENCES[number % len(DIFFERENCES)]
     # The caption of a single object names the one that comes first in reading order, in both pictures.
     if kind == "single" and difference in ("places", "axis"):
         difference = rng.choice(("colours", "turned"))
-    elif kind == "count" and difference == "colours":  # exchanging colours could change the count
+    elif kind == "count" and difference == "colours":  # exchanging the colours could change the count
         difference = "places"
     meaning = tell(rng.choice(world.pools["exchangeable" if difference == "colours" else "seen"]), world, rng)
     claim = draw_count(world.ordinary, rng) if kind == "count" else meaning
@@ -145,13 +145,13 @@ def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
     while True:
         scene = DRAW[world.name](claim, world, rng)
         other, twin = differ(difference, meaning, scene, world, rng)
-        if kind == "single":  # the same caption for both, unless exchanged colours make it false of the twin
+        if kind == "single":  # one caption for both, unless exchanging colours makes it false of the twin
             captions = [Exists(getattr(m, side)) for m in (meaning, other)]
         else:
             captions = [claim, claim] if kind == "count" else [meaning, rng.choice((other, mirrored(other)))]
         if told_apart(captions, [scene, twin]) and told_apart(captions[::-1], [twin, scene]):
             break
-    # Only one twin gives grounding phrases: the other shows the same objects, mostly under the same names.
+    # Only one twin yields grounding rows, because the other shows the same objects, mostly under the same names.
     return [
         Sample(tasks, s, words(caption, style), False, twin=number)
         for tasks, caption, s in zip((("pairs", "grounding"), ("pairs",)), captions, (scene, twin), strict=True)
@@ -159,7 +159,7 @@ def twins(number: int, world: World, rng: random.Random) -> list[Sample]:
 
 
 def gallery(split: str, size: int, world: World, rng: random.Random) -> list[Sample]:
-    """Samples with foils, where each caption is true of one picture only; half of test is held out."""
+    """Samples with foils, in which each caption is true of one picture only; half of test is held out."""
     shares = {"val": {"seen": size}, "test": {"heldout": size // 2, "seen": size - size // 2}, "novel": {"novel": size}}
     samples, told, shown = [], set(), set()
     for pool, share in shares[split].items():
@@ -190,7 +190,7 @@ def gallery(split: str, size: int, world: World, rng: random.Random) -> list[Sam
 def find_scene(
     meaning: Related | Count, foils: dict[str, Meaning], told: set[Related], world: World, rng: random.Random
 ) -> Scene:
-    """A scene in which the caption holds, but neither the foils nor any caption used for another picture."""
+    """A scene in which the caption holds, but none of its foils and no caption of another picture."""
     while True:
         scene = DRAW[world.name](meaning, world, rng)
         if clear(meaning, scene) and not any(holds(foil, scene) for foil in foils.values()) and not facts(scene) & told:
@@ -198,7 +198,7 @@ def find_scene(
 
 
 def counting(split: str, size: int, world: World, rng: random.Random) -> Iterator[Sample]:
-    """Samples for the foils of kind count: they have their own pictures, since their captions are true of many."""
+    """Samples for foils of kind count, with pictures of their own, because their captions are true of many pictures."""
     for _ in range(size):
         meaning = draw_count(world.ordinary, rng)
         if split == "novel":
@@ -215,7 +215,7 @@ def count_size(split: str, size: int, world: World) -> int:
 
 
 def samples_of(split: str, size: int, world: World) -> Iterator[Sample]:
-    """The samples of a split, from a random generator of its own, so that no split depends on the size of another."""
+    """The samples of a split, generated from its own seed, so that no split depends on the size of another one."""
     rng = random.Random(f"{world.seed} {split}")
     if split == "train":
         for number in range(size // 2):
@@ -229,7 +229,7 @@ def samples_of(split: str, size: int, world: World) -> Iterator[Sample]:
 
 
 def scene_row(scene: Scene) -> dict:
-    """A scene for JSON; what the level does not have is left out."""
+    """A scene as a JSON object, without the fields that its level does not use."""
     row = {"background": scene.background, "objects": [vars(thing) for thing in scene.objects]}
     if scene.cover:
         row |= {"cover": scene.cover, "hidden": [vars(thing) for thing in scene.hidden], "clutter": scene.clutter}
@@ -237,20 +237,20 @@ def scene_row(scene: Scene) -> dict:
 
 
 def pair_rows(sample: Sample, world: World) -> list[dict]:
-    """A row for pre-training and retrieval."""
+    """One row for pre-training and retrieval."""
     twin = {} if sample.twin is None else {"twin": sample.twin}
     return [{"caption": sample.caption, **twin}]
 
 
 def foil_rows(sample: Sample, world: World) -> list[dict]:
-    """A row for choosing the caption over its foils."""
+    """One row for discriminating the caption from its foils."""
     return [{"caption": sample.caption, "foils": sample.foils}]
 
 
 def grounding_rows(sample: Sample, world: World) -> list[dict]:
-    """A row for each object that colour and shape identify, "a red circle": its box, and all boxes as proposals.
+    """One row per object that is unique in colour and shape ("a red circle"): its box, and all boxes as proposals.
 
-    If a picture shows novel combinations, only those are asked for.
+    If a picture shows novel combinations, only those are referred to.
     """
     things, rows = sample.scene.objects, []
     novel = [thing for thing in things if (thing.colour, thing.shape) in world.novel]
@@ -262,12 +262,12 @@ def grounding_rows(sample: Sample, world: World) -> list[dict]:
     return rows
 
 
-# task: what the rows of a sample hold in addition to image, heldout and scene
+# task: function that returns the fields of a sample's rows beyond image, heldout and scene
 ROWS = {"pairs": pair_rows, "foils": foil_rows, "grounding": grounding_rows}
 
 
 def describe(world: World, sizes: dict[str, int]) -> dict:
-    """The content of world.json: the arguments, and everything that follows from them except the rows."""
+    """The content of world.json: the arguments, and everything derived from them except the rows."""
     return {
         "version": VERSION,
         "level": world.name,
@@ -281,7 +281,7 @@ def describe(world: World, sizes: dict[str, int]) -> dict:
 
 
 def write_pairs(split: str, size: int, world: World, folder: Path, bar: tqdm) -> None:
-    """Write the pictures of a split, and a JSONL file for each task about one picture and its caption."""
+    """Write the pictures of a split, and one JSONL file for each task on single pictures and their captions."""
     (folder / "images" / split).mkdir(parents=True)
     lines = {}
     for number, sample in enumerate(samples_of(split, size, world)):
@@ -295,7 +295,7 @@ def write_pairs(split: str, size: int, world: World, folder: Path, bar: tqdm) ->
 
 
 def write_questions(task: str, split: str, size: int, world: World, folder: Path, bar: tqdm) -> None:
-    """Write the pictures and the JSONL file of a task of questions.py."""
+    """Write the pictures and the JSONL file of one of the tasks in questions.py."""
     (folder / "images" / f"{task}_{split}").mkdir(parents=True)
     rows, count = [], 0
     for asked in questions_of(task, split, size, world):
@@ -314,7 +314,7 @@ def write_questions(task: str, split: str, size: int, world: World, folder: Path
 
 
 def write_picture(scene: Scene, name: str, world: World, folder: Path) -> str:
-    """Draw a scene into a file -> the file's name"""
+    """Render a scene to a file -> the file name"""
     Image.fromarray(render(scene, world.level.picture)).save(folder / name, compress_level=1)
     return name
 
@@ -333,7 +333,7 @@ def fill_world(world: World, sizes: dict[str, int], folder: Path, bar: tqdm) -> 
 
 
 def fill_boxes(seed: int, sizes: dict[str, int], folder: Path, bar: tqdm) -> None:
-    """Write all files of the level nlvr, where tasks share their pictures."""
+    """Write all files of the level nlvr, whose tasks share their pictures."""
     for split, size in sizes.items():
         (folder / "images" / split).mkdir(parents=True)
         lines: dict[str, list[dict]] = {}
@@ -349,7 +349,7 @@ def fill_boxes(seed: int, sizes: dict[str, int], folder: Path, bar: tqdm) -> Non
 
 
 def write_world(out: Path, description: dict, total: int, fill: Callable[[Path, tqdm], None]) -> None:
-    """Write all files of a world, replacing an earlier one: never leaves it half-written, and touches nothing else."""
+    """Write all files of a world atomically, replacing an earlier world and leaving all other files alone."""
     with written.replacing(out, "world") as folder:
         with tqdm(total=total, desc=f"drawing level {description['level']}", unit=" samples") as bar:
             fill(folder, bar)
@@ -357,17 +357,17 @@ def write_world(out: Path, description: dict, total: int, fill: Callable[[Path, 
 
 
 def is_there(out: Path, description: dict, force: bool) -> bool:
-    """Whether a folder already holds this world and should be left alone.
+    """Whether a folder already holds the requested world, which can then be kept.
 
-    Raises:  ValueError if it holds something else: another world (--force replaces it) or files that are not ours
+    Raises:  ValueError if the folder holds another world (--force replaces it) or files that we did not write
     """
     if not out.exists():
         return False
     if out.is_dir() and all(path.name.startswith(written.TEMPORARY) for path in out.iterdir()):
-        return False  # empty, except for what a killed run left
+        return False  # empty, except for the temporary files of a killed run
     if not (out / "world.json").is_file():
         if "world" in written.listed(out):
-            return False  # killed while its files were being moved
+            return False  # the run was killed while it was moving its files
         raise ValueError(f"{out} exists and is not a world made by scenes.py: choose another --out")
     same = json.loads((out / "world.json").read_text(encoding="utf-8")) == description
     if not same and not force:
@@ -376,21 +376,21 @@ def is_there(out: Path, description: dict, force: bool) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: make a world, unless it exists already."""
+    """Command-line entry point: generate a world, unless it already exists."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--level", choices=(*LEVELS, "nlvr"), default="easy", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="output folder (default: %(default)s)")
+    parser.add_argument("--level", choices=(*LEVELS, "nlvr"), default="easy", help="difficulty (default: %(default)s)")
     parser.add_argument("--train", type=int, default=20000, help="training samples, in pairs of twins (%(default)s)")
-    parser.add_argument("--val", type=int, default=500, help="pairs for validation (%(default)s)")
-    parser.add_argument("--test", type=int, default=500, help="pairs for test, and as many for novel (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--val", type=int, default=500, help="validation pairs (%(default)s)")
+    parser.add_argument("--test", type=int, default=500, help="test pairs, and as many for novel (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a different world in --out")
     args = parser.parse_args(arguments)
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}: give 0 or more")
     if args.train % 2 or min(args.train, args.val, args.test) < 2:
         raise ValueError(f"--train {args.train} --val {args.val} --test {args.test}: expected 2 or more, --train even")
-    # Training last, so that a size the world cannot provide is reported before most of the work.
+    # The training split comes last, so that a size that the world cannot provide is reported early.
     sizes = {"val": args.val, "test": args.test, "novel": args.test, "train": args.train}
     if args.level == "nlvr":
         del sizes["novel"]
@@ -415,6 +415,6 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # user errors end with one sentence, not with a traceback
+    except ValueError as error:  # user errors end with one sentence instead of a traceback
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

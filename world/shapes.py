@@ -1,8 +1,8 @@
-"""A world of coloured shapes: what a picture may show, what is true of it, how it is described, how it is drawn.
+"""A world of coloured shapes: the objects in a picture, the claims that are true of it, its captions and its rendering.
 
-A *scene* says what is where; a *meaning* is a claim about a scene; `holds(meaning, scene)` is the single definition of
-truth; `words(meaning)` puts a meaning into words; `render(scene)` draws a scene. scenes.py makes data sets from these,
-questions.py asks about them.
+A *scene* lists the objects in a picture; a *meaning* is a claim about a scene; `holds(meaning, scene)` is the single
+source of truth; `words(meaning)` returns a sentence for a meaning; `render(scene)` draws a scene. scenes.py builds
+datasets from scenes and meanings, and questions.py asks questions about them.
 """
 
 import random
@@ -23,7 +23,7 @@ COLOURS = {  # well separated from each other and from the light background
     "orange": (240, 135, 30),
     "black": (20, 20, 20),
 }
-# Grey levels of the background. Mid grey would be 0 after normalisation: an empty patch would be its position alone,
+# Grey levels of the background. Normalisation would map mid grey to 0, and an empty patch to its position embedding,
 # which the first layer norm amplifies; in a trial, R@1 on val after 500 steps was 16 % on mid and 34 % on light grey.
 PAPER = (225, 243)
 SHAPES = {  # True inside; u to the right and v downwards, from -1 to 1 across the box, whose sides every shape touches
@@ -38,15 +38,15 @@ SHAPES = {  # True inside; u to the right and v downwards, from -1 to 1 across t
 
 @dataclass(frozen=True)
 class Level:
-    """What a level shows and says. weights: of relation, single-object and count captions in training."""
+    """The content of a level. weights: of captions of relations, single objects and counts in training."""
 
     picture: int  # width and height in pixels
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
-    sizes: dict[str, tuple[int, int]]  # name: smallest and largest extent in pixels
-    styles: int  # how many wordings of one meaning are used, the plainest first
+    sizes: dict[str, tuple[int, int]]  # name: minimum and maximum extent in pixels
+    styles: int  # number of templates per kind of meaning, the plainest first
     weights: tuple[float, float, float]
-    twin_kinds: tuple[str, ...] = ("swap", "relation", "axis")  # kinds of foils that the training twins teach
+    twin_kinds: tuple[str, ...] = ("swap", "relation", "axis")  # kinds of foils that resemble the training twins
     other_kinds: tuple[str, ...] = ("colour", "shape")
     covers: bool = False  # whether an area of each picture is covered
 
@@ -80,18 +80,18 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn. Twins differ in the first two objects."""
+    """A picture before rendering. Twins differ in their first two objects."""
 
     background: int  # grey level
     objects: tuple[Object, ...]  # the visible ones
     cover: tuple[int, int, int, int] | None = None  # box of the covered area
-    hidden: tuple[Object, ...] = ()  # behind the cover, visible in no pixel
-    clutter: tuple[tuple[int, int, int, int, int], ...] = ()  # faint marks: (x, y, width, height, difference in grey)
+    hidden: tuple[Object, ...] = ()  # objects behind the cover, not visible in any pixel
+    clutter: tuple[tuple[int, int, int, int, int], ...] = ()  # faint marks: (x, y, width, height, grey difference)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is said about one object; None = not mentioned."""
+    """A partial description of one object; None = not mentioned."""
 
     colour: str | None = None
     shape: str | None = None
@@ -116,7 +116,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Related:
-    """A first object is left of, right of, above or below a second."""
+    """A first object is left of, right of, above or below a second one."""
 
     first: Description
     relation: str
@@ -128,7 +128,7 @@ Meaning = Exists | Count | Related
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TRANSPOSED = {"left of": "above", "above": "left of", "right of": "below", "below": "right of"}
 AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
-ALIGNED = 3  # most pixels by which the centres of two aligned objects differ across the axis
+ALIGNED = 3  # maximum distance in pixels between the centres of two aligned objects across the axis
 
 
 def found(what: Description, scene: Scene) -> list[Object]:
@@ -141,7 +141,7 @@ def found(what: Description, scene: Scene) -> list[Object]:
 
 
 def stands(a: Object, relation: str, b: Object) -> bool:
-    """Whether two boxes are separated along the axis of the relation, in its order, and aligned across it."""
+    """Whether two boxes are separated along the axis of the relation, in the stated order, and aligned across it."""
     axis = AXIS[relation]
     near, far = (a.box, b.box) if relation in ("left of", "above") else (b.box, a.box)
     gap = far[axis] - (near[axis] + near[axis + 2])
@@ -155,7 +155,7 @@ def agrees(count: int, number: int, bound: str) -> bool:
 
 
 def holds(meaning: Meaning, scene: Scene) -> bool:
-    """Whether a meaning is true of what is visible in a scene: the single definition of truth."""
+    """Whether a meaning is true of the visible objects of a scene: the single source of truth."""
     match meaning:
         case Exists(what):
             return bool(found(what, scene))
@@ -185,7 +185,7 @@ def phrase(what: Description) -> str:
 
 
 def plural(what: Description, number: int = 2) -> str:
-    """The description for a number of objects: large red circles."""
+    """The description in the form required by a number of objects: large red circles."""
     return phrase(what) + ("" if number == 1 else "es" if what.shape == "cross" else "s")
 
 
@@ -209,31 +209,31 @@ def words(meaning: Meaning, style: int = 0) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """What each split may show and say. Pools hold every relation between two different objects once, without sizes."""
+    """The content of each split. Pools hold every relation between two different objects once, without sizes."""
 
     name: str
     level: Level
     seed: int
     novel: frozenset[tuple[str, str]]  # (colour, shape)
     ordinary: tuple[tuple[str, str], ...]  # all other combinations
-    heldout: frozenset[tuple]  # keys, see key
+    heldout: frozenset[tuple]  # keys, see `key`
     pools: dict[str, list[Related]]  # seen, exchangeable (a part of seen), heldout, novel
 
 
 def key(meaning: Related) -> tuple:
-    """What all bindings, orders and axes of two objects have in common: their colours and their shapes."""
+    """The colours and shapes of the two objects, which all bindings, orders and axes of a relation share."""
     pair = (meaning.first, meaning.second)
     return tuple(sorted(what.colour for what in pair)), tuple(sorted(what.shape for what in pair))
 
 
 def make_world(name: str, seed: int) -> World:
-    """Choose the novel combinations and the held-out meanings, and sort all relations into pools."""
+    """Choose the novel combinations and the held-out meanings, and assign every relation to its pools."""
     level, rng = LEVELS[name], random.Random(f"{seed} world")
-    # One combination per shape, in different colours: every colour and every shape still occurs in other combinations.
+    # One combination per shape, all in different colours, so that every colour and every shape still occurs elsewhere.
     novel = frozenset(zip(rng.sample(level.colours, len(level.shapes)), level.shapes, strict=True))
     combinations = [Description(colour, shape) for colour, shape in product(level.colours, level.shapes)]
     ordinary = tuple((what.colour, what.shape) for what in combinations if (what.colour, what.shape) not in novel)
-    # One of each two equivalent meanings: "left of" and "above" stand for "right of" and "below" too.
+    # One of each two equivalent meanings: "left of" and "above" also represent "right of" and "below".
     meanings = [Related(a, relation, b) for a, b in permutations(combinations, 2) for relation in ("left of", "above")]
     pools = {"novel": [meaning for meaning in meanings if count_novel(meaning, novel)]}
     rest = [meaning for meaning in meanings if not count_novel(meaning, novel)]
@@ -249,17 +249,17 @@ def make_world(name: str, seed: int) -> World:
 
 
 def count_novel(meaning: Related, novel: frozenset[tuple[str, str]]) -> int:
-    """How many of the two objects are novel combinations."""
+    """The number of objects in a relation that are novel combinations."""
     return sum((what.colour, what.shape) in novel for what in (meaning.first, meaning.second))
 
 
 def status(meaning: Related, world: World) -> tuple[int, bool]:
-    """What a caption and its foils must share, since training texts reveal it: novel objects, and whether held out."""
+    """(number of novel objects, held out or not): a caption and its foils share both, or the text reveals the foil."""
     return count_novel(meaning, world.novel), key(meaning) in world.heldout
 
 
 def mirrored(meaning: Related) -> Related:
-    """The same meaning, stated from the other object."""
+    """An equivalent meaning, stated from the perspective of the other object."""
     return Related(meaning.second, OPPOSITE[meaning.relation], meaning.first)
 
 
@@ -273,7 +273,7 @@ def tell(meaning: Related, world: World, rng: random.Random) -> Related:
 
 
 def swap(meaning: Related, world: World) -> Related | None:
-    """Exchange the colours of the two objects; None if that only changes their order, or changes the status."""
+    """The relation with the objects' colours exchanged; None if that only reverses the order, or changes the status."""
     first, second = meaning.first, meaning.second
     if first.colour == second.colour or first.shape == second.shape:
         return None
@@ -295,12 +295,12 @@ def turn(meaning: Related, rng: random.Random) -> Related:
 
 
 def place(colour: str, shape: str, size: str, pixels: int, centre: tuple[int, int]) -> Object:
-    """An object, `pixels` wide and high, around a centre."""
+    """An object with an extent of `pixels` around a centre."""
     return Object(colour, shape, size, (centre[0] - pixels // 2, centre[1] - pixels // 2, pixels, pixels))
 
 
 def embody(what: Description, centre: tuple[int, int], world: World, rng: random.Random) -> Object:
-    """An object that matches a description; what is not mentioned is random, but never a novel combination."""
+    """An object that matches a description; unmentioned attributes are random, but never a novel combination."""
     colour, shape, size = what.colour, what.shape, what.size or rng.choice(tuple(world.level.sizes))
     if colour is None or shape is None:
         colour, shape = rng.choice([c for c in world.ordinary if colour in (None, c[0]) and shape in (None, c[1])])
@@ -308,7 +308,7 @@ def embody(what: Description, centre: tuple[int, int], world: World, rng: random
 
 
 def draw_easy(meaning: Related, world: World, rng: random.Random) -> Scene:
-    """The two objects of a relation aligned on one axis, the pair anywhere in the picture."""
+    """The two objects of a relation aligned on one axis, with the pair placed anywhere in the picture."""
     distance = rng.randint(14, 18)
     start, across = rng.randint(7, 25 - distance), rng.randint(8, 24)
     centres = [(start, across), (start + distance, across + rng.randint(-1, 1))]
@@ -322,7 +322,7 @@ def draw_easy(meaning: Related, world: World, rng: random.Random) -> Scene:
 
 
 def draw_full(meaning: Related | Count, world: World, rng: random.Random) -> Scene:
-    """Three to five objects in a jittered 3 x 3 grid, a cover over an empty cell, faint marks anywhere."""
+    """Three to five objects in a jittered 3 x 3 grid, a cover over an empty cell, and faint marks anywhere."""
     cells = rng.sample(list(product(range(3), range(3))), 9)
     if isinstance(meaning, Related):
         wanted = [meaning.first, meaning.second]
@@ -331,7 +331,7 @@ def draw_full(meaning: Related | Count, world: World, rng: random.Random) -> Sce
         if meaning.relation in ("right of", "below"):
             pair.reverse()
         cells = pair + [cell for cell in cells if cell not in pair]
-    else:  # the second object is not one of the counted, so that exchanging the first two changes the picture
+    else:  # the second object is not among the counted ones, so that exchanging the first two changes the picture
         wanted = [meaning.what, Description()] + [meaning.what] * (meaning.number - 1)
     wanted += [Description()] * (rng.randint(3, 5) - len(wanted))
     shift_x, shift_y = rng.randint(-2, 2), rng.randint(-2, 2)
@@ -351,7 +351,7 @@ DRAW = {"easy": draw_easy, "full": draw_full}
 
 
 def clear(meaning: Meaning, scene: Scene) -> bool:
-    """Whether a caption holds, and each object it relates is the only one that matches its description."""
+    """Whether a caption holds, and each object that it relates is the only one that matches its description."""
     if isinstance(meaning, Related) and not len(found(meaning.first, scene)) == len(found(meaning.second, scene)) == 1:
         return False
     return holds(meaning, scene)
@@ -367,7 +367,7 @@ def places_exchanged(scene: Scene) -> Scene:
 
 
 def transposed(scene: Scene) -> Scene:
-    """The scene with rows and columns exchanged, so left of becomes above; the shapes themselves stay upright."""
+    """The scene with rows and columns exchanged, so that left of becomes above; the shapes themselves stay upright."""
 
     def over(things: tuple[Object, ...]) -> tuple[Object, ...]:
         return tuple(replace(t, box=(t.box[1], t.box[0], t.box[3], t.box[2])) for t in things)
@@ -384,7 +384,7 @@ def exchanged(scene: Scene) -> Scene:
 
 
 def differ(difference: str, meaning: Related, scene: Scene, world: World, rng: random.Random) -> tuple[Related, Scene]:
-    """Apply one difference -> the meaning that is then true, and the scene"""
+    """Apply one difference between twins -> the meaning that is then true, and the scene"""
     if difference == "colours":
         return swap(meaning, world), exchanged(scene)
     if difference == "places" or (difference == "axis" and rng.random() < 0.5):
@@ -395,19 +395,19 @@ def differ(difference: str, meaning: Related, scene: Scene, world: World, rng: r
 
 
 def told_apart(captions: list[Meaning], scenes: list[Scene]) -> bool:
-    """Whether the first caption is clear in the first scene and false of the second, unless both captions are equal."""
+    """Whether the first caption is clear in the first scene and false of the second, or both captions are equal."""
     return clear(captions[0], scenes[0]) and (captions[0] == captions[1] or not holds(captions[0], scenes[1]))
 
 
 def draw_count(combinations: tuple[tuple[str, str], ...], rng: random.Random) -> Count:
-    """One, two or three objects of a colour, of a shape or of both."""
+    """One, two or three objects of the same colour, shape or both."""
     colour, shape = rng.choice(combinations)
     what = rng.choice((Description(colour), Description(None, shape), Description(colour, shape)))
     return Count(what, rng.randint(1, 3))
 
 
 def facts(scene: Scene) -> set[Related]:
-    """Every relation between two objects of a scene, in the form used in the pools."""
+    """Every relation between two objects of a scene, in the form used by the pools."""
     return {
         Related(Description(a.colour, a.shape), relation, Description(b.colour, b.shape))
         for a, b in permutations(scene.objects, 2)
@@ -421,21 +421,21 @@ def facts(scene: Scene) -> set[Related]:
 
 @cache
 def sprite(shape: str, pixels: int) -> np.ndarray:
-    """How much of each pixel a shape covers, (pixels, pixels, 1), from 8 x 8 sample points per pixel."""
+    """The coverage of each pixel by a shape, (pixels, pixels, 1), from 8 x 8 sample points per pixel."""
     at = (np.arange(8 * pixels) + 0.5) / (4 * pixels) - 1
     inside = SHAPES[shape](at[None, :], at[:, None]) & np.ones((8 * pixels, 8 * pixels), dtype=bool)
     return inside.reshape(pixels, 8, pixels, 8).mean(axis=(1, 3), dtype=np.float32)[..., None]
 
 
 def paint(pixels: np.ndarray, shape: str, colour: tuple[int, int, int], box: tuple[int, int, int, int]) -> None:
-    """Draw a shape into its box (x, y, width, height) of a picture (height, width, 3), anti-aliased."""
+    """Draw an anti-aliased shape into its box (x, y, width, height) of a picture (height, width, 3)."""
     x, y, w, h = box
     region = pixels[y : y + h, x : x + w]
     region += sprite(shape, w) * (np.array(colour, dtype=np.float32) - region)
 
 
 def render(scene: Scene, extent: int) -> np.ndarray:
-    """The picture of a scene, (extent, extent, 3) of uint8."""
+    """The rendered picture of a scene, (extent, extent, 3) of uint8."""
     pixels = np.full((extent, extent, 3), scene.background, dtype=np.float32)
     for x, y, w, h, difference in scene.clutter:
         pixels[y : y + h, x : x + w] = scene.background + difference

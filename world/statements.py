@@ -1,12 +1,12 @@
-"""Statements about three boxes in the style of Cornell NLVR, true or false; and captions and phrases.
+"""True and false statements about three boxes, in the style of Cornell NLVR, with captions and phrases for grounding.
 
-The wordings follow sentences of NLVR's training set; nothing was taken from its development or test set.
+The templates follow sentences of NLVR's training set; nothing was taken from its development or test sets.
 
-How to read it: a `Said` is a fragment of a sentence with its readings. People say "there are two towers" if there are
-exactly two, but also if there are three: such a sentence has two readings, and is used only where both agree.
+How to read it: a `Said` is a fragment of a sentence with its possible readings. "There are two towers" can mean exactly
+two, but also at least two: such a sentence has two readings, and we use it only where both agree.
 
-Two pictures are drawn together, and statements until enough are true of only the first and of only the second. So each
-text is true once and false once, and likewise each picture: the text alone or the picture alone gives exactly 50 %.
+Two pictures are sampled together, then statements until enough of them are true of only the first picture and of only
+the second. Each text is thus true once and false once, and so is each picture: either one alone yields exactly 50 %.
 """
 
 import random
@@ -43,7 +43,7 @@ from world.towers import (
 
 @dataclass(frozen=True)
 class Said:
-    """A fragment of a sentence: its text, and its possible readings; plural if it is about several things."""
+    """A fragment of a sentence: its text and its possible readings. plural: whether it refers to several things."""
 
     text: str
     readings: tuple
@@ -51,12 +51,12 @@ class Said:
 
 
 def numeral(n: int, rng: random.Random) -> str:
-    """A number as a word or as a digit."""
+    """A number, spelled out or as a digit."""
     return rng.choice((NUMBERS[n], str(n)))
 
 
 def quantity(most: int, rng: random.Random, ways: str = "a bare exactly least most only more no") -> Said:
-    """How many, with Numbers as readings."""
+    """A quantifier, with Numbers as its readings."""
     kind = rng.choice(ways.split())
     n = rng.choice((1, 1, 1, 2, 2, 3, 4, 5, 6)) if most > 3 else rng.choice((1, 1, 2, 3))
     n = min(n, most)
@@ -79,7 +79,7 @@ def quantity(most: int, rng: random.Random, ways: str = "a bare exactly least mo
             return Said("no", (Number(0),))
 
 
-SIDES = {  # how people say that an item touches a side
+SIDES = {  # phrasings of an item touching a side
     "edge": ("touching the edge", "touching any edge", "touching an edge", "touching the wall", "touching the side",
              "closely touching a wall of a box"),
     "bottom": ("touching the base", "closely touching the bottom of a box", "touching the bottom"),
@@ -91,7 +91,7 @@ FREE = ("not touching the edge", "not touching any edge", "not touching the wall
 
 
 def name(what: What, plural: bool, noun: str) -> str:
-    """Size, colour and shape, without a number: small yellow circles."""
+    """The noun phrase with size, colour and shape but no number: small yellow circles."""
     return " ".join(filter(None, (what.size, what.colour, what.shape or noun))) + ("s" if plural else "")
 
 
@@ -106,12 +106,12 @@ def describe(rng: random.Random, towers: bool, kinds: str = "c cs cs s") -> What
 
 
 def be(said: Said) -> str:
-    """The verb: is or are."""
+    """The matching verb form: is or are."""
     return "are" if said.plural else "is"
 
 
 def items_phrase(towers: bool, rng: random.Random) -> tuple[What, str, str]:
-    """Items that can be counted: their description, the noun, and what follows it ("touching the edge")."""
+    """Countable items: their description, the noun, and the phrase that follows it ("touching the edge")."""
     what, tail = describe(rng, towers, "c cs cs s"), ""
     if not towers and rng.random() < 0.15:
         what = replace(what, size=rng.choice(tuple(SIZES)))
@@ -126,7 +126,7 @@ def items_phrase(towers: bool, rng: random.Random) -> tuple[What, str, str]:
 
 
 def items_saying(towers: bool, rng: random.Random) -> Said:
-    """Such as: there are exactly two yellow circles touching the edge."""
+    """Example: there are exactly two yellow circles touching the edge."""
     what, noun, tail = items_phrase(towers, rng)
     if tail and rng.random() < 0.1:
         return Said(f"none of the {name(what, True, noun)} are{tail}", (Items(what, Number(0)),))
@@ -136,7 +136,7 @@ def items_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def place_saying(towers: bool, rng: random.Random) -> Said:
-    """Such as: there are exactly two yellow blocks as the base of a tower with at least three blocks."""
+    """Example: there are exactly two yellow blocks as the base of a tower with at least three blocks."""
     place, spoken = rng.choice(((0, "base"), (-1, "top")))
     what, tail = replace(describe(rng, True, "c"), place=place), ""
     heights = (None,)
@@ -149,10 +149,10 @@ def place_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def order(rng: random.Random, noun: str = "block", plural: bool = False) -> Said:
-    """Such as: yellow block above a blue block. The readings describe the upper block, which is the one counted."""
+    """Example: yellow block above a blue block. The readings describe the upper block, which is the one counted."""
     upper, lower = (rng.choice(tuple(COLOURS)) for _ in range(2))
     word = rng.choice(("on", "on", "on top of", "over", "above", "above"))
-    ways = (True, False) if word == "above" else (True,)  # directly, or with others in between
+    ways = (True, False) if word == "above" else (True,)  # directly above, or with other blocks in between
     readings = tuple(What(upper, over=What(lower), near=near) for near in ways)
     if not plural and rng.random() < 0.3:
         word = rng.choice(("below", "below", "bellow", "beneath"))
@@ -164,7 +164,7 @@ def order(rng: random.Random, noun: str = "block", plural: bool = False) -> Said
 
 
 def order_saying(towers: bool, rng: random.Random) -> Said:
-    """Such as: there is a yellow block above a blue block."""
+    """Example: there is a yellow block above a blue block."""
     if rng.random() < 0.2:
         many = quantity(2, rng, "exactly least")
         said = order(rng, plural=True)
@@ -177,17 +177,17 @@ def order_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def listed(words: list[str]) -> str:
-    """Words in a list: blue, black and yellow."""
+    """Words joined to a list: blue, black and yellow."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def some(towers: bool, rng: random.Random, ways: str, kinds: str, noun: str) -> Said:
-    """A condition on a box, such as: exactly two yellow items."""
+    """A condition on a box. Example: exactly two yellow items."""
     what, many = describe(rng, towers, kinds), quantity(TALLEST if towers else 5, rng, ways)
     return Said(f"{many.text} {name(what, many.plural, noun)}", tuple(Has(what, n) for n in many.readings))
 
 
-# Each function states one kind of condition on a box or a tower, such as its docstring. Readings: tuples of conditions.
+# Each function states one kind of condition on a box or a tower; its docstring is an example. Readings are tuples.
 
 
 def total(towers: bool, noun: str, rng: random.Random) -> Said:
@@ -218,7 +218,7 @@ def palette(towers: bool, noun: str, rng: random.Random) -> Said:
 
 
 def variety(towers: bool, noun: str, rng: random.Random) -> Said:
-    """Blocks of two different colors. "Of the same color" has two readings: a single block is enough, or is not."""
+    """Blocks of two different colors. "Of the same color" has two readings: one block is enough, or at least two."""
     n = rng.randint(1, 3)
     if n == 1:
         text = f"{noun}s of the same {rng.choice(('color', 'colour'))}"
@@ -230,7 +230,7 @@ def variety(towers: bool, noun: str, rng: random.Random) -> Said:
 def of_which(towers: bool, noun: str, rng: random.Random) -> Said:
     """Three items of which two are yellow."""
     what, many = describe(rng, towers, "c c cs s"), quantity(3, rng, "bare bare least exactly")
-    kind = name(what, many.plural and what.shape is not None, "")  # a colour alone has no plural
+    kind = name(what, many.plural and what.shape is not None, "")  # a colour alone has no plural form
     part = Said(f"{many.text} {be(many)} {kind}".strip(), tuple(Has(what, n) for n in many.readings))
     return both(some(towers, rng, "bare exactly", "n", noun), part, joint=" of which ")
 
@@ -271,21 +271,21 @@ def at_side(towers: bool, noun: str, rng: random.Random) -> Said:
 
 
 def both(*parts: Said, joint: str = "") -> Said:
-    """Join fragments that state one condition each."""
+    """Join fragments, each of which states one condition."""
     texts = [part.text for part in parts]
     text = joint.join(texts) if joint else listed(texts)
     return Said(text, tuple(product(*(part.readings for part in parts))))
 
 
-CONDITIONS = {  # by kind of picture; what is listed twice is used twice as often
+CONDITIONS = {  # by kind of picture; conditions listed twice are used twice as often
     True: (total, such, such, palette, variety, of_which, at_place, at_place, ordered, total_and_place, counted_place),
     False: (total, such, such, several, several, palette, variety, of_which, at_side),
 }
 
 
 def boxes_phrase(towers: bool, rng: random.Random) -> tuple[str, str, Said]:
-    """What a box is called, in the singular and plural, and a condition on it."""
-    as_tower = towers and rng.random() < 0.85  # a tower is also a box of blocks
+    """The noun for a box, in the singular and the plural, and a condition on the box."""
+    as_tower = towers and rng.random() < 0.85  # a tower can also be called a box of blocks
     noun = "block" if as_tower else rng.choice(("item", "item", "item", "object"))
     subject = "tower" if as_tower else rng.choice(("box", "box", "box", "grey box", "grey square"))
     plural = subject + ("es" if subject.endswith("x") else "s")
@@ -293,7 +293,7 @@ def boxes_phrase(towers: bool, rng: random.Random) -> tuple[str, str, Said]:
 
 
 def boxes_saying(towers: bool, rng: random.Random) -> Said:
-    """Such as: there is exactly one box with two yellow items and a blue circle."""
+    """Example: there is exactly one box with two yellow items and a blue circle."""
     subject, plural, has = boxes_phrase(towers, rng)
     many = quantity(3, rng, "a a a a bare bare exactly least only no")
     if rng.random() < 0.06:
@@ -310,7 +310,7 @@ def boxes_saying(towers: bool, rng: random.Random) -> Said:
 
 
 def whole_saying(towers: bool, rng: random.Random) -> Said:
-    """Such as: there is a yellow tower with at least two blocks."""
+    """Example: there is a yellow tower with at least two blocks."""
     colour = rng.choice(tuple(COLOURS))
     only = Palette(frozenset([colour]))
     if rng.random() < 0.5:
@@ -328,7 +328,7 @@ SAYINGS = {  # by kind of picture: (kind of statement, weight)
 
 
 def say(towers: bool, rng: random.Random) -> Said:
-    """A sentence about a kind of picture, true or false; its readings are Meanings."""
+    """A sentence about one kind of picture, true or false; its readings are Meanings."""
     sayings, weights = zip(*SAYINGS[towers], strict=True)
     return rng.choices(sayings, weights)[0](towers, rng)
 
@@ -341,11 +341,11 @@ def verdict(said: Said, picture: Picture) -> bool | None:
 
 # ------------------------------------------------------------------------------------------------------------ samples
 
-TEXTS = 2  # statements per picture, each true of it and false of the other picture
+TEXTS = 2  # number of statements per picture, each true of this picture and false of the other one
 
 
 def captions(picture: Picture, rng: random.Random) -> list[str]:
-    """For any two of the boxes, what they hold, from left to right; at most two kinds of scattered items per box."""
+    """The contents of any two boxes, from left to right; at most two kinds of scattered items per box."""
     parts = []
     for box in picture.boxes:
         if picture.towers:
@@ -362,8 +362,8 @@ def captions(picture: Picture, rng: random.Random) -> list[str]:
 
 
 def statements(pictures: tuple[Picture, Picture], rng: random.Random) -> list[tuple[str, int]]:
-    """(text, index of the picture it is true of), as many for each; empty if the pictures are hard to tell apart."""
-    told: dict[str, tuple[str, int]] = {}  # by text without the full stop
+    """(text, index of the picture that it is true of), equally many for both; empty if none can be found in time."""
+    told: dict[str, tuple[str, int]] = {}  # keyed by the text without its full stop
     for _ in range(400):
         said = say(pictures[0].towers, rng)
         verdicts = [verdict(said, picture) for picture in pictures]
@@ -378,7 +378,7 @@ def statements(pictures: tuple[Picture, Picture], rng: random.Random) -> list[tu
 
 
 def grounding(picture: Picture, rng: random.Random) -> dict | None:
-    """A row for grounding: a phrase that matches some items, any of which counts, but not all of them."""
+    """A row for grounding: a phrase that matches some but not all items; any of the matching items is correct."""
     boxes = {
         what: [
             bounds(number, item)
@@ -398,8 +398,8 @@ def grounding(picture: Picture, rng: random.Random) -> dict | None:
 
 
 def question(picture: Picture, rng: random.Random) -> tuple[str, int]:
-    """How many yellow blocks are there? Or, worded like a statement, so that counting transfers to statements: there
-    are how many towers with a blue base? Answers from 0 to 4, as evenly distributed as possible."""
+    """How many yellow blocks are there? Or, phrased like a statement, so that counting transfers to statements: there
+    are how many towers with a blue base? The answers range from 0 to 4 and are as evenly distributed as possible."""
     wanted = rng.randrange(5)
     while True:
         stated = rng.random() < 0.5
@@ -419,7 +419,7 @@ def question(picture: Picture, rng: random.Random) -> tuple[str, int]:
 
 
 def samples(split: str, size: int, seed: int) -> Iterator[tuple[Picture, dict[str, list[dict]]]]:
-    """The pictures of a split and, by task, their rows without the picture; size counts pictures, drawn in pairs."""
+    """The pictures of a split and, by task, their rows without the picture. size: number of pictures (in pairs)"""
     rng = random.Random(f"{seed} nlvr {split}")
     for number in range(size // 2):
         told = []

@@ -1,10 +1,10 @@
 """The level nlvr of the built-in world: three grey boxes with scattered items or towers of blocks.
 
-Pictures of 400 x 100 pixels in the style of Cornell NLVR (Suhr et al., ACL 2017); statements.py makes true and false
-statements about them, scenes.py writes them to disk.
+Pictures of 400 x 100 pixels in the style of Cornell NLVR (Suhr et al., ACL 2017). `statements.py` generates true and
+false statements about the pictures, and `scenes.py` writes the dataset to disk.
 
-How to read it: boxes contain *items*, three boxes make a *picture*; a *meaning* is a claim about a picture, and
-`holds(meaning, picture)` is the single definition of truth.
+How to read it: a box contains *items*, and three boxes make a *picture*; a *meaning* is a claim about a picture, and
+`holds(meaning, picture)` is the single source of truth.
 """
 
 import random
@@ -17,16 +17,16 @@ from world.shapes import agrees, paint
 COLOURS = {"yellow": (255, 255, 0), "blue": (0, 153, 255), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 10, "medium": 20, "big": 30}  # pixels
-BOX, GAP = 100, 50  # pixels: side of each of the three boxes, and distance between them
+BOX, GAP = 100, 50  # pixels: side of each of the three boxes, and the gap between two boxes
 BOX_GREY, GAP_GREY = 211, 128
-TALLEST, MOST = 4, 7  # most blocks in a tower, most scattered items in a box
+TALLEST, MOST = 4, 7  # maximum number of blocks in a tower, and of scattered items in a box
 
 # ------------------------------------------------------------------------------------------- pictures and what is true
 
 
 @dataclass(frozen=True)
 class Item:
-    """A coloured shape; (x, y) is its upper left corner in pixels of its box, x to the right and y downwards."""
+    """A coloured shape. (x, y): upper left corner in pixels within its box; x increases to the right, y downwards."""
 
     colour: str
     shape: str
@@ -35,20 +35,20 @@ class Item:
     y: int
 
     def touches(self, side: str) -> bool:
-        """Whether it touches a side of its box: left, right, top, bottom, edge (any side), corner (two sides)."""
+        """Whether the item touches a side of its box: left, right, top, bottom, edge (any side), corner (two sides)."""
         far = BOX - SIZES[self.size]
         sides = {"left": self.x == 0, "right": self.x == far, "top": self.y == 0, "bottom": self.y == far}
         return sides[side] if side in sides else sum(sides.values()) >= {"edge": 1, "corner": 2}[side]
 
 
-Box = tuple[Item, ...]  # a tower from its base upwards
+Box = tuple[Item, ...]  # for a tower, from its base upwards
 
 
 @dataclass(frozen=True)
 class Picture:
     """Three boxes, from left to right."""
 
-    towers: bool  # or scattered items
+    towers: bool  # whether the boxes contain towers; else scattered items
     boxes: tuple[Box, Box, Box]
 
 
@@ -60,28 +60,28 @@ class Number:
     bound: str = "exactly"
 
     def fits(self, count: int) -> bool:
-        """Whether a count satisfies this."""
+        """Whether a count satisfies this bound."""
         return agrees(count, self.n, self.bound)
 
 
 @dataclass(frozen=True)
 class What:
-    """What is said about one item; None = not mentioned."""
+    """A partial description of one item; None = not mentioned."""
 
     colour: str | None = None
     shape: str | None = None
     size: str | None = None
     touching: str | None = None  # a side, see Item.touches
-    free: bool = False  # touches no side
-    place: int | None = None  # position in its tower: 0 is the base, -1 the top
-    height: Number | None = None  # blocks of its tower
-    over: "What | None" = None  # an item below it in its tower
-    near: bool = False  # whether that item is directly below
+    free: bool = False  # whether the item touches no side
+    place: int | None = None  # zero-based position in its tower: 0 is the base, -1 the top
+    height: Number | None = None  # number of blocks in its tower
+    over: "What | None" = None  # description of an item below it in its tower
+    near: bool = False  # whether that item must be directly below
 
 
 @dataclass(frozen=True)
 class Has:
-    """A box holds that number of such items."""
+    """A box holds `number` items that match."""
 
     what: What
     number: Number
@@ -89,7 +89,7 @@ class Has:
 
 @dataclass(frozen=True)
 class Palette:
-    """The values of an attribute in a box are among these or, with every, exactly these: only blue and black."""
+    """An attribute's values in a box are a subset of these or, with `every`, exactly these: only blue and black."""
 
     values: frozenset[str]
     attribute: str = "colour"
@@ -98,7 +98,7 @@ class Palette:
 
 @dataclass(frozen=True)
 class Variety:
-    """That number of different values of an attribute occur in a box."""
+    """The number of different values of an attribute in a box."""
 
     number: Number
     attribute: str = "colour"
@@ -106,7 +106,7 @@ class Variety:
 
 @dataclass(frozen=True)
 class Items:
-    """A claim about all items of a picture: that number of them match."""
+    """A claim about all items of a picture: `number` of them match."""
 
     what: What
     number: Number
@@ -114,7 +114,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Boxes:
-    """A claim about boxes: that number of them satisfy all conditions."""
+    """A claim about boxes: `number` of them satisfy all conditions."""
 
     conditions: tuple[Has | Palette | Variety, ...]
     number: Number
@@ -126,7 +126,7 @@ Meaning = Items | Boxes
 def fits(what: What, place: int, box: Box) -> bool:
     """Whether a description matches the item at a position in a box."""
     item = box[place]
-    lowest = max(place - 1, 0) if what.near else 0  # lowest item below that counts
+    lowest = max(place - 1, 0) if what.near else 0  # lowest position considered
     return (
         what.colour in (None, item.colour)
         and what.shape in (None, item.shape)
@@ -140,7 +140,7 @@ def fits(what: What, place: int, box: Box) -> bool:
 
 
 def count(what: What, *boxes: Box) -> int:
-    """How many items of some boxes match a description."""
+    """The number of items in the given boxes that match a description."""
     return sum(fits(what, place, box) for box in boxes for place in range(len(box)))
 
 
@@ -157,12 +157,12 @@ def true_of(condition: Has | Palette | Variety, box: Box) -> bool:
 
 
 def count_boxes(conditions: tuple[Has | Palette | Variety, ...], picture: Picture) -> int:
-    """How many boxes of a picture satisfy all conditions."""
+    """The number of boxes in a picture that satisfy all conditions."""
     return sum(all(true_of(condition, box) for condition in conditions) for box in picture.boxes)
 
 
 def holds(meaning: Meaning, picture: Picture) -> bool:
-    """Whether a meaning is true of a picture: the single definition of truth."""
+    """Whether a meaning is true of a picture: the single source of truth."""
     match meaning:
         case Items(what, number):
             return number.fits(count(what, *picture.boxes))
@@ -174,19 +174,19 @@ def holds(meaning: Meaning, picture: Picture) -> bool:
 
 
 def tower(colours: list[str]) -> Box:
-    """Blocks of these colours, from the base upwards, one pixel apart."""
+    """A tower of blocks with the given colours, from the base upwards, one pixel apart."""
     return tuple(Item(colour, "square", "medium", 40, 80 - 21 * place) for place, colour in enumerate(colours))
 
 
 def scatter(items: list[tuple[str, str, str]], rng: random.Random) -> Box:
     """(colour, shape, size) of items -> the items at random places in a box, at least one pixel apart.
 
-    The corner is drawn anywhere in the box and moved back if the item would stick out. So many items touch the right
-    side or the bottom, and few the left side or the top, as in NLVR.
+    The upper left corner is sampled anywhere in the box and clamped so that the item fits. As in NLVR, many items
+    therefore touch the right side or the bottom, and few the left side or the top.
     """
     while True:
         placed: list[Item] = []
-        for colour, shape, size in sorted(items, key=lambda item: -SIZES[item[2]]):  # large ones first
+        for colour, shape, size in sorted(items, key=lambda item: -SIZES[item[2]]):  # place large items first
             for _ in range(50):
                 x, y = (min(rng.randrange(BOX), BOX - SIZES[size]) for _ in range(2))
                 if not any(
@@ -202,7 +202,7 @@ def scatter(items: list[tuple[str, str, str]], rng: random.Random) -> Box:
 
 
 def draw_picture(towers: bool, rng: random.Random) -> Picture:
-    """Towers of one to four blocks, or one to seven scattered items per box."""
+    """Sample a picture: per box, either a tower of one to four blocks, or one to seven scattered items."""
     if towers:
         heights = [rng.randint(1, TALLEST) for _ in range(3)]
         return Picture(True, tuple(tower(rng.choices(tuple(COLOURS), k=height)) for height in heights))
@@ -218,7 +218,7 @@ def draw_picture(towers: bool, rng: random.Random) -> Picture:
 
 
 def shuffled(picture: Picture, rng: random.Random) -> Picture:
-    """A picture of the same items in other boxes and places."""
+    """A picture with the same items, randomly redistributed over boxes and places."""
     items = [item for box in picture.boxes for item in box]
     rng.shuffle(items)
     while True:
@@ -233,7 +233,7 @@ def shuffled(picture: Picture, rng: random.Random) -> Picture:
 
 
 def render(picture: Picture) -> np.ndarray:
-    """The picture, (100, 400, 3) of uint8."""
+    """Render a picture as (100, 400, 3) of uint8."""
     pixels = np.full((BOX, 3 * BOX + 2 * GAP, 3), GAP_GREY, dtype=np.float32)
     for number, box in enumerate(picture.boxes):
         left = number * (BOX + GAP)
@@ -244,5 +244,5 @@ def render(picture: Picture) -> np.ndarray:
 
 
 def bounds(number: int, item: Item) -> list[int]:
-    """The bounding box [x, y, width, height], in pixels of the picture, of an item in the box of that number."""
+    """The bounding box [x, y, width, height], in pixels of the picture, of an item in the box with index `number`."""
     return [number * (BOX + GAP) + item.x, item.y, SIZES[item.size], SIZES[item.size]]

@@ -1,7 +1,7 @@
-"""A folder that several runs write to: a run replaces all files that it wrote there before, and nothing else.
+"""An output folder shared by several runs: each run replaces all files that it wrote there before, and nothing else.
 
-`written.json` in the folder lists the files of each run, by the run's name. So no files of an earlier run are left
-beside those of a new one, and anything else in the folder, such as notes or other data, is never deleted.
+`written.json` in this folder lists the files that each run wrote, under the name of the run. No file of an earlier run
+is therefore left beside those of a new one, and any other file, such as notes or other data, is never deleted.
 """
 
 import json
@@ -15,7 +15,7 @@ LIST, TEMPORARY = "written.json", ".writing-"
 
 
 def listed(folder: Path) -> dict[str, list[str]]:
-    """{run: files} from a folder's list. Raises ValueError for a list that is damaged or leads out of the folder."""
+    """A folder's list as {run: files}. Raises ValueError for a list that is damaged or points outside the folder."""
     path, runs = folder / LIST, {}
     if path.is_file():
         with suppress(ValueError):
@@ -33,10 +33,10 @@ def are_inside(files) -> bool:
 
 @contextmanager
 def replacing(folder: Path, run: str, force: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder whose files move to `folder` together if the block succeeds. If not, nothing changes.
+    """Yield a temporary folder; if the block succeeds, its files move to `folder` together, else nothing changes.
 
-    They replace all files of the earlier run of that name, and of any run that wrote one of the same files; with force,
-    also unlisted files of the same names.
+    The new files replace all files of an earlier run of the same name, and all files of any other run that wrote one of
+    them. With force, they also replace unlisted files of the same names.
 
     Raises:  ValueError for an unlisted file of the same name without force
     """
@@ -65,10 +65,10 @@ def replacing(folder: Path, run: str, force: bool = False) -> Iterator[Path]:
 
 
 def move(folder: Path, new: Path, old: Path, theirs: set[str], names: list[str], others: dict, run: str) -> None:
-    """Move old files out of a folder and new ones in; undo it if that fails. Meanwhile the list holds both."""
+    """Move old files out of a folder and new ones in, or undo all moves on failure. Meanwhile both are listed."""
     path, moves = folder / LIST, []
     before = path.read_bytes() if path.is_file() else None
-    # The last file in the alphabet goes out first and comes in last: without its world.json, a world is incomplete.
+    # The alphabetically last file leaves first and arrives last: a world without its world.json counts as incomplete.
     moves += [(folder / name, old / name) for name in sorted({*theirs, *names}, reverse=True)]
     moves += [(new / name, folder / name) for name in names]
     begun = []
@@ -80,7 +80,7 @@ def move(folder: Path, new: Path, old: Path, theirs: set[str], names: list[str],
                 end.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(start, end)
         write_list(path, new.parent, others | {run: names})
-    except BaseException:  # also Ctrl-C
+    except BaseException:  # including Ctrl-C
         for start, end in reversed(begun):
             if os.path.lexists(end):
                 os.replace(end, start)
@@ -91,14 +91,14 @@ def move(folder: Path, new: Path, old: Path, theirs: set[str], names: list[str],
 
 
 def write_list(path: Path, temporary: Path, runs: dict[str, list[str]]) -> None:
-    """Replace the list atomically."""
+    """Replace the list of written files atomically."""
     (temporary / LIST).write_text(json.dumps(runs, indent=0) + "\n", encoding="utf-8")
     os.replace(temporary / LIST, path)
 
 
 def drop_empty(folder: Path, names: Iterable[str]) -> None:
-    """Remove the folders of some files if they are empty now."""
+    """Remove the parent folders of the given files if they are now empty."""
     inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.parts}
     for parent in sorted(inside, key=lambda parent: -len(parent.parts)):
-        with suppress(OSError):  # not empty, or not there
+        with suppress(OSError):  # not empty, or does not exist
             (folder / parent).rmdir()
