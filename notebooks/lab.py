@@ -1,4 +1,4 @@
-"""What the notebooks share: the path of the repository, a checkpoint to look into, and self-checking exercises.
+"""Shared code of the notebooks: the path of the repository, a checkpoint to inspect, and self-checking exercises.
 
 A notebook begins with `import lab`, which makes the modules of the repository importable, and `demo = lab.start()`.
 """
@@ -39,7 +39,7 @@ CHECKPOINTS = Path("runs/demo/checkpoint.pt"), Path("weights/demo.pt")
 
 @dataclass
 class Demo:
-    """A pre-trained model to look into, and the built-in world that it was trained on."""
+    """A pre-trained model to inspect, and the built-in world that it was trained on."""
 
     checkpoint: Path
     model: VisionLanguageModel
@@ -49,20 +49,20 @@ class Demo:
 
 
 def run(*command: str) -> str:
-    """Run a command of the repository, such as run("eval.py", "foils", ...) -> what it printed
+    """Run a command of the repository, such as run("eval.py", "foils", ...) -> its standard output
 
     Raises:  RuntimeError with the command's own error message
     """
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.rpartition("error: ")[2].strip()  # after the remains of a progress bar
+        said = done.stderr.rpartition("error: ")[2].strip()  # strip the remains of a progress bar
         raise RuntimeError(said or f"{command} failed")
     return done.stdout
 
 
 def start() -> Demo:
-    """Change to the repository's folder -> the demo's checkpoint: your own if `make demo` has made one, else the one
-    that comes with the repository"""
+    """Change to the repository's folder -> the demo's checkpoint: your own from `make demo` if it exists, else the
+    one that ships with the repository"""
     os.chdir(ROOT)
     style()
     if not (WORLD / "world.json").is_file():
@@ -75,8 +75,8 @@ def start() -> Demo:
 
 
 def batch_of(demo: Demo, size: int = 64, number: int = 0) -> dict[str, Tensor]:
-    """A training batch as train.py makes it, number counted from 0: with twins together, noise for the masks of each
-    sample, and noise for the draws of matching. With size 64 it is one that the checkpoint was trained on."""
+    """A training batch as train.py builds it, number counted from 0: with twins together, noise for the masks of each
+    sample, and noise for sampling ITM's negatives. With size 64, the checkpoint was trained on this very batch."""
     with contextlib.redirect_stderr(io.StringIO()):  # no progress bar in the notebook
         rows = read_rows([demo.world / "pairs_train.jsonl"], "pairs")
     config, seed = demo.model.config, demo.state["train"]["seed"]
@@ -88,14 +88,14 @@ def batch_of(demo: Demo, size: int = 64, number: int = 0) -> dict[str, Tensor]:
 
 
 def show(axes: Axes, image: Tensor, title: str = "") -> None:
-    """Show a picture (3, height, width), values in [-1, 1], every pixel as a square."""
+    """Show a picture (3, height, width), values in [-1, 1], without interpolation."""
     axes.imshow((image.permute(1, 2, 0) + 1) / 2, interpolation="nearest")
     axes.set_title(title)
     axes.axis("off")
 
 
 def show_veiled(axes: Axes, image: Tensor, light: Tensor, title: str = "") -> None:
-    """Show a picture under a veil that lets light (n,) through at each patch: 1 = all of it, 0 = none."""
+    """Show a picture under a veil whose transparency at each patch is light (n,): 1 = clear, 0 = opaque."""
     height, width = image.shape[1:]
     rows = round((len(light) * height / width) ** 0.5)
     seen = F.interpolate(light.detach().float().reshape(1, 1, rows, -1), size=(height, width))[0]
@@ -121,7 +121,7 @@ def words_of(demo: Demo, ids: Tensor) -> list[str]:
 
 
 def style() -> None:
-    """Set one style for all figures."""
+    """Set a common style for all figures."""
     plt.rcParams.update(
         {
             "figure.dpi": 90,
@@ -144,7 +144,7 @@ def check(number: int, answer: object, test: Callable) -> None:
         return
     try:
         verdict = test(answer)
-    except Exception as error:  # whatever a reader's code raises
+    except Exception as error:  # a reader's code may raise anything
         verdict = f"it stops with {type(error).__name__}: {error}"
     hint = verdict if isinstance(verdict, str) else "that is not it"
     print(f"exercise {number}: right" if verdict is True else f"exercise {number}: not yet, {hint}")
