@@ -39,6 +39,7 @@ from reading.rows import (  # noqa: F401  all that reading has, for whoever impo
     captions_of,
     check_row,
     content_of,
+    is_text,
     json_lines,
     lines_of,
     open_rows,
@@ -159,7 +160,7 @@ def make_batch(
 
 def stable_id(text: str) -> int:
     """A 63-bit number that is the same for the same text in every process and every run."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def count_truncated(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int) -> int:

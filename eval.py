@@ -20,6 +20,7 @@ defined in metrics.py, heat maps and grounding in explain.py. Results go to resu
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from data import CHECKS, captions_of, files_of, is_video, pictures_of, read_rows, resolved, video_of
+from data import CHECKS, captions_of, files_of, is_text, is_video, pictures_of, read_rows, resolved, video_of
 from explain import Heat, How, ground, heats_of, pixels_of
 from mamo import Encoders, VisionLanguageModel, frames_of, rank_and_size
 from metrics import (
@@ -69,11 +70,6 @@ def load_model(path: str | Path, device: torch.device) -> tuple[VisionLanguageMo
     """
     state = runtime.load_checkpoint(path)
     tokenizer = Tokenizer(state["vocab"])
-    if len(tokenizer) != state["config"].get("vocab_size"):
-        raise ValueError(
-            f"{path} holds a vocabulary of {len(tokenizer)} words and a model of {state['config'].get('vocab_size')}: "
-            "the two do not belong together"
-        )
     if "head" in state:
         model = build_task(head_of(state), state["config"])
     else:
@@ -590,6 +586,8 @@ def foils(model, tokenizer: Tokenizer, rows: list[dict], device, by: str = "") -
     images, texts, encoded = encode_rows(
         model, tokenizer, rows, device, lambda row: [row["caption"], *row["foils"].values()]
     )
+    if not any(row["foils"] for row in rows):
+        raise ValueError("no row has a foil: there is nothing to compare with the captions")
     result = {"n": {}, "contrast": {}, "matching": {}, "apart": {}}
     for kind in dict.fromkeys(kind for row in rows for kind in row["foils"]):
         those = [row for row in rows if kind in row["foils"]]
@@ -648,10 +646,12 @@ def keep_result(path: Path, name: str, result: dict) -> str:
     with runtime.side_file(path):
         if path.is_file():
             try:
-                known = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
-                os.replace(path, path.with_name(path.name + ".damaged"))
-                runtime.warn(f"{path} was damaged and is now {path.name}.damaged: a new one begins")
+                known = {} | json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, TypeError, RecursionError):
+                names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+                aside = next(name for name in names if not name.exists())
+                os.replace(path, aside)
+                runtime.warn(f"{path} was damaged and is now {aside.name}: a new one begins")
         runtime.write_json(path, known | {name: result})
         said = f"kept in {path}"
     return said
@@ -746,6 +746,8 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
     """
     if options.checkpoint is None:
         if options.predictions and options.command in ("retrieval", "grounding", *ANSWERING):
+            if options.teacher or getattr(options, "own_captions", False) or getattr(options, "by", ""):
+                raise ValueError("--teacher, --own-captions and --by need --checkpoint: leave them out, or give it")
             return None, None
         raise ValueError(f"{options.command} needs --checkpoint: give the checkpoint.pt or best.pt of a run")
     model, tokenizer, state = load_model(options.checkpoint, device)
@@ -842,13 +844,19 @@ def main() -> None:
     options = parse()
     asked = {options.predictions, options.figure, options.results}
     beside = options.checkpoint or options.predictions
+    written, shown = [options.figure, options.results, options.out], [options.checkpoint, *(options.data or [])]
+    (written if options.checkpoint else shown).append(options.predictions)
+    shown += [*(options.image or []), *(options.video or [])]
+    runtime.check_outputs(written, shown)
     options.results = options.results or (beside and beside.with_name("results.json"))
     with runtime.process_group(options.device) as device:
         model, tokenizer = load_for(options, device)
         if options.command in ("score", "explain"):
+            if options.video and options.image:
+                raise ValueError("a picture and a video are given: give --image or --video")
             if options.video:
                 options.image = [video_of(options.video)]
-            if not options.image or not options.text:
+            if not options.image or not is_text(options.text):
                 raise ValueError(f'{options.command} needs a picture and a text: --image photo.jpg --text "a circle"')
             most = model.pictures if isinstance(model, Classifier) else 1
             if len(options.image) > most:
@@ -912,7 +920,10 @@ def retrieve(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -
 
 def asked_rows(options: argparse.Namespace, schema: str) -> list[dict]:
     """The rows of --data."""
-    return read_rows(options.data, schema, options.check, options.skip_bad)
+    rows = read_rows(options.data, schema, options.check, options.skip_bad)
+    pictures = {picture for row in rows for picture in pictures_of(row)} if options.figure or options.out else ()
+    runtime.check_outputs([options.figure, options.out], (file for picture in pictures for file in files_of(picture)))
+    return rows
 
 
 def export(model, tokenizer: Tokenizer, options: argparse.Namespace, device) -> None:
@@ -940,7 +951,7 @@ FEW = 1000  # training rows; with fewer, a search for a text that is no caption 
 
 def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device, best: int = 10) -> None:
     """The pictures of `pairs` rows that fit --text best, with one of their captions; --figure draws them."""
-    if not options.text:
+    if not is_text(options.text):
         raise ValueError('search needs a text: --text "a red circle"')
     captions: dict[str, str] = {}  # the first of each picture
     rows = asked_rows(options, "pairs")
@@ -953,13 +964,13 @@ def print_found(model, tokenizer: Tokenizer, options: argparse.Namespace, device
             f"no caption in --data is this text, and the model was trained on {model.trained_on} rows: so few are "
             "memorised, and how other texts are ranked means little"
         )
-    found = search(model, tokenizer, list(captions), options.text, device, options.k, options.matching_weight)[:best]
+    (weight,) = weights_of(options) or (model.matching_weight,)
+    found = search(model, tokenizer, list(captions), options.text, device, options.k, weight)[:best]
     print(f"{'matching':>9}{'contrast':>10}   picture: its caption, for comparison")
     for one in found:
         matching = "" if one["matching"] is None else f"{one['matching']:.4f}"
         path = ", ".join(map(os.path.normpath, files_of(one["image"])))
         print(f"{matching:>9}{one['contrast']:10.3f}   {path}: {captions[one['image']]}")
-    weight = model.matching_weight if options.matching_weight is None else options.matching_weight
     if any(one["matching"] is not None for one in found):
         print(
             f"ordered by contrast and matching together, weight {weight:g}; --matching-weight 0 or inf asks one of them"

@@ -63,8 +63,8 @@ class How:
         for name, allowed in (("map", MAPS), ("fill", FILLS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        if self.passes < 8:
-            raise ValueError(f"passes is {self.passes}: a map by hiding needs 8 or more")
+        if not 8 <= self.passes <= 100_000:
+            raise ValueError(f"passes is {self.passes}: a map by hiding needs 8 or more, and at most 100,000")
         if self.layer is not None and self.map != "gradcam":
             raise ValueError(f"layer is {self.layer}: only --map gradcam looks at a fusion block")
 
@@ -88,7 +88,8 @@ def phrase_rows(tokenizer: Tokenizer, text: str, phrase: str, max_tokens: int) -
 
     Raises:  ValueError if the text, as truncated to max_tokens, does not contain the phrase
     """
-    ids, wanted = tokenizer.encode(text, max_tokens), tokenizer.encode(phrase)[1:-1]
+    ids = tokenizer.encode(text, max_tokens)
+    wanted = tokenizer.encode(phrase, max_tokens if phrase == text else None)[1:-1]  # of a whole text, what is read
     for start in range(1, len(ids) - len(wanted)):
         if wanted and ids[start : start + len(wanted)] == wanted:
             whole = len(wanted) == len(ids) - 2

@@ -210,9 +210,12 @@ def with_new_words(old: Tokenizer, texts: list[str], most: int) -> Tokenizer:
     return new
 
 
+MAY_DIFFER = {"image_size", "frames", "max_tokens", "dropout"}  # from the checkpoint to start from
+
+
 def shape_from(start: dict, config: FineConfig, overrides: dict) -> dict:
     """The checkpoint's fields of mamo.Config, with overrides for image size, frames, text length and dropout."""
-    other = [name for name in overrides if name not in ("image_size", "frames", "max_tokens", "dropout")]
+    other = [name for name in overrides if name not in MAY_DIFFER]
     default = FineConfig()
     other += [name for name in ("preset", "vocab") if getattr(config, name) != getattr(default, name)]
     if other:
@@ -309,6 +312,10 @@ def parse(arguments: list[str] | None = None) -> tuple[FineConfig, dict]:
     runtime.add_options(parser, FineConfig, skip=("task", "objective"))
     runtime.add_options(parser, Config, skip=("vocab_size", *FROM_TOKENIZER))
     given = parser.parse_run(arguments)
+    if given.get("init", FineConfig.init) != "none":  # a --config names all sizes; the checkpoint fixes most of them
+        typed = vars(parser.parse_args(arguments))
+        sizes = {field.name for field in dataclasses.fields(Config)} - MAY_DIFFER
+        given = {name: value for name, value in given.items() if name not in sizes or name in typed}
     given.setdefault("out", f"runs/{given['task']}")
     return runtime.resolve(given, FineConfig, Config)
 

@@ -144,8 +144,12 @@ class Config:
         require(fits, f"width {self.width} must be a multiple of heads ({self.heads}) and of 4: change one of them")
         fits = self.text_heads >= 0 and self.width % (self.text_heads or 1) == 0
         require(fits, f"width {self.width} must be a multiple of text_heads ({self.text_heads}): change one of them")
-        known = self.vocab_size > max(self.special_ids)
+        ids = self.mask_id, *self.special_ids
+        known = min(ids) >= 0 and max(ids) < self.vocab_size and self.special_ids
         require(known, f"vocab_size is {self.vocab_size}: set it to the length of the tokenizer's vocabulary")
+        parameters = 12 * self.width**2 * (self.image_depth + self.text_depth + self.fusion_depth)
+        require(parameters <= 2**33, f"blocks of {parameters:.1g} parameters: take a smaller width, or fewer blocks")
+        require(self.num_patches <= 2**14, f"a picture of {size} has {self.num_patches} patches: use larger ones")
         for name, weight in self.loss_weights.items():
             require(weight >= 0, f"w_{name} is {weight}: a weight is 0 or more")
         names = ", ".join(f"w_{name}" for name in self.loss_weights)
@@ -207,8 +211,8 @@ class MAMOConfig(Config):
         require(target in ("features", "pixels"), f"unknown mim_target {target!r}: use features or pixels")
         both = self.masks_patches and self.masks_words
         require(both or not self.mask_both, "mask_both: give w_mrm a weight, or both w_mim and w_mlm")
-        fits = size == 0 or (0 < size <= 2**24 and self.w_itc > 0)
-        require(fits, f"queue_size is {size}: it must be from 0 to {2**24}, and 0 without ITC (w_itc 0)")
+        fits = size == 0 or (0 < size <= 2**20 and self.w_itc > 0)
+        require(fits, f"queue_size is {size}: it must be from 0 to {2**20}, and 0 without ITC (w_itc 0)")
         require(0 <= self.ema <= 1, f"ema is {self.ema}: give the teacher a momentum in [0, 1]")
 
 
@@ -400,7 +404,7 @@ class ImageEncoder(nn.Module):
         if self.times is None and frames == 1:
             return self.positions
         most = 1 if self.times is None else 1 + len(self.times)
-        require(frames <= most, f"a video of {frames} frames, and this model was made for {most}: see --frames")
+        require(0 < frames <= most, f"a video of {frames} frames, and this model was made for {most}: see --frames")
         times = rearrange(F.pad(self.times, (0, 0, 1, 0))[:frames], "f d -> f 1 d")
         class_tokens, patches = (self.positions + times).split([1, len(self.positions) - 1], dim=1)
         return torch.cat([rearrange(part, "f n d -> (f n) d") for part in (class_tokens, patches)])

@@ -98,15 +98,20 @@ def check_prediction(row: dict, prediction: dict) -> None:
     for name, length in (("grid", 2), ("point", 2), ("proposal", 4), ("box", 4)):
         value = prediction.get(name)
         numbers = isinstance(value, list) and len(value) == length and all(map(is_finite, value))
-        if not numbers and (value is not None or name == "grid"):
-            raise ValueError(f"{name} is {value!r}: expected {length} numbers")
-    if any(type(side) is not int or not 1 <= side <= 1024 for side in prediction["grid"]):
-        raise ValueError(f"grid is {prediction['grid']}: expected rows and columns of patches, from 1 to 1024")
+        if (not numbers and (value is not None or name == "grid")) or (numbers and min(value[2:], default=0) < 0):
+            raise ValueError(f"{name} is {value!r}: expected {length} numbers, and no negative size")
+    if any(type(side) is not int or not 1 <= side <= 256 for side in prediction["grid"]):
+        raise ValueError(f"grid is {prediction['grid']}: expected rows and columns of patches, from 1 to 256")
 
 
 def is_finite(value) -> bool:
     """Whether a value is a number that can be a pixel coordinate."""
     return type(value) in (int, float) and abs(value) < 2**31  # False for NaN
+
+
+def is_name(value) -> bool:
+    """Whether a value can be a caption or the path of a picture: a string without NUL and unpaired surrogates."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -372,16 +377,18 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
     Raises:  ValueError for a query that is missing, ranked twice or not in the data
     """
     lists = list(read_lines(path))
+    for where, one in lists:
+        found, also = one.get("found"), one.get("also", [])
+        texts = [one.get("way"), one.get("direction"), one.get("query")]
+        if not isinstance(found, list) or not isinstance(also, list) or not all(map(is_name, texts + found + also)):
+            raise ValueError(
+                f"{where}: expected texts in way, direction and query, and a list of what was found, of texts"
+            )
     right, names = right_answers(rows, [one for _, one in lists])
     place = {(way, side): {} for way in ("contrast", "matching") for side in SIDES}
     for where, one in lists:
         key, query = (one.get("way"), one.get("direction")), one.get("query")
-        if (
-            key not in place
-            or not isinstance(query, str)
-            or names[key[1]][0](query) not in right[key[1]]
-            or not isinstance(one.get("found"), list)
-        ):
+        if key not in place or names[key[1]][0](query) not in right[key[1]]:
             raise ValueError(
                 f"{where}: {key[0]!r}, {key[1]!r}, {query!r}: expected contrast or matching, a direction, a "
                 "query of the data and a list of what was found"
@@ -390,7 +397,7 @@ def judge_retrieval(rows: list[dict], path: Path) -> dict:
         if asked(query) in place[key]:
             raise ValueError(f"{where}: the query {query!r} is ranked twice: keep one line for each query")
         answers = right[key[1]][asked(query)]
-        hits = [at for at, name in enumerate(one["found"]) if isinstance(name, str) and answer(name) in answers]
+        hits = [at for at, name in enumerate(one["found"]) if answer(name) in answers]
         place[key][asked(query)] = hits[0] if hits else 10  # the first correct answer is outside the top ten
     result = {"images": len(right[SIDES[0]]), "texts": len(right[SIDES[1]]), "k": "as predicted"}
     result |= {"chance": {}, "contrast": {}, "matching": {}, "apart": {}, "intervals": {}}

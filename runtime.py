@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import platform
 import random
 import re
@@ -26,8 +25,7 @@ import threading
 import types
 import typing
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +40,15 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from reading.checkpoints import (  # noqa: F401  for whoever imports runtime
+    check_fields,
+    check_finite,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    tensors_of,
+)
 
 # ------------------------------------------------------------------------------------------------------------ options
 
@@ -92,6 +99,14 @@ def read_config(path: str) -> dict:
         return content["model"] | content["train"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not the config.json of a run: give one from a run folder") from error
+
+
+def is_config(path: Path) -> bool:
+    """Whether a file is the config.json of a run."""
+    try:
+        return bool(read_config(path))
+    except ValueError:
+        return False
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...] = ()) -> None:
@@ -153,9 +168,12 @@ def resolve(given: dict, config_class: type, model_class: type) -> tuple:
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("clip", math.inf):
             raise ValueError(f"{name} is {value}: give a finite number")
+    check_fields(config_class, options, "the options")  # those in a --config may be of any kind
+    check_fields(model_class, overrides, "the options")
     path = Path(options.get("out", config_class.out)) / "checkpoint.pt"
     if options.get("resume") and path.is_file():
         saved = load_checkpoint(path)
+        check_run(saved, path)
         if ("task" in saved["train"]) != ("task" in run_fields):
             command = f"finetune.py {saved['train']['task']}" if "task" in saved["train"] else "train.py"
             raise ValueError(f"{path} is a run of {command}: resume it with that command, or give another --out")
@@ -184,7 +202,7 @@ def check_bounds(config, bounds: dict[str, tuple[float, float]]) -> None:
     """Raise ValueError for the first option outside its (minimum, maximum)."""
     for name, (least, most) in bounds.items():
         if not least <= getattr(config, name) <= most:
-            upper = "or more" if most == math.inf else f"to {most}"
+            upper = "or more" if most >= 1e9 else f"to {most}"
             raise ValueError(f"{name} is {getattr(config, name)}: give {least} {upper}")
 
 
@@ -276,7 +294,7 @@ def pick_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0]) or not re.fullmatch(r"[a-z]+(:\d+)?", name):
+    if not available.get(str(name).split(":")[0]) or not re.fullmatch(r"cpu(:0)?|[a-z]+(:\d{1,3})?", name):
         raise ValueError(
             f"device {name} is not available here: use auto, or one of {[k for k, v in available.items() if v]}"
         )
@@ -440,6 +458,14 @@ def side_file(path: Path):
         warn(f"{path} cannot be written ({error}); continuing without it")
 
 
+def check_outputs(outputs: Iterable, inputs: Iterable) -> None:
+    """Raise ValueError if a file to write is one that is read. Empty names are ignored."""
+    read = {os.path.realpath(path): path for path in inputs if path}
+    for path in filter(None, outputs):
+        if os.path.realpath(path) in read:
+            raise ValueError(f"{path} would be overwritten, and it is an input: give another name to write to")
+
+
 UNWRITTEN: set[Path] = set()  # files that side_file has warned about
 
 
@@ -456,93 +482,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_beside(path, lambda temporary: torch.save(state, temporary), size)
 
 
-def tensors_of(value, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) for every tensor in nested dicts."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from tensors_of(part, f"{name} {key}".strip())
-
-
-def check_finite(state: dict, when: str, so: str) -> None:
-    """Raise ValueError if a tensor is not finite, i.e. the run diverged; `when` and `so` complete the message."""
-    bad = [name for name, value in tensors_of(state) if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise ValueError(
-            f"{len(bad)} tensors are not finite {when} ({bad[0]} first): the run diverged, and {so}; continue "
-            "from its last good checkpoint, if any, with --resume and a smaller --lr, or start over with a smaller --lr"
-        )
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Load a checkpoint written by save_checkpoint onto the CPU.
-
-    Raises:  ValueError if the file is missing, damaged, not a checkpoint, or contains more than tensors and plain
-             values: unpickling such a file could execute arbitrary code
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is not a file: give the checkpoint.pt of a run folder")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: it is damaged or holds more than plain tensors and plain values, which could run code "
-            "while it is read; use a checkpoint that train.py wrote"
-        ) from error
-    except Exception as error:  # torch raises many exception types for damaged files, some with an empty message
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a whole checkpoint ({reason}): use another") from error
-    if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
-    damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
-    if damaged:
-        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it does not match; use another checkpoint")
-    check_fields(Content, state, str(path))
-    if any(not isinstance(rows, list) or not rows for rows in state.get("data", {}).values()):
-        raise ValueError(f"{path} does not say what rows it was trained on: use a checkpoint that train.py wrote")
-    if any(not isinstance(value, torch.Tensor) for value in state["model"].values()):
-        raise ValueError(f"{path} contains weights that are not tensors: use a checkpoint that train.py wrote")
-    check_finite(state["model"], f"in {path}", "its weights are unusable")
-    return state
-
-
-@dataclass
-class Content:
-    """The fields of a checkpoint, see Run.state in train.py; only the first four are always present."""
-
-    objective: str
-    config: dict
-    vocab: list[str]
-    model: dict
-    train: dict
-    step: int
-    optimizer: dict
-    scaler: dict
-    meter: dict
-    data: dict
-    matching_weight: float
-    head: dict
-    best: list[float]
-
-
-def check_fields(config_class: type, values: dict, where: str) -> None:
-    """Raise ValueError for a name that is not a field of the dataclass, or for a value of the wrong type."""
-    hints = typing.get_type_hints(config_class)
-    if strange := ", ".join(sorted(map(str, values.keys() - hints.keys()))):
-        raise ValueError(f"{strange} is no field of {where}: it was saved by other code or for another model")
-    for name, value in values.items():
-        kind, inner = typing.get_origin(hints[name]) or hints[name], typing.get_args(hints[name])
-        right = is_a(value, kind) if not inner else isinstance(value, list | tuple)
-        if not right or (inner and not all(is_a(one, inner[0]) for one in value)):
-            said = repr(value) if len(repr(value)) < 50 else f"a {type(value).__name__}"
-            expected = f"a list of {inner[0].__name__}" if inner else f"a value of type {kind.__name__}"
-            raise ValueError(f"{name} of {where} is {said}: expected {expected}")
-
-
-def is_a(value: object, kind: type) -> bool:
-    """As isinstance, except that an int counts as a float, and a bool only as a bool."""
-    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+def check_run(saved: dict, path: str | Path, more: tuple = ()) -> None:
+    """Raise ValueError if a checkpoint lacks parts that describe its run."""
+    if missing := ", ".join(sorted({"train", "step", *more} - saved.keys())):
+        raise ValueError(f"{path} holds no run to go on from, {missing} are missing: is it a copy of best.pt?")
 
 
 def saved_run(config) -> dict | None:
@@ -554,52 +497,27 @@ def saved_run(config) -> dict | None:
     if not path.is_file():
         if config.resume:
             print(f"there is no {path} to go on from: a new run begins")
+        log, about = path.with_name("log.csv"), path.with_name("config.json")
+        theirs = log.is_file() and not log.read_bytes().startswith((b"step", b"\r\n")) and log.stat().st_size > 0
+        if theirs or path.with_name("best.pt").exists() or (about.is_file() and not is_config(about)):
+            raise ValueError(
+                f"{config.out} holds files of yours, or of another run: move them away, or give another --out"
+            )
         return None
     if not config.resume:
         raise ValueError(f"{path} exists: pass --resume to continue from it, or give another --out")
     saved = load_checkpoint(path)
-    if missing := ", ".join(sorted({"train", "step", "optimizer", "scaler", "meter"} - saved.keys())):
-        raise ValueError(f"{path} holds no run to go on from, {missing} are missing: is it a copy of best.pt?")
+    check_run(saved, path, ("optimizer", "scaler", "meter"))
+    state, meter, best = saved["optimizer"].get("state"), saved["meter"], saved.get("best", [0.0, 0, 0])
+    numbers = [*meter.values(), *best] if all(isinstance(name, str) for name in meter) and len(best) == 3 else [None]
+    if (saved["step"] > 0 and not state) or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        raise ValueError(f"{path} is damaged: its optimiser, means or best score are not those of a run; use another")
+    if saved["train"].get("objective", saved["objective"]) != saved["objective"]:
+        raise ValueError(
+            f"{path} names two objectives, {saved['objective']} and {saved['train']['objective']}: use another"
+        )
     saved["config"].setdefault("albef_negatives", True)  # the behaviour before the option existed
     return saved
-
-
-def load_weights(model: torch.nn.Module, weights: dict, path: str | Path) -> None:
-    """Load weights strictly. Raises ValueError naming the first missing, unexpected or mismatched weights."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = [f"{name} is {found.get(name, 'missing')} where {expected.get(name, 'nothing')} is expected"
-             for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]  # fmt: skip
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"{path} was saved by a model of another shape: {'; '.join(wrong[:3])}{more}; "
-            "build the model with the options in the checkpoint's config"
-        )
-    model.load_state_dict(weights)
-
-
-# Per-parameter state in AdamW and in Muon.
-OPTIMIZER_STATES = {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("step", "momentum"))}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str | Path) -> None:
-    """Load an optimiser's state, but keep this run's hyperparameters. Raises ValueError if it does not fit the model:
-    torch would accept moments of the wrong shape and read past their end."""
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states, whole = saved.get("state"), isinstance(saved.get("state"), dict)
-    for number, state in states.items() if whole else ():
-        whole &= type(number) is int and 0 <= number < len(parameters) and isinstance(state, dict) and bool(state)
-        for name, value in state.items() if whole else ():
-            shape = torch.Size() if name == "step" else parameters[number].shape
-            whole &= isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == shape
-    theirs = saved.get("param_groups") if isinstance(saved.get("param_groups"), list) else []
-    numbers = [group.get("params") if isinstance(group, dict) else None for group in theirs]
-    names = {frozenset(state) for state in states.values()} if whole else set()
-    if not whole or str(numbers) != str([group["params"] for group in groups]) or not names <= OPTIMIZER_STATES:
-        raise ValueError(f"{path} holds the state of another optimiser, or of another model: begin another run")
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def write_json(path: Path, value) -> None:
@@ -622,7 +540,7 @@ class CsvLog:
     def __init__(self, path: Path, first_step: int):
         self.path, self.rows, self.columns = path, [], []
         if path.is_file() and first_step > 0:
-            with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            with contextlib.suppress(csv.Error), open(path, newline="", encoding="utf-8", errors="replace") as file:
                 for row in csv.DictReader(file):
                     whole = None not in row and None not in row.values() and row.get("step", "").isdecimal()
                     if whole and int(row["step"]) <= first_step:  # a killed run may leave an incomplete line
@@ -753,6 +671,9 @@ def end_workers() -> None:
             worker.kill()
 
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # letters that steer a terminal
+
+
 class Output:
     """A wrapper of standard output or error for which a closed pipe or terminal (`| head`) is not an error.
 
@@ -763,13 +684,13 @@ class Output:
 
     def __init__(self, stream, plain: bool = False):
         """plain: escape terminal control sequences, e.g. in captions; not for a progress bar, which needs them"""
-        self.stream, self.plain = stream, plain
+        self.stream, self.plain = stream or open(os.devnull, "w"), plain  # noqa: SIM115  None where it was closed
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        said = text.replace("\x1b", "\\x1b") if self.plain else text
+        said = CONTROLS.sub(lambda found: repr(found[0])[1:-1], text) if self.plain else text
         code = getattr(self.stream, "encoding", None) or "utf-8"  # an old console's encoding may lack characters
         self.attempt(self.stream.write, said.encode(code, "backslashreplace").decode(code))
         if "\n" in text:  # deliver each line to a pipe immediately

@@ -46,6 +46,7 @@ from data import (
     count_truncated,
     open_rows,
     read_rows,
+    resolved,
     sample_of,
     training_batches,
     videos_of,
@@ -119,9 +120,11 @@ class TrainConfig:
 
 
 POSITIVE = (1e-12, math.inf)
-BOUNDS = dict.fromkeys(("steps", "log_every", "eval_every", "save_every"), (1, math.inf))
-BOUNDS |= dict.fromkeys(("epochs", "parts", "seed", "workers", "weight_decay"), (0, math.inf))
+BOUNDS = dict.fromkeys(("steps", "log_every", "eval_every", "save_every"), (1, 10**12))
+BOUNDS |= dict.fromkeys(("parts", "seed", "weight_decay"), (0, math.inf))
 BOUNDS |= {
+    "epochs": (0, 1e9),
+    "workers": (0, math.inf),
     "accumulate": (1, 10_000),
     "lr": (0, math.inf),
     "lr_end": (0, 1),
@@ -387,7 +390,7 @@ class Run:
                     losses = self.parallel(batch)
                 total = model.total(losses)
                 if not torch.isfinite(total):
-                    bad = ", ".join(name for name, loss in losses.items() if not torch.isfinite(loss))
+                    bad = ", ".join(name for name, loss in losses.items() if not torch.isfinite(loss)) or "in total"
                     raise ValueError(f"the loss {bad} is {self.not_finite()}")
                 self.scaler.scale(total / config.accumulate).backward()
             summed += total.item() / config.accumulate
@@ -518,12 +521,18 @@ class Run:
         if self.model.config.w_itc <= 0:
             return {}
         k = 16 if self.step == self.config.steps else 0
-        weights = WEIGHTS if sorted(self.config.val) != sorted(self.config.data) else (0.0,)
+        weights = (0.0,) if self.val_is_seen else WEIGHTS
         found = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k, weights=weights)
         self.model.matching_weight = found.get("weight", self.model.matching_weight)
         i2t, t2i = (found["contrast"][side]["R@1"] for side in ("image_to_text", "text_to_image"))
         bar.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image, by contrast")
         return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
+
+    @functools.cached_property
+    def val_is_seen(self) -> bool:
+        """Whether pictures of val are among those to train on, in a sample of both."""
+        pictures = [{resolved(row["image"]) for row in sample_of(rows, 10_000)} for rows in (self.rows, self.val_rows)]
+        return not pictures[0].isdisjoint(pictures[1])
 
     def save(self) -> None:
         """Save everything that the next step depends on, as plain tensors and values. The first process writes it."""

@@ -3,15 +3,14 @@
 Only raster formats are accepted, because Pillow passes PostScript, whatever the file name, to an external program.
 """
 
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from reading.shards import picture_file
-
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")
+from reading.shards import FORMATS, picture_file
 
 
 def load_image(source: str | Path | Image.Image, side: int = 0) -> Image.Image:
@@ -45,10 +44,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("some of its values are not finite")
         most = values.max(initial=0)
-        scale = 255 / 65535 if image.mode.startswith("I;16") or most > 255 else 1
-        scale = 255 if image.mode == "F" and most <= 1 else scale  # floats in [0, 1]
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF: scanners write 12
+        whole = 2**bits - 1 if image.mode.startswith("I;16") else most if most > 255 else 255
+        whole = 1 if image.mode == "F" and most <= 1.01 else whole  # floats in [0, 1], rounded
+        image = Image.fromarray((values * (255 / whole)).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -56,8 +58,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def opened(path: str | Path) -> Image.Image:
-    """Open a picture, reading only its header."""
-    return Image.open(picture_file(path), formats=FORMATS)
+    """Open a picture, reading only its header. Raises ValueError for more than MOST pixels."""
+    image = Image.open(picture_file(path), formats=FORMATS)
+    if image.width * image.height > MOST:
+        raise ValueError(f"{image.width} x {image.height} pixels are over {MOST // 10**6} million: scale it down")
+    return image
+
+
+MOST = 120_000_000  # pixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at fewer than MOST
 
 
 def orientation(image: Image.Image) -> int:
@@ -70,7 +79,8 @@ def size_of(path: str | Path) -> tuple[int, int]:
     """Width and height of load_image's result, from the header alone. Raises ValueError under the same conditions."""
     try:
         with opened(path) as file:
-            return file.size[::-1] if orientation(file) >= 5 else file.size  # orientations 5 to 8 swap width and height
+            turned = orientation(file) >= 5 and file.format != "TIFF"  # Pillow itself turns the size of a TIFF
+            return file.size[::-1] if turned else file.size
     except Exception as error:
         raise unreadable(path, error) from error
 

@@ -68,8 +68,14 @@ class Rows(Sequence):
             raise IndexError(f"row {number} of {len(self)}")
         number %= len(self)
         file = int(np.searchsorted(self.starts, number, side="right")) - 1
-        index = self.indexes[file]
-        return completed(json.loads(index.line(number - int(self.starts[file]))), index.path, self.task)
+        index, number = self.indexes[file], number - int(self.starts[file])
+        try:
+            row = parse_object(index.line(number))
+            if not index.digest:  # --check none: each row is checked where it is used, but not its pictures
+                check_row(row, self.task)
+        except ValueError as fault:
+            raise ValueError(f"{index.path}, row {number + 1}: {fault}") from fault
+        return completed(row, index.path, self.task)
 
     @property
     def content(self) -> list:
@@ -266,9 +272,8 @@ def checked(path: Path, task: str, check: str, skip_bad: bool) -> Index:
     for number, start, line in progress(path):
         row, twin = {}, None
         if check != "none" or b'"twin"' in line or b'"video"' in line:
-            text = decoded(line, path)
             try:
-                row = parse_object(text)
+                row = parse_object(decoded(line))
                 check_row(row, task)
             except ValueError as fault:
                 lines.append(f"{path}:{number}: {fault}")
@@ -299,7 +304,7 @@ def rows_of(path: Path, task: str) -> Iterator[dict]:
     """The rows of a file that match their schema."""
     for _, _, line in lines_at(path):
         with contextlib.suppress(ValueError):
-            row = parse_object(decoded(line, path))
+            row = parse_object(decoded(line))
             check_row(row, task)
             yield completed(row, path, task)
 
@@ -329,6 +334,8 @@ def keep(index: Index, path: Path, task: str, check: str) -> None:
 def kept_index(kept: Path, path: Path, task: str, check: str) -> Index | None:
     """The index written by `keep`, or None if it is damaged, belongs to another file, or is based on weaker checks."""
     try:
+        if not kept.is_file():
+            return None
         whole = kept.read_bytes()
         checksum, content = whole[:64], whole[64:]
         if hashlib.blake2b(content).digest() != checksum:
@@ -367,24 +374,36 @@ def lines_at(path: str | Path) -> Iterator[tuple[int, int, bytes]]:
             start += len(line)
 
 
-def decoded(line: bytes, path: str | Path) -> str:
+def decoded(line: bytes) -> str:
     """A line decoded to text."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as fault:
-        raise ValueError(f"{path} is not UTF-8 text ({fault.reason}): is it compressed, or not a text file?") from fault
+        raise ValueError(f"not UTF-8 text ({fault.reason}): is it compressed, or not a text file?") from fault
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
     """("file:line", text) for each non-blank line of a text file."""
     for number, _, line in lines_at(path):
-        yield f"{path}:{number}", decoded(line, path)
+        try:
+            yield f"{path}:{number}", decoded(line)
+        except ValueError as fault:
+            raise ValueError(f"{path}:{number}: {fault}") from fault
+
+
+def each_once(pairs: list[tuple]) -> dict:
+    """A JSON object with unique keys; by default, the json module silently keeps only the last of duplicate keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} comes twice: expected it once")
+    return found
 
 
 def parse_object(line: str) -> dict:
     """One line -> its JSON object. Raises ValueError if it is not one."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=each_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON ({getattr(error, 'msg', error)}): expected one object a line") from error
     if not isinstance(value, dict):
@@ -421,8 +440,8 @@ def is_text(value) -> bool:
     """Whether a value is a string with at least one visible character and no unpaired surrogates."""
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         return False
-    # C: control and zero-width characters; Z: white space
-    return any(unicodedata.category(letter)[0] not in "CZ" for letter in value)
+    # C: control and zero-width characters; Z: white space; M: accents without a letter; U+FFFD: a letter that was lost
+    return any(unicodedata.category(letter)[0] not in "CZM" and letter != "\ufffd" for letter in value)
 
 
 def is_score(value) -> bool:
@@ -434,8 +453,8 @@ def is_box(box) -> bool:
     """Whether a value is [x, y, width, height] with a non-negative position and a positive size."""
     if not isinstance(box, list) or len(box) != 4:
         return False
-    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in box)
-    return numbers and min(box[:2]) >= 0 and min(box[2:]) > 0
+    numbers = all(type(value) in (int, float) and abs(value) < 2**31 for value in box)  # False for NaN
+    return numbers and min(box[:2]) >= 0 and min(box[2:]) >= 1e-3  # pixels
 
 
 def all_of(fits: Callable, kind: type, least: int = 1, most: float = math.inf) -> Callable:
@@ -462,7 +481,10 @@ TEXTS = (
 )
 BOXES = ("[[x, y, width, height], ...] in pixels, at least one, none of them empty", all_of(is_box, list))
 FOILS = ('{"kind": "wrong caption", ...} with no empty text', all_of(is_text, dict, least=0))
-ANSWERS = ('{"answer": score from 0 to 1, ...}, at least one', all_of(is_score, dict))
+ANSWERS = (
+    '{"answer": score from 0 to 1, ...}, at least one, none empty',
+    lambda value: all_of(is_score, dict)(value) and all(map(is_text, value)),
+)
 TRUTH = ("true or false", lambda value: isinstance(value, bool))
 ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
 LABEL = (", ".join(ENTAILMENT_LABELS), lambda value: value in ENTAILMENT_LABELS)
@@ -491,4 +513,9 @@ LEARNED = sorted({key for schema in (*SCHEMAS.values(), *OPTIONAL.values()) for 
 def fault_of(image: str, row: dict, task: str, check: str) -> str | None:
     """An error message for an unusable picture of a row or for its boxes, or None."""
     fault = check_video(image, check) if is_video(image) else check_image(image, check)
-    return check_boxes(image, row["boxes"] + row.get("proposals", [])) if task == "grounding" and not fault else fault
+    if fault or task != "grounding":
+        return fault
+    try:
+        return check_boxes(image, row["boxes"] + row.get("proposals", []))
+    except ValueError as error:  # reading the size of a picture may decode all of it
+        return str(error)

@@ -6,6 +6,7 @@ The path of a picture encodes the location of its bytes: `00000.tar#000012.jpg@1
 bytes from byte 1,536. Any row can be read at any time without unpacking, so shuffling, masking and resuming just work.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -19,7 +20,9 @@ from tqdm import tqdm
 
 import runtime
 
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")  # of pictures
 MEMBER = re.compile(r"(.*\.tar)#(.*)@(\d+)\+(\d+)", re.DOTALL)
+MEMBER_ROW = re.compile(rb'\{"image": ".*?\.tar#')  # how a list of an archive begins
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -30,6 +33,8 @@ def picture_file(path: str | Path) -> str | Path | io.BytesIO:
     """
     member = MEMBER.fullmatch(str(path))
     if not member:
+        if not os.path.isfile(path):  # nor a pipe, which would be waited for
+            raise FileNotFoundError(path)
         return path
     with open(member[1], "rb") as file:
         file.seek(int(member[3]))
@@ -47,6 +52,8 @@ def spelled(path: str) -> Iterator[str]:
     if not found:
         yield path
         return
+    if not 0 <= int(found[2]) - int(found[1]) < 1_000_000:
+        raise ValueError(f"{path} expands to no path, or to more than a million: give a range such as {{00000..01242}}")
     for number in range(int(found[1]), int(found[2]) + 1):
         yield from spelled(path[: found.start()] + str(number).zfill(len(found[1])) + path[found.end() :])
 
@@ -67,6 +74,8 @@ def as_rows(path: Path) -> Path:
     rows = path.with_name(path.name + ".jsonl")
     made = path.stat().st_mtime_ns
     if not rows.is_file() or rows.stat().st_mtime_ns != made:  # the JSONL file carries the archive's time stamp
+        if rows.is_file() and not MEMBER_ROW.match(rows.read_bytes()[:4096]):
+            raise ValueError(f"{rows} is not a list of {path.name}, whose place it has: rename it")
         runtime.write_beside(rows, lambda temporary: write_rows(path, temporary))
         os.utime(rows, ns=(made, made))
     return rows
@@ -100,21 +109,26 @@ def samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo | None, str]]:
                     continue
                 folder, _, base = member.name.rpartition("/")
                 own, _, ending = base.partition(".")
+                ending = ending.lower()
+                if not own:  # "._000.jpg", which macOS puts beside 000.jpg
+                    continue
                 if (folder, own) != key:
                     if key:
                         yield name, picture, caption
                     key, name, picture, caption = (folder, own), "", None, ""
-                if "." + ending.lower() in endings:
+                if endings.get("." + ending) in FORMATS:
                     name, picture = member.name, member
-                elif ending == "txt":
-                    caption = archive.extractfile(member).read().decode("utf-8")
-                elif ending == "json" and not caption:
-                    said = json.loads(archive.extractfile(member).read()).get("caption")
-                    caption = said if isinstance(said, str) else ""
+                elif ending == "txt" or (ending == "json" and not caption):
+                    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # a bad one is no caption
+                        text = archive.extractfile(member).read().decode("utf-8")
+                        said = text if ending == "txt" else json.loads(text).get("caption")
+                        caption = said if isinstance(said, str) else ""
             if key:
                 yield name, picture, caption
-            archive.fileobj.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-            if any(archive.fileobj.read()):
-                raise EOFError("the empty block that ends an archive is missing")
-    except (tarfile.TarError, ValueError, AttributeError, EOFError) as error:
+            archive.fileobj.seek(archive.offset)
+            if not (rest := archive.fileobj.read(2**20)) or any(rest):
+                raise EOFError(
+                    "the empty blocks that end an archive are missing, or it is several, one behind the other"
+                )
+    except (tarfile.TarError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read to its end ({error}): expected a whole, plain tar archive") from error

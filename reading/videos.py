@@ -6,6 +6,7 @@ video of 10,000 frames takes no more memory than one of ten.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 from reading.pictures import check_image, load_image, opened, to_rgb
 
 MARK = "video:"
+TEXT = r'"(?:[^"\\]|\\.)*"'  # as JSON writes one
+VIDEO = re.compile(rf"{MARK}\[{TEXT}(?:, {TEXT})*\]", re.DOTALL)
 
 
 def video_of(files: str | Path | Sequence[str | Path], folder: str | Path = "") -> str:
@@ -27,7 +30,7 @@ def video_of(files: str | Path | Sequence[str | Path], folder: str | Path = "") 
 
 def is_video(name) -> bool:
     """Whether a value is the name of a video rather than a picture or the path of one."""
-    return isinstance(name, str) and name.startswith(MARK + '["')
+    return isinstance(name, str) and VIDEO.fullmatch(name) is not None
 
 
 def files_of(name: str) -> list[str]:
@@ -106,7 +109,7 @@ def shown(source, frames: int = 4, apart: bool = True) -> Image.Image:
         return load_image(source)
     pictures = some_frames(source, frames)
     height, gap = pictures[0].height, max(pictures[0].height // 32, 1) * apart
-    pictures = [one.resize((max(one.width * height // one.height, 1), height)) for one in pictures]
+    pictures = [one.resize((min(max(one.width * height // one.height, 1), 8 * height), height)) for one in pictures]
     strip = Image.new("RGB", (sum(one.width + gap for one in pictures) - gap, height), "white")
     left = 0
     for one in pictures:

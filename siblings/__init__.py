@@ -27,7 +27,7 @@ OBJECTIVES = {
 
 def model_of(objective: str) -> type[VisionLanguageModel]:
     """The class of an objective. Raises ValueError for an unknown name."""
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[objective][0]
 

@@ -377,7 +377,7 @@ def test_a_plan_that_would_count_a_run_twice_is_refused(plan_file, change, says)
 def test_an_arm_that_is_named_twice_is_refused(plan_file):
     """JSON itself would silently keep the last one."""
     plan_file.write_text(plan_file.read_text().replace('"no MRM": "--w-mrm 0"', '"all": "--w-mrm 0"'))
-    with pytest.raises(ValueError, match="'all' stands there twice"):
+    with pytest.raises(ValueError, match="the key 'all' comes twice"):
         read_plan(plan_file)
 
 

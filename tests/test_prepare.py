@@ -932,7 +932,7 @@ def test_bad_albef_entries(tmp_path, task, entry, wanted):
 
 def test_other_files_and_folders_are_refused(tmp_path, capsys):
     (tmp_path / "a.gz").write_bytes(b"\x1f\x8b\x08\x00\xff\xfe" * 9)
-    assert "a.gz is not UTF-8 text" in refused(tmp_path, "nlvr", "--annotations", tmp_path / "a.gz")
+    assert "a.gz:1: not UTF-8 text" in refused(tmp_path, "nlvr", "--annotations", tmp_path / "a.gz")
     assert "a.gz cannot be read ('utf-8' codec" in refused(tmp_path, "coco", "--annotations", tmp_path / "a.gz")
     assert "none.json cannot be read ([Errno 2]" in refused(tmp_path, "coco", "--annotations", tmp_path / "none.json")
     assert "none.tsv is not a file" in refused(tmp_path, "cc", "--annotations", tmp_path / "none.tsv")

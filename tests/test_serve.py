@@ -128,7 +128,7 @@ def test_without_matching_there_is_no_map_and_without_a_gallery_nothing_near(pai
         ({"text": " ", "number": 0}, "a text is missing"),
         ({"text": ["a"], "number": 0}, "a text is missing"),
         ({"text": "a" * 10_000, "number": 0}, "the text has 10,000 letters: give at most 1,000"),
-        ({"text": "half a pair \ud800", "number": 0}, "surrogates not allowed"),
+        ({"text": "half a pair \ud800", "number": 0}, "a text is missing, or cannot be read"),
         ({"text": "a"}, "a picture is missing"),
         ({"text": "a", "number": 12}, "there is no picture 12"),
         ({"text": "a", "number": -1}, "there is no picture -1"),

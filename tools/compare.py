@@ -40,7 +40,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ from tqdm import tqdm
 import finetune
 import runtime
 import train
+from reading.rows import each_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,14 +133,6 @@ def read_plan(path: Path) -> Plan:
         return Plan(**json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once))
     except (json.JSONDecodeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a plan ({error}): see --help for its keys") from error
-
-
-def each_once(pairs: list[tuple]) -> dict:
-    """A JSON object with unique keys; by default, the json module silently keeps only the last of duplicate keys."""
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"{name!r} stands there twice: give every key and every arm once")
-    return dict(pairs)
 
 
 def read_rows(path: Path) -> dict[Job, dict]:
@@ -367,8 +360,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON file for the summary, with command and hardware")
     parser.add_argument("--table-only", action="store_true", help="show finished runs without running anything")
     options = parser.parse_args()
-    if options.side_by_side < 1:
-        raise ValueError(f"side_by_side is {options.side_by_side}: give 1 or more")
+    if not 1 <= options.side_by_side <= 1000:
+        raise ValueError(f"side_by_side is {options.side_by_side}: give 1 or more, and at most 1,000")
+    runtime.check_outputs([options.results], [options.plan])
     comparison = Comparison(read_plan(options.plan), options.out, options.side_by_side, options.table_only)
     if not options.table_only:
         comparison.run()

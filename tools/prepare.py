@@ -20,7 +20,6 @@ import os
 import pickle
 import re
 import reprlib
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -31,8 +30,9 @@ from unicodedata import normalize
 
 from tqdm import tqdm
 
+import runtime
 from data import check_row, json_lines, lines_of, pictures_of, resolved
-from metrics import normalise
+from metrics import is_name, normalise
 from tools.frames import CONTAINERS, frames_of_file
 from world.written import listed, replacing
 
@@ -62,10 +62,13 @@ def coco_captions(args: argparse.Namespace, left_out: Counter) -> Rows:
 
     These are the published splits, not Karpathy's: each file contains one split, which --split names.
     """
+    named = re.search("train|val|test", args.annotations.name)
+    if named and named[0] != args.split.replace("dev", "val").rstrip("12"):
+        raise ValueError(f"{args.annotations} is of {named[0]} by its name, and --split is {args.split}: give its own")
     names, captions = {}, {}
     for place, entry in entries(args.annotations, "images"):
         with at(place):
-            names[take(entry, "id", int)] = place, take(entry, "file_name")
+            once(names, take(entry, "id", int), (place, take(entry, "file_name")))
     for place, entry in entries(args.annotations, "annotations"):
         with at(place):
             number = take(entry, "image_id", int)
@@ -126,7 +129,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
 
 
 KAGGLE = "image_name|comment_number|comment"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga")
 CAMERA = {"img", "image", "dsc", "dscf", "dscn", "pxl", "mvimg", "photo", "picture", "pic", "screenshot", "untitled"}
 
 
@@ -140,7 +143,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     """
     if not 0 <= args.val_share < 1:
         raise ValueError(f"--val-share is {args.val_share}: give a share from 0 to below 1")
-    files = [path for path in args.images.rglob("*") if not is_junk(path.relative_to(args.images))]
+    files = [path for path in files_in(args.images) if not is_junk(path.relative_to(args.images))]
     lists = [path for path in (args.images / "captions.txt", args.images / "captions.csv") if path.is_file()][:1]
     metadata = [] if lists else sorted(path for path in files if path.stem == "metadata" and path.suffix in METADATA)
     listed = read_captions(lists[0]) if lists else {}
@@ -149,24 +152,33 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     kinds = *PICTURES, *CONTAINERS
     names = {path.relative_to(args.images).as_posix() for path in files if path.suffix.lower() in kinds}
     spelled, captions_of = {normalize("NFC", name): name for name in names}, {}
-    for (
-        name,
-        captions,
-    ) in listed.items():  # a list may say ./dog.jpg, or encode as one character the "é" that macOS splits into two
-        name = spelled.get(normalize("NFC", PurePosixPath(name).as_posix()), name)
-        captions_of.setdefault(name, []).extend(captions)
+    for name, captions in listed.items():
+        if not is_name(name):
+            raise ValueError(f"{(lists + metadata)[0]}: {name!r} cannot be the name of a picture")
+        inside = Path(os.path.relpath(args.images / name, args.images)).as_posix()  # ./dog.jpg, or with the whole path
+        # macOS may encode as two characters the "é" that is one in the list.
+        inside = inside if inside in names else spelled.get(normalize("NFC", inside), name)
+        captions_of.setdefault(inside, []).extend(captions)
     unread = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
         raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
     pictured = {path.with_suffix("") for path in files if path.suffix.lower() in kinds}
-    others = () if lists or metadata else set(args.images.glob("[Cc]aption*")) - {args.images / name for name in names}
-    for path in sorted(others):
-        if path.with_suffix("") not in pictured:
-            raise ValueError(f"{path} is not read: call it captions.txt or captions.csv, or take it away")
-    beside = any((args.images / name).with_suffix(".txt").is_file() for name in names)
+    others = (
+        set() if lists or metadata else set(args.images.glob("[Cc]aption*")) - {args.images / name for name in names}
+    )
+    others |= {path for path in files if path.name.lower() in SOURCES and path not in lists + metadata and not lists}
+    others |= {path for path in files if path.suffix == ".TXT" and path.with_suffix("") in pictured}
+    for path in sorted(path for path in others if path.is_file()):
+        if path.with_suffix("") not in pictured or path.suffix == ".TXT":
+            names_of = (
+                f"{path.stem}.txt" if path.suffix == ".TXT" else "captions.txt or captions.csv, or metadata.jsonl"
+            )
+            raise ValueError(f"{path} is not read: call it {names_of}, or take it away")
+    beside = sum((args.images / name).with_suffix(".txt").is_file() for name in names)
     source = lists[0].name if lists else ", ".join(sorted({path.name for path in metadata}))
     source = source or ("the .txt beside each picture" if beside else "the names of the pictures")
+    source += ", or its name where there is none" * (0 < beside < len(names) and not lists + metadata)
     print(f"captions are read from {source}")
     without, first = [], {}  # first: by resolved path, the first name of a picture that occurs more than once
     for name in sorted(names | captions_of.keys()):  # convert reports names that are listed but missing
@@ -178,7 +190,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
         else:
             captions = caption_in_name(path.stem)
         if captions:
-            share = zlib.crc32(first.setdefault(resolved(path), name).encode()) / 2**32
+            share = zlib.crc32(first.setdefault(resolved(path), name).encode(errors="surrogatepass")) / 2**32
             by_share = "val" if share < args.val_share else "train"
             split = SPLIT_FOLDERS.get(name.partition("/")[0], by_share) if metadata else by_share
             shown = {"video" if path.suffix.lower() in CONTAINERS else "image": name}
@@ -194,7 +206,7 @@ def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
     splits, shown = {"train": "train", "validate": "val", "test": "test"}, {}
     for place, entry in entries(args.annotations, "videos"):
         with at(place):
-            shown[take(entry, "video_id")] = place, take(entry, "split", splits), []
+            once(shown, take(entry, "video_id"), (place, take(entry, "split", splits), []))
     for place, entry in entries(args.annotations, "sentences"):
         with at(place):
             name = take(entry, "video_id")
@@ -227,7 +239,19 @@ def is_junk(path: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, including linked ones; each folder is visited once."""
+    found, seen = [], {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        fresh = [name for name in sorted(folders) if os.path.realpath(os.path.join(here, name)) not in seen]
+        seen |= {os.path.realpath(os.path.join(here, name)) for name in fresh}
+        folders[:] = fresh
+        found += [Path(here, name) for name in names]
+    return found
+
+
 METADATA = (".jsonl", ".csv", ".parquet")
+SOURCES = ("captions.txt", "captions.csv", "metadata.jsonl", "metadata.json", "metadata.csv")  # in any case
 SPLIT_FOLDERS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "val"),
@@ -258,7 +282,7 @@ def read_metadata(path: Path, images: Path, column: str) -> dict[str, list[str]]
 def csv_entries(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, entry) for each line of a CSV file with a header."""
     with open(path, encoding="utf-8-sig", newline="") as file, at(str(path)):
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)
         for entry in reader:
             yield f"{path}:{reader.line_num}", entry
 
@@ -380,6 +404,8 @@ def nlvr2(args: argparse.Namespace, left_out: Counter) -> Rows:
     for place, entry in json_lines(args.annotations):
         with at(place):
             split, images, pair, sentence = parts_of(entry, "split-set-pair-sentence")
+            if split.rstrip("12") != args.split.rstrip("12") and split in SPLITS:
+                raise ValueError(f"the identifier is of {split}, and --split is {args.split}: give its own")
             name = f"{entry.get('directory', '')}/{split}-{images}-{pair}".lstrip("/")  # only train has subfolders
             row = {"text": take(entry, "sentence"), "label": take(entry, "label", TRUTH)}
             row |= {"images": [f"{name}-img0.png", f"{name}-img1.png"], "group": f"{split}-{images}-{sentence}"}
@@ -416,13 +442,13 @@ def refcoco(args: argparse.Namespace, left_out: Counter) -> Rows:
     for place, entry in entries(args.instances, "images"):
         with at(place):
             size = take(entry, "width", int), take(entry, "height", int)
-            pictures[take(entry, "id", int)] = take(entry, "file_name"), size
+            once(pictures, take(entry, "id", int), (take(entry, "file_name"), size))
     for place, entry in entries(args.instances, "annotations"):
         with at(place):
             image, instance = take(entry, "image_id", int), take(entry, "id", int)
             if image not in pictures:
                 raise ValueError(f"image_id is {image}: expected the id of one of the images")
-            boxes.setdefault(image, {})[instance] = clip(take(entry, "bbox", list), *pictures[image][1])
+            once(boxes.setdefault(image, {}), instance, clip(take(entry, "bbox", list), *pictures[image][1]))
     for place, ref in entries(args.refs):
         with at(place):
             split, image, instance = take(ref, "split", splits), take(ref, "image_id", int), take(ref, "ann_id", int)
@@ -512,6 +538,13 @@ def at(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {fault}") from fault
 
 
+def once(found: dict, number: Any, value: Any) -> None:
+    """Add a value under an id. Raises ValueError if the id is there already."""
+    if number in found:
+        raise ValueError(f"the id {number!r} comes twice: expected it once")
+    found[number] = value
+
+
 def take(entry: Any, key: str, kind: type | dict = str) -> Any:
     """The value of a required key of an entry. Strings are stripped of surrounding white space.
 
@@ -538,10 +571,11 @@ def not_blank(texts: list[str], left_out: Counter) -> list[str]:
 def fill(pattern: str, values: dict[str, Any]) -> str:
     """The name of a picture: a pattern such as {id:012d}.jpg, filled in with values."""
     try:
-        if any(re.search(r"\d{4}", field) for field in re.findall(r"\{[^}]*\}", pattern)):
-            raise ValueError("a width of thousands")  # which would be written out in full
+        fields = re.findall(r"\{[^}]*\}", pattern)
+        if any(re.search(r"\d{4}|\{.*\{|[.\[]", field) for field in fields):
+            raise ValueError("a width of thousands, or more than a name and a width")
         return pattern.format(**values)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"--pattern {pattern!r} does not fit ({error}): it knows {', '.join(values)}") from error
 
 
@@ -551,6 +585,8 @@ def entries(path: Path, key: str = "") -> Iterator[tuple[str, Any]]:
     Each document is read into memory as a whole; docs/data.md states how much memory the official ones take.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         if path.suffix in (".p", ".pkl", ".pickle"):  # the official pickles are from Python 2, with byte strings
             with open(path, "rb") as file:
                 document = PlainUnpickler(file, encoding="utf-8", errors="replace").load()
@@ -586,11 +622,14 @@ def convert(args: argparse.Namespace) -> None:
     schema = "phrases" if args.converter is albef and args.task == "grounding" else args.task  # without boxes
     schema = "questions" if args.converter is vqa_test else schema  # without answers
     # Resolve the path first: after a symbolic link, ".." does not lead where the path suggests.
-    root = Path(os.path.relpath(args.images.resolve(), args.out.resolve())).as_posix()
+    root = Path(os.path.relpath(os.path.realpath(args.images), os.path.realpath(args.out))).as_posix()
     written, left_out, pictures, missing = Counter(), Counter(), set(), {}  # missing: a dict, to preserve order
     run = " ".join([args.command, args.task, *([args.split] if "split" in args else [])])
     earlier = listed(args.out)
     there = {name for names in earlier.values() for name in names if (args.out / name).exists()}
+
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is not a folder: give one to write to")
 
     def check_free(name: str) -> None:
         if (args.out / name).exists() and not args.force:
@@ -709,11 +748,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # user errors end with one sentence instead of a traceback
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(2)
+    runtime.guarded(main)

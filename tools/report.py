@@ -305,15 +305,18 @@ def curves(log: Path, chance: dict[str, float]) -> list[dict]:
     """Losses and val scores in log.csv -> [{"name", "chance": level or None, "points": [[step, value], ...]}, ...]"""
     if not log.is_file():
         return []
-    with open(log, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
     beside = ("step", "lr", "grad_norm", "temperature", "pairs_per_s", "peak_memory_mb")
     found = []
-    for name in rows[0] if rows else ():
-        points = [[int(row["step"]), float(row[name])] for row in rows if row[name]]
-        points = [point for point in points if math.isfinite(point[1])]
-        if name not in beside and points:
-            found.append({"name": name, "chance": chance.get(name), "points": points})
+    try:
+        with open(log, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+        for name in rows[0] if rows else ():
+            points = [[int(row["step"]), float(row[name])] for row in rows if row[name]]
+            points = [point for point in points if math.isfinite(point[1])]
+            if name not in beside and points:
+                found.append({"name": name, "chance": chance.get(name), "points": points})
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{log} is not the log of a run: move it away") from error
     return found
 
 
@@ -377,15 +380,18 @@ def grounding_table(title: str, result: dict) -> dict:
 def tables(result: dict, data: str, kept: Path) -> list[dict]:
     """The recalls on this gallery, then the results for retrieval, foils and grounding in results.json."""
     found = [recall_table(f"this page, {data}", result)]
-    for name, one in (json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}).items():
-        if "images" in one and one["contrast"] == result["contrast"]:
-            continue  # results on the same gallery, which the page already shows
-        if "images" in one:
-            found.append(recall_table(name, one))
-        elif "contrast" in one:
-            found.append(foil_table(name, one))
-        elif "pointing" in one:
-            found.append(grounding_table(name, one))
+    try:
+        for name, one in (json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}).items():
+            if "images" in one and one["contrast"] == result["contrast"]:
+                continue  # results on the same gallery, which the page already shows
+            if "images" in one:
+                found.append(recall_table(name, one))
+            elif "contrast" in one:
+                found.append(foil_table(name, one))
+            elif "pointing" in one:
+                found.append(grounding_table(name, one))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{kept} is not a file of results of eval.py: move it away") from error
     return found
 
 
@@ -498,7 +504,9 @@ def main() -> None:
     device = runtime.pick_device(options.device)
     model, tokenizer = load_for(options, device)
     state = runtime.load_checkpoint(options.checkpoint)  # for its training options
+    runtime.check_run(state, options.checkpoint)
     out = options.out or options.checkpoint.parent / "report.html"
+    runtime.check_outputs([out], [*options.data, options.checkpoint])
     page = page_of(describe(model, tokenizer, state, options, device))
     runtime.write_beside(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     print(f"report written, {out.stat().st_size / 1e6:.2f} MB: open {out} in a browser")

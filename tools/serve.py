@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 import runtime
-from data import captions_of, is_video, read_rows
+from data import captions_of, is_text, is_video, read_rows
 from eval import UNASKED, Encoded, check_ranks, encode_rows, load_for, match_best, rerank
 from explain import How, hidden_views, pixels_of
 from reading.pictures import FORMATS, load_image, to_rgb
@@ -103,11 +103,10 @@ class Looker:
         Raises:  ValueError, in one sentence, for a request that cannot be answered
         """
         text = asked.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("a text is missing: say what the picture might show")
+        if not is_text(text):
+            raise ValueError("a text is missing, or cannot be read: say what the picture might show")
         if len(text) > LONGEST:
             raise ValueError(f"the text has {len(text):,} letters: give at most {LONGEST:,}")
-        text.encode("utf-8")  # raises a ValueError for an unpaired surrogate
         picture, model, config = self.picture(asked), self.model, self.model.config
         words = words_of(self.tokenizer, text, config.max_tokens)
         with self.lock:
@@ -213,7 +212,7 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "only /look takes requests")
         elif not length.isascii() or not length.isdecimal():
             self.refuse(411, "the length of the request is missing")
-        elif int(length[:20]) > MOST_BYTES:
+        elif int(length.lstrip("0")[:20] or 0) > MOST_BYTES:
             self.refuse(413, f"this is larger than {MOST_BYTES // 2**20} MB: give a smaller picture")
         else:
             try:

@@ -13,6 +13,7 @@ from metrics import fits, points_into, right_answers, right_label, score_answers
 
 RIGHT, WRONG = "#0a6b2d", "#8a1c1c"  # combined with + and -, so that a sheet does not rely on colour alone
 GAP, LINE = 12, 22  # pixels
+LONGEST = 400  # letters of a text; the rest is not drawn
 
 
 @dataclass
@@ -31,14 +32,14 @@ def draw_sheet(cells: list[Cell], path: Path, columns: int = 1, width: int = 600
     sheet = Image.new("RGB", (columns * width + GAP, top + -(-len(cells) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     if title:
-        pen.text((GAP, GAP), title, fill="black", font=pen_font)
+        pen.text((GAP, GAP), title[:LONGEST], fill="black", font=pen_font)
     for number, cell in enumerate(cells):
         x, y = GAP + number % columns * width, top + number // columns * height
         for picture in cell.pictures:
             sheet.paste(picture, (x, y))
             x += picture.width + GAP
         for place, (text, colour) in enumerate(cell.lines):
-            pen.text((x, y + LINE * place), text, fill=colour, font=pen_font)
+            pen.text((x, y + LINE * place), text[:LONGEST], fill=colour, font=pen_font)
     save_png(sheet, path)
 
 
@@ -107,7 +108,10 @@ def draw_examples(task: str, rows: list[dict], predictions: list[dict], path: Pa
             said = [f"+ {answer}"] if good else [f"- {answer}", f"right: {right}"]
         lines = [
             (line, RIGHT if good else WRONG)
-            for line in [*textwrap.wrap(text_of(row), 36, break_long_words=False, break_on_hyphens=False), *said]
+            for line in [
+                *textwrap.wrap(text_of(row)[:LONGEST], 36, break_long_words=False, break_on_hyphens=False),
+                *said,
+            ]
         ]
         cells[good].append((row, prediction, lines))
     pairs = zip_longest(some_of(cells[True], each), some_of(cells[False], each))

@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     parser.add_argument("--out", type=Path, required=True, help="output file")
     options = parser.parse_args()
-    if options.out.resolve() == options.checkpoint.resolve():
-        raise ValueError(f"{options.out} is the run's own checkpoint: give another --out, or the run cannot be resumed")
-    state = slim(runtime.load_checkpoint(options.checkpoint))
+    runtime.check_outputs([options.out], [options.checkpoint])
+    state = runtime.load_checkpoint(options.checkpoint)
+    runtime.check_run(state, options.checkpoint)
+    state = slim(state)
     runtime.write_beside(options.out, lambda temporary: torch.save(state, temporary))
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, step {state['step']} of {state['objective']}")
 

@@ -490,6 +490,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Trace a checkpoint, or short runs, and write the page."""
     options = parse()
+    runtime.check_outputs([options.out], [options.checkpoint, *(options.data or [])])
     options.data = options.data or own_world()
     rows = read_rows(options.data, "pairs")[: options.batch_size]
     if len(rows) < SAMPLES or is_video(rows[0]["image"]):

@@ -100,11 +100,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is damaged, or holds more than plain tensors ({reason}): download it again"
         ) from error
-    while isinstance(state, dict) and not any(isinstance(value, Tensor) for value in state.values()):
-        inner = next((state[name] for name in ("model", "state_dict", "teacher") if name in state), None)
-        if inner is None:
+    for _ in range(3):
+        if not isinstance(state, dict) or any(isinstance(value, Tensor) for value in state.values()):
             break
-        state = inner  # DeiT and MAE store the weights under "model", a full checkpoint of DINO under "teacher"
+        state = next((state[name] for name in ("model", "state_dict", "teacher") if name in state), state)
+        # DeiT and MAE store the weights under "model", a full checkpoint of DINO under "teacher"
     tensors = (
         {name: value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     )
@@ -302,6 +302,8 @@ def depth_of(tensors: dict[str, Tensor]) -> int:
 def load_tower(path: str | Path) -> dict:
     """Load a file written by `convert`. Raises ValueError for any other file."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError(path)
         tower = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # to read just the words
     except Exception as error:
         raise ValueError(f"{path} cannot be read: give a file that tools/weights.py wrote") from error

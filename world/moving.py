@@ -293,6 +293,10 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = {"train": args.train, "val": args.val, "test": args.test}
     if args.train % 2 or min(sizes.values()) < 2:
         raise ValueError(f"--train {args.train} --val {args.val} --test {args.test}: expected 2 or more, --train even")
+    if others := ", ".join(written.listed(args.out).keys() - {"moving"}):
+        raise ValueError(f"{args.out} holds other data, {others}: give another --out")
+    if sum(sizes.values()) > 10**7:
+        raise ValueError(f"{sum(sizes.values())} videos: give at most ten million")
     with written.replacing(args.out, "moving") as folder, tqdm(total=sum(sizes.values()), desc="drawing") as bar:
         for split, size in sizes.items():
             write(folder, split, size, args.seed, bar)
@@ -302,6 +306,6 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -390,6 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--seed is {args.seed}: give 0 or more")
     if args.train % 2 or min(args.train, args.val, args.test) < 2:
         raise ValueError(f"--train {args.train} --val {args.val} --test {args.test}: expected 2 or more, --train even")
+    if args.train + args.val + args.test > 10**7:
+        raise ValueError(f"--train {args.train} --val {args.val} --test {args.test}: give at most ten million in all")
     # The training split comes last, so that a size that the world cannot provide is reported early.
     sizes = {"val": args.val, "test": args.test, "novel": args.test, "train": args.train}
     if args.level == "nlvr":
@@ -415,6 +417,6 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # user errors end with one sentence instead of a traceback
+    except (ValueError, OSError) as error:  # user errors end with one sentence instead of a traceback
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

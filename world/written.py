@@ -18,7 +18,7 @@ def listed(folder: Path) -> dict[str, list[str]]:
     """A folder's list as {run: files}. Raises ValueError for a list that is damaged or points outside the folder."""
     path, runs = folder / LIST, {}
     if path.is_file():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             runs = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(runs, dict) or not runs or not all(map(are_inside, runs.values())):
             raise ValueError(f"{path} is not a list of what was written there: mend it, or choose another --out")
@@ -51,7 +51,8 @@ def replacing(folder: Path, run: str, force: bool = False) -> Iterator[Path]:
             gone = {other for other, files in runs.items() if other == run or not set(files).isdisjoint(names)}
             theirs = {name for other in gone for name in runs[other]}
             for name in names:
-                if name not in theirs and os.path.lexists(folder / name) and not force:
+                folders = (folder / name).is_dir() and not (folder / name).is_symlink()  # not even by force
+                if name not in theirs and os.path.lexists(folder / name) and (not force or folders):
                     raise ValueError(
                         f"{folder / name} is not on its list of what was written there, {LIST}: move it away, or "
                         "choose another --out"
