@@ -99,8 +99,8 @@ def check_sizes(config: dict, shapes: dict[str, tuple], path: str | Path) -> Non
     for name, size in found.items():
         if size is not None and name in config and config[name] != size:
             raise ValueError(
-                f"{path} was saved by a model of another shape: {name} is {config[name]!r} in its config, and {size} in "
-                "its weights"
+                f"{path} was saved by a model of another shape: {name} is {config[name]!r} in its config, and "
+                f"{size} in its weights"
             )
 
 
