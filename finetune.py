@@ -182,7 +182,7 @@ def adapted(
         # Keep a head that was already trained for this task, along with its list of answers.
         before = start["head"] if "head" in start and not config.new_head else {}
         kept = before.get("task") == config.task
-        answers = before["answers"] if kept else None
+        answers = head_of(start).answers if kept else None
     answers = answers or answers_of(config.task, rows, config.answers)
     check_labels(config.task, rows, answers)
     model = build_task(HeadConfig(config.task, answers, config.freeze), shape)

@@ -229,9 +229,17 @@ def readable(sentence: str) -> str:
     return "".join(letter if letter in "\n\t" or letter.isprintable() else repr(letter)[1:-1] for letter in short)
 
 
+def world_size() -> int:
+    """The number of processes that torchrun started. Raises ValueError for environment variables that do not fit."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1 or (int(size) > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys()):
+        raise ValueError(f"WORLD_SIZE is {size} in the environment, without a RANK: start with torchrun, or unset it")
+    return int(size)
+
+
 def end(stopped: bool) -> None:
     """After an interrupted run, exit with status 130, as shells expect, so that a calling script stops as well."""
-    if stopped and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun would report status 130 as a failure
+    if stopped and world_size() == 1:  # torchrun would report status 130 as a failure
         sys.exit(130)
 
 
@@ -259,7 +267,7 @@ def process_group(device_name: str):
     Only rank 0 prints and draws progress bars, but every process reports its own errors. If one process exits early,
     the next collective fails in all others, and each exits with an error message; torchrun then terminates the rest.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield pick_device(device_name)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -606,7 +614,7 @@ class Interrupt:
 
     def ask(self, number: int, frame) -> None:
         # Only a second Ctrl-C is deliberate: a scheduler may signal both the process group and each process in it.
-        if self.heard and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if self.heard and number == signal.SIGINT and world_size() == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self.heard.add(number)

@@ -439,6 +439,14 @@ def test_validation_on_pictures_that_were_trained_on_earns_matching_no_weight(ru
         assert new_run(run / "pairs.jsonl", tmp_path / str(number), "--val", str(path)).val_is_seen
 
 
+@pytest.mark.parametrize("size", ["2", "0", "x"])
+def test_a_number_of_processes_without_torchrun_is_refused(run, program, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    words = ["score", "--checkpoint", run / "run/checkpoint.pt", "--image", run / "pictures/03.png", "--text", "red"]
+    refused(program(evaluation.main, *words), "start with torchrun")
+
+
 def test_a_closed_output_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     runtime.guarded(lambda: print("to nobody"))

@@ -12,6 +12,7 @@ How to read it: `Looker.look` computes the content of the page, `Handler` serves
 import argparse
 import base64
 import binascii
+import contextlib
 import io
 import json
 import sys
@@ -166,6 +167,11 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, looker: Looker, page: bytes, *given):
         self.looker, self.page = looker, page
         super().__init__(*given)
+
+    def handle(self) -> None:
+        """Handle the requests of a connection, which the other side may close at any time."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
         """Send one complete response."""
