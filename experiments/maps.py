@@ -3,8 +3,9 @@
     python experiments/maps.py --runs runs/demo_compare/mamo-2750-{seed} runs/demo_compare/control-4206-{seed}
                                --data data/scenes/grounding_val.jsonl --results results/maps.json
 
-For each pattern of run folders and each of the seeds 0 to 2, computes pointing, proposals and box as eval.py grounding
-does; then the mean and the spread over the seeds. The defaults of How in explain.py were chosen with these val results.
+For each pattern of run folders and each of the seeds 0 to 2, computes pointing, proposals and box in the same way as
+`eval.py grounding`, and reports the mean and the spread over the seeds. The defaults of How in explain.py were chosen
+using these validation results.
 """
 
 import argparse

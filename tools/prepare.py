@@ -491,8 +491,8 @@ ALBEF = {  # for each task, the keys of an entry and their types
 def albef(args: argparse.Namespace, left_out: Counter) -> Rows:
     """JSON lists in ALBEF's format, for every task: one row per entry.
 
-    If there are ten answers, they are scored as in VQA; otherwise the score of each answer is its share. Lists for
-    grounding contain no boxes, so they are usable for training but not for evaluation.
+    If there are ten answers, they are scored as in VQA; otherwise the score of each answer is the share of annotators
+    who gave it. Lists for grounding contain no boxes, so they can be used for training but not for evaluation.
     """
     top = args.strip.rstrip("/") + "/"  # match whole folder names only: "coco" does not match coco2/a.jpg
     for place, entry in entries(args.annotations):

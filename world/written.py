@@ -1,7 +1,7 @@
 """An output folder shared by several runs: each run replaces all files that it wrote there before, and nothing else.
 
-`written.json` in this folder lists the files that each run wrote, under the name of the run. No file of an earlier run
-is therefore left beside those of a new one, and any other file, such as notes or other data, is never deleted.
+`written.json` in this folder lists the files that each run wrote, under the name of the run. This lets a new run remove
+the files of an earlier one. Other files, such as notes or data, are never deleted.
 """
 
 import json
