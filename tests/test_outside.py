@@ -22,7 +22,7 @@ import train
 from reading import pictures
 from reading.rows import open_rows, parse_object
 from reading.shards import expand
-from tools import prepare, report, slim, trace, weights
+from tools import compare, prepare, report, slim, trace, weights
 from world import moving
 
 unix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and links of Unix")
@@ -354,6 +354,53 @@ def test_what_torch_never_writes_is_not_unpacked(run, tmp_path):
             packed.writestr(name, bytes(10**6) + source.read(name))
     with pytest.raises(ValueError, match="compressed, which is never the case"):
         runtime.load_checkpoint(tmp_path / "packed.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pos_embed": torch.zeros(3)},
+        {"blocks.0.attn.qkv.weight": torch.zeros(())},
+        {"blocks.0.attn.qkv.bias": torch.zeros(7)},
+        {"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8).to_sparse()},
+        {"cls_token": torch.zeros(5)},
+    ],
+)
+def test_a_published_file_of_strange_shapes_is_refused(tmp_path, change):
+    d, blocks = 64, {}
+    matrices = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d)}
+    for name, shape in ({"norm1": (d,), "norm2": (d,)} | matrices).items():
+        blocks |= {f"blocks.0.{name}.weight": torch.zeros(shape), f"blocks.0.{name}.bias": torch.zeros(shape[0])}
+    whole = blocks | {"patch_embed.proj.weight": torch.zeros(d, 3, 8, 8), "patch_embed.proj.bias": torch.zeros(d)}
+    whole |= {"cls_token": torch.zeros(1, 1, d), "pos_embed": torch.zeros(1, 17, d)}
+    whole |= {"norm.weight": torch.zeros(d), "norm.bias": torch.zeros(d)}
+    torch.save(whole, tmp_path / "vit.pth")
+    weights.convert(tmp_path / "vit.pth", tmp_path / "image.pt")
+    torch.save(whole | change, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"vit\.pth"):
+        weights.convert(tmp_path / "vit.pth", tmp_path / "image.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"columns": None},
+        {"columns": {"R": "x/y"}},
+        {"columns": {"R": [["x"]]}},
+        {"arms": {"a": 5}},
+        {"train": None},
+        {"evaluate": 5},
+        {"evaluate": []},
+        {"steps": 2.5},
+        {"steps": True},
+        {"rates": {"a": float("inf")}},
+    ],
+)
+def test_a_plan_of_strange_kinds_is_refused(change):
+    plan = {"what": "w", "train": "", "arms": {"a": ""}, "evaluate": "world", "steps": 1, "reference": "a"}
+    compare.Plan(**plan)
+    with pytest.raises(ValueError, match="of another kind"):
+        compare.Plan(**plan | change)
 
 
 @unix

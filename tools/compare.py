@@ -73,6 +73,8 @@ class Plan:
     rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not self.is_of_its_kinds():
+            raise ValueError("a value is of another kind than --help says: texts, whole numbers, lists of texts, rates")
         if self.script not in SCRIPTS:
             raise ValueError(f"the script is {self.script!r}: use {' or '.join(SCRIPTS)}")
         if self.reference not in self.arms:
@@ -95,6 +97,21 @@ class Plan:
             for word in shlex.split(f"{self.train} {options}"):
                 if word.partition("=")[0] in ("--out", "--steps", "--seed", "--resume"):
                     raise ValueError(f"the plan gives {word} to {arm!r}: leave it out, it follows from the plan")
+
+    def is_of_its_kinds(self) -> bool:
+        """Whether all values have the types above, inside lists and dicts too."""
+        evaluate = [self.evaluate] if isinstance(self.evaluate, str) else self.evaluate
+        lists = [evaluate, self.equal, *(self.columns.values() if isinstance(self.columns, dict) else [None])]
+        if (
+            not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists)
+            or not evaluate
+        ):
+            return False
+        if not isinstance(self.arms, dict) or not isinstance(self.rates, dict) or not isinstance(self.seeds, list):
+            return False
+        texts = [self.what, self.train, self.reference, self.script, self.against, *self.arms, *self.arms.values()]
+        numbers = all(type(one) in (int, float) and abs(one) < 1e9 for one in self.rates.values())
+        return all(isinstance(text, str) for text in texts) and type(self.steps) is int and numbers
 
 
 FREE = ("what", "columns", "seeds", "against", "rates")  # fields of a plan that may change while its runs are kept

@@ -279,7 +279,17 @@ def convert(path: Path, out: Path, heads: int = 0, pixels: str = "", vocab: Path
     """
     tensors = read_tensors(path)
     is_text = any("word_embeddings" in name for name in tensors)
-    tower = text_tower(tensors, path, heads, vocab) if is_text else image_tower(tensors, path, heads, pixels)
+    try:
+        tower = text_tower(tensors, path, heads, vocab) if is_text else image_tower(tensors, path, heads, pixels)
+    except (RuntimeError, TypeError, LookupError, AttributeError, RecursionError, NotImplementedError) as error:
+        raise ValueError(f"{path} is not an encoder of a form that is known ({error}): download it again") from error
+    width = tower["fields"]["width"]
+    for name, value in tower["tensors"].items():
+        inside = name.startswith(("blocks.", "norm", "positions", "class_token"))
+        if inside and (value.ndim == 0 or value.shape[-1] % width):
+            raise ValueError(
+                f"{path}: {name} is {tuple(value.shape)} in an encoder of width {width}: download it again"
+            )
     bad = next((name for name, value in tower["tensors"].items() if not value.isfinite().all()), None)
     if bad:
         raise ValueError(f"{path} holds numbers that are not finite, in {bad} first: download it again")
