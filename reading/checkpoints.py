@@ -43,10 +43,8 @@ def load_checkpoint(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file: give the checkpoint.pt of a run folder")
     try:
-        if (
-            zipfile.is_zipfile(path)
-            and sum(one.file_size for one in zipfile.ZipFile(path).filelist) > os.stat(path).st_size
-        ):
+        parts = zipfile.ZipFile(path).filelist if zipfile.is_zipfile(path) else []
+        if sum(part.file_size for part in parts) > os.stat(path).st_size:
             raise ValueError("its content is compressed, which is never the case")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -63,9 +61,8 @@ def load_checkpoint(path: str | Path) -> dict:
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} in it does not match; use another checkpoint")
     check_fields(Content, state, str(path))
-    if any(
-        not isinstance(rows, list) or not rows or type(rows[0]) is not int for rows in state.get("data", {}).values()
-    ):
+    counts = state.get("data", {}).values()
+    if any(not isinstance(rows, list) or not rows or type(rows[0]) is not int for rows in counts):
         raise ValueError(f"{path} does not say what rows it was trained on: use a checkpoint that train.py wrote")
     if any(not isinstance(value, torch.Tensor) or not isinstance(name, str) for name, value in state["model"].items()):
         raise ValueError(f"{path} contains weights that are not tensors: use a checkpoint that train.py wrote")
