@@ -746,7 +746,7 @@ def load_for(options: argparse.Namespace, device) -> tuple[VisionLanguageModel |
     """
     if options.checkpoint is None:
         if options.predictions and options.command in ("retrieval", "grounding", *ANSWERING):
-            if options.teacher or getattr(options, "own_captions", False) or getattr(options, "by", ""):
+            if options.teacher or options.own_captions or options.by:
                 raise ValueError("--teacher, --own-captions and --by need --checkpoint: leave them out, or give it")
             return None, None
         raise ValueError(f"{options.command} needs --checkpoint: give the checkpoint.pt or best.pt of a run")

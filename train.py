@@ -521,14 +521,14 @@ class Run:
         if self.model.config.w_itc <= 0:
             return {}
         k = 16 if self.step == self.config.steps else 0
-        weights = (0.0,) if self.val_is_seen else WEIGHTS
+        weights = (0.0,) if k and self.val_is_seen else WEIGHTS
         found = retrieval(self.model, self.tokenizer, self.val_rows, self.device, k, weights=weights)
         self.model.matching_weight = found.get("weight", self.model.matching_weight)
         i2t, t2i = (found["contrast"][side]["R@1"] for side in ("image_to_text", "text_to_image"))
         bar.write(f"step {self.step}: val R@1 {i2t:.1f} % image to text, {t2i:.1f} % text to image, by contrast")
         return {"val_i2t_r1": i2t, "val_t2i_r1": t2i}
 
-    @functools.cached_property
+    @property
     def val_is_seen(self) -> bool:
         """Whether pictures of val are among those to train on, in a sample of both."""
         pictures = [{resolved(row["image"]) for row in sample_of(rows, 10_000)} for rows in (self.rows, self.val_rows)]

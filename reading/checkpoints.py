@@ -6,6 +6,7 @@ raises ValueError, in one sentence, for content that does not fit.
 
 import os
 import pickle
+import types
 import typing
 import zipfile
 from collections.abc import Iterator
@@ -43,8 +44,8 @@ def load_checkpoint(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file: give the checkpoint.pt of a run folder")
     try:
-        parts = zipfile.ZipFile(path).filelist if zipfile.is_zipfile(path) else []
-        if sum(part.file_size for part in parts) > os.stat(path).st_size:
+        packed = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+        if packed and sum(part.file_size for part in packed.filelist) > os.stat(path).st_size:
             raise ValueError("its content is compressed, which is never the case")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -57,7 +58,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a whole checkpoint ({reason}): use another") from error
     if not isinstance(state, dict) or not {"config", "model", "vocab", "objective"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: expected a file that train.py wrote")
-    damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+    damaged = packed and packed.testzip()
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} in it does not match; use another checkpoint")
     check_fields(Content, state, str(path))
@@ -126,16 +127,24 @@ def check_fields(config_class: type, values: dict, where: str) -> None:
     if strange := ", ".join(sorted(map(str, values.keys() - hints.keys()))):
         raise ValueError(f"{strange} is no field of {where}: it was saved by other code or for another model")
     for name, value in values.items():
-        kind, inner = typing.get_origin(hints[name]) or hints[name], typing.get_args(hints[name])
-        right = is_a(value, kind) if not inner else isinstance(value, list | tuple)
-        if not right or (inner and not all(is_a(one, inner[0]) for one in value)):
+        if not is_a(value, hints[name]):
             said = repr(value) if len(repr(value)) < 50 else f"a {type(value).__name__}"
-            expected = f"a list of {inner[0].__name__}" if inner else f"a value of type {kind.__name__}"
+            kind, inner = typing.get_origin(hints[name]), typing.get_args(hints[name])
+            expected = f"a list of {inner[0].__name__}" if kind in (list, tuple) else f"a value of type {hints[name]}"
+            expected = expected if inner else f"a value of type {hints[name].__name__}"
             raise ValueError(f"{name} of {where} is {said}: expected {expected}")
 
 
 def is_a(value: object, kind: type) -> bool:
-    """As isinstance, except that an int counts as a float, and a bool only as a bool."""
+    """As isinstance, for the type hints that dataclasses use here: lists, tuples and dicts with all that they hold, and
+    unions. An int counts as a float, a bool only as a bool, and a list as a tuple, which JSON does not know."""
+    inner, outer = typing.get_args(kind), typing.get_origin(kind)
+    if outer is types.UnionType:
+        return any(is_a(value, one) for one in inner)
+    if outer is dict:
+        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+    if outer in (list, tuple):
+        return isinstance(value, list | tuple) and all(is_a(one, inner[0]) for one in value)
     return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 

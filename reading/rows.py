@@ -70,8 +70,10 @@ class Rows(Sequence):
         file = int(np.searchsorted(self.starts, number, side="right")) - 1
         index, number = self.indexes[file], number - int(self.starts[file])
         try:
-            row = parse_object(index.line(number))
-            if not index.digest:  # --check none: each row is checked where it is used, but not its pictures
+            if index.digest:
+                row = json.loads(index.line(number))
+            else:  # --check none: each row is checked where it is used, but not its pictures
+                row = parse_object(index.line(number))
                 check_row(row, self.task)
         except ValueError as fault:
             raise ValueError(f"{index.path}, row {number + 1}: {fault}") from fault

@@ -74,8 +74,10 @@ def as_rows(path: Path) -> Path:
     rows = path.with_name(path.name + ".jsonl")
     made = path.stat().st_mtime_ns
     if not rows.is_file() or rows.stat().st_mtime_ns != made:  # the JSONL file carries the archive's time stamp
-        if rows.is_file() and not MEMBER_ROW.match(rows.read_bytes()[:4096]):
-            raise ValueError(f"{rows} is not a list of {path.name}, whose place it has: rename it")
+        if rows.is_file():
+            with open(rows, "rb") as file:
+                if not MEMBER_ROW.match(file.read(4096)):
+                    raise ValueError(f"{rows} is not a list of {path.name}, whose place it has: rename it")
         runtime.write_beside(rows, lambda temporary: write_rows(path, temporary))
         os.utime(rows, ns=(made, made))
     return rows

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers import kept_signals
 from torch import Tensor
 
 import eval as evaluation
@@ -15,6 +16,13 @@ from siblings import OBJECTIVES
 
 # The models of the tests are so small that a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Ctrl-C ends the tests as ever, although a training run takes the signals over."""
+    with kept_signals():
+        yield
 
 
 def pytest_collection_modifyitems(config, items):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import test_processes
 import torch
-from helpers import SIZES, kept_signals, new_run, read_log, same, square, write_rows, write_squares, write_task
+from helpers import SIZES, new_run, read_log, same, square, write_rows, write_squares, write_task
 from processes import fine_tune, together
 from test_train import checkpoint, command
 
@@ -43,13 +43,6 @@ def data(tmp_path_factory) -> dict[str, Path]:
     """A file of each task, of which a part is to be kept apart for val."""
     folder = tmp_path_factory.mktemp("data")
     return {task: write_task(folder / f"{task}.jsonl", task) for task in TASKS}
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Ctrl-C ends the tests as ever, although a training run takes the signals over."""
-    with kept_signals():
-        yield
 
 
 def arguments(task: str, start, data: Path, out: Path, *more: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SIZES, caption, kept_signals, new_run, resumed_run, square, write_squares, write_task
+from helpers import SIZES, caption, new_run, resumed_run, square, write_squares, write_task
 
 import data
 import reading.pictures as reading_pictures
@@ -35,13 +35,6 @@ from tools.serve import Looker
 ODD = [None, True, -1, 0, 3.5, float("nan"), 10**12, "", "vqa", [], [1], {}, {"a": 1}, torch.zeros(3), torch.tensor(1)]
 CPU = torch.device("cpu")
 COUNT = int(os.environ.get("FUZZ", "60"))  # inputs of each kind; thousands for a long run
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Ctrl-C ends the tests as ever, although a training run takes the signals over."""
-    with kept_signals():
-        yield
 
 
 @pytest.fixture(scope="module")

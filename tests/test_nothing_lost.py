@@ -50,13 +50,6 @@ def data(tmp_path_factory) -> Path:
     return write_squares(tmp_path_factory.mktemp("data") / "pairs.jsonl", 22, several=True)
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Ctrl-C ends the tests as ever."""
-    with kept_signals():
-        yield
-
-
 def program(name: str, data: Path, out: Path, *more: str) -> list[str]:
     """The command line of an endless small run of train.py, or of fine-tuning on vqa."""
     if name == "train":

@@ -81,13 +81,6 @@ def judged(data) -> Path:
     return write_rows(data.with_name("judged.jsonl"), rows)
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Ctrl-C ends the tests as ever, although a training run takes the signals over."""
-    with kept_signals():
-        yield
-
-
 class Trained(NamedTuple):
     """A finished run of one of the CASES."""
 

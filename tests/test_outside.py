@@ -5,12 +5,13 @@ import json
 import os
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import kept_signals, new_run, options, resumed_run, write_rows, write_squares, write_task
+from helpers import new_run, options, resumed_run, write_rows, write_squares, write_task
 from PIL import Image
 
 import data
@@ -26,13 +27,6 @@ from tools import compare, prepare, report, slim, trace, weights
 from world import moving
 
 unix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and links of Unix")
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Ctrl-C ends the tests as ever, although a training run takes the signals over."""
-    with kept_signals():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -346,8 +340,6 @@ def test_a_checkpoint_that_cannot_be_meant_is_not_resumed(run, tmp_path, change)
 
 def test_what_torch_never_writes_is_not_unpacked(run, tmp_path):
     """A zip whose content is compressed may be of any size."""
-    import zipfile
-
     source = zipfile.ZipFile(run / "run/checkpoint.pt")
     with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in source.namelist():

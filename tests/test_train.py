@@ -47,13 +47,6 @@ def data(tmp_path_factory) -> Path:
     return write_squares(tmp_path_factory.mktemp("data") / "pairs.jsonl", 22, twins=10, several=True)
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Ctrl-C ends the tests as ever, although a training run takes the signals over."""
-    with kept_signals():
-        yield
-
-
 def checkpoint(out: Path) -> dict:
     """The checkpoint of a run folder without what says where it was made and by how many workers."""
     state = torch.load(out / "checkpoint.pt", weights_only=False)  # twice as fast; resuming reads it with True

@@ -65,7 +65,7 @@ class Plan:
     evaluate: str | list[str]
     steps: int
     reference: str
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list = field(default_factory=lambda: [0, 1, 2])
     equal: list[str] = field(default_factory=lambda: ["steps"])
     columns: dict[str, list[str]] = field(default_factory=dict)
     script: str = "train.py"
@@ -73,8 +73,12 @@ class Plan:
     rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.is_of_its_kinds():
-            raise ValueError("a value is of another kind than --help says: texts, whole numbers, lists of texts, rates")
+        try:
+            runtime.check_fields(Plan, vars(self), "the plan")
+        except ValueError as fault:
+            raise ValueError(f"a value is of another kind than --help says: {fault}") from fault
+        if self.evaluate == [] or not all(abs(rate) < 1e9 for rate in self.rates.values()):
+            raise ValueError("a value is of another kind than --help says: give a command, and finite rates")
         if self.script not in SCRIPTS:
             raise ValueError(f"the script is {self.script!r}: use {' or '.join(SCRIPTS)}")
         if self.reference not in self.arms:
@@ -97,21 +101,6 @@ class Plan:
             for word in shlex.split(f"{self.train} {options}"):
                 if word.partition("=")[0] in ("--out", "--steps", "--seed", "--resume"):
                     raise ValueError(f"the plan gives {word} to {arm!r}: leave it out, it follows from the plan")
-
-    def is_of_its_kinds(self) -> bool:
-        """Whether all values have the types above, inside lists and dicts too."""
-        evaluate = [self.evaluate] if isinstance(self.evaluate, str) else self.evaluate
-        lists = [evaluate, self.equal, *(self.columns.values() if isinstance(self.columns, dict) else [None])]
-        if (
-            not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists)
-            or not evaluate
-        ):
-            return False
-        if not isinstance(self.arms, dict) or not isinstance(self.rates, dict) or not isinstance(self.seeds, list):
-            return False
-        texts = [self.what, self.train, self.reference, self.script, self.against, *self.arms, *self.arms.values()]
-        numbers = all(type(one) in (int, float) and abs(one) < 1e9 for one in self.rates.values())
-        return all(isinstance(text, str) for text in texts) and type(self.steps) is int and numbers
 
 
 FREE = ("what", "columns", "seeds", "against", "rates")  # fields of a plan that may change while its runs are kept

@@ -243,9 +243,9 @@ def files_in(folder: Path) -> list[Path]:
     """All files in a folder and its subfolders, including linked ones; each folder is visited once."""
     found, seen = [], {os.path.realpath(folder)}
     for here, folders, names in os.walk(folder, followlinks=True):
-        fresh = [name for name in sorted(folders) if os.path.realpath(os.path.join(here, name)) not in seen]
-        seen |= {os.path.realpath(os.path.join(here, name)) for name in fresh}
-        folders[:] = fresh
+        places = {os.path.realpath(os.path.join(here, name)): name for name in sorted(folders)}
+        folders[:] = [name for place, name in places.items() if place not in seen]
+        seen |= places.keys()
         found += [Path(here, name) for name in names]
     return found
 
@@ -325,11 +325,9 @@ def questions_of(args: argparse.Namespace, pattern: str) -> dict[int, tuple[str,
     for place, entry in entries(args.questions, "questions"):
         with at(place):
             number, values = take(entry, "question_id", int), {"id": take(entry, "image_id", int), "split": args.split}
-            if number in asked:
-                raise ValueError(f"question_id {number} comes twice: expected it once")
             image = fill(args.pattern or pattern, values)
             row = {"image": image, "question": take(entry, "question"), "question_id": number}
-        asked[number] = place, values["id"], row
+            once(asked, number, (place, values["id"], row), "question_id")
     return asked
 
 
@@ -538,10 +536,10 @@ def at(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {fault}") from fault
 
 
-def once(found: dict, number: Any, value: Any) -> None:
+def once(found: dict, number: Any, value: Any, what: str = "the id") -> None:
     """Add a value under an id. Raises ValueError if the id is there already."""
     if number in found:
-        raise ValueError(f"the id {number!r} comes twice: expected it once")
+        raise ValueError(f"{what} {number!r} comes twice: expected it once")
     found[number] = value
 
 

@@ -43,11 +43,14 @@ def change(name: str):
 
 @change("targets not normalised")
 def targets_not_normalised(run: train.Run) -> None:
+    """The teacher's outputs as they are, without layer norm."""
     mamo.normalised = lambda target: target.float()
 
 
 @change("MRM at patches only")
 def patches_only(run: train.Run) -> None:
+    """MRM's first half alone."""
+
     def loss_mrm(at_patches, patch_target, at_words, word_target, valid):
         return mamo.global_mean((run.model.mrm_image_head(at_patches).float() - patch_target).square().mean(dim=-1))
 
@@ -57,6 +60,8 @@ def patches_only(run: train.Run) -> None:
 
 @change("MRM at words only")
 def words_only(run: train.Run) -> None:
+    """MRM's second half alone."""
+
     def loss_mrm(at_patches, patch_target, at_words, word_target, valid):
         words = (run.model.mrm_text_head(at_words).float() - word_target).square().mean(dim=-1)
         return mamo.global_mean(words, valid)
