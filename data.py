@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import runtime
 from mamo import Config
-from reading.augment import aerial, drawing, photo, shuffle_boxes
+from reading.augment import aerial, drawing, photo, shuffle_boxes, strong
 from reading.pictures import load_image, size_of  # noqa: F401
 from reading.rows import (  # noqa: F401  all that reading has, for whoever imports data
     CHECKS,
@@ -295,10 +295,12 @@ class Pictures:
 
     def picture(self, name: str | tuple, source: str | Image.Image | None, rng: np.random.Generator) -> Tensor:
         """One picture or frame -> (3, height, width). name: its key in the cache; source: what to read if not cached"""
-        if self.augment in ("photo", "aerial"):  # cropped before it is scaled down, so that details stay sharp
+        if self.augment.startswith(("photo", "aerial")):  # cropped before scaled down, so that details stay sharp
             image, side = load_image(source, 2 * max(self.image_size)), 4 * max(self.image_size)
             image.thumbnail((side, side), reducing_gap=2.0)  # large enough for any crop, and cheap
-            return centred(to_pixels((photo if self.augment == "photo" else aerial)(image, rng), self.image_size))
+            image = (photo if self.augment.startswith("photo") else aerial)(image, rng)
+            pixels = centred(to_pixels(image, self.image_size))
+            return strong(pixels, rng) if self.augment.endswith("strong") else pixels
         pixels = self.kept.get(name)
         if pixels is None:
             pixels = to_pixels(source, self.image_size)

@@ -6,6 +6,8 @@ Only aerial pictures are mirrored or rotated by large angles; in any other pictu
 import math
 
 import numpy as np
+import torch
+from einops import einsum
 from PIL import Image, ImageFilter
 from torch import Tensor
 
@@ -26,6 +28,23 @@ def aerial(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """For aerial photographs, whose captions mention no directions: `photo`, then mirroring and quarter turns."""
     image, turn = photo(image, rng), rng.integers(8)
     return image if turn == 7 else image.transpose(Image.Transpose(turn))
+
+
+def strong(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """After `photo` or `aerial`, to learn from few photographs: usually mix the colour channels a little, and half of
+    the time blank a rectangle (Cutout, arXiv 1708.04552) with sides of an eighth to a half of the picture's.
+
+    Args:    pixels (3, height, width), values in [-1, 1]
+    """
+    if rng.random() < 0.8:
+        mix = torch.from_numpy(np.eye(3) + rng.normal(0, 0.08, size=(3, 3))).float()
+        pixels = einsum(mix, pixels, "new old, old y x -> new y x").clamp(-1, 1)
+    if rng.random() < 0.5:
+        sizes = [int(rng.integers(max(side // 8, 1), max(side // 2, 2))) for side in pixels.shape[1:]]
+        y, x = (rng.integers(side - size + 1) for side, size in zip(pixels.shape[1:], sizes, strict=True))
+        pixels = pixels.clone()
+        pixels[:, y : y + sizes[0], x : x + sizes[1]] = 0
+    return pixels
 
 
 def drawing(image: Image.Image, rng: np.random.Generator) -> Image.Image:

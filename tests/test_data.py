@@ -33,6 +33,7 @@ from data import (
     shuffle_boxes,
     size_of,
     stable_id,
+    strong,
     to_pixels,
     to_tensor,
     training_batches,
@@ -487,7 +488,7 @@ def test_augmentation_keeps_the_shape_and_is_off_by_default(tmp_path):
     rows = read_rows([write_squares(tmp_path / "pairs.jsonl", 4)], "pairs")
     plain = dataset(rows)[0, 1]["images"]
     assert torch.equal(plain, to_tensor(square(1), (16, 24)))
-    for kind in ("photo", "aerial", "drawing"):
+    for kind in ("photo", "aerial", "photo-strong", "drawing"):
         samples = dataset(rows, augment=kind)
         seen = [samples[epoch, 1]["images"] for epoch in (0, 1, 0)]
         assert seen[0].shape == plain.shape == (3, 16, 24) and seen[0].min() >= -1 and seen[0].max() <= 1
@@ -506,6 +507,28 @@ def test_aerial_augmentation_turns_a_photograph_in_all_eight_ways():
         if len(set(ends)) == 4:  # the crop holds a part of each
             seen.add((*np.argsort(ends), turned.shape[0] < turned.shape[1]))
     assert len(seen) == 8 and sum(wide for *_, wide in seen) == 4
+
+
+def test_strong_augmentation_mixes_colours_and_blanks_rectangles():
+    """A plain red picture of 16 x 32: how often and how large the grey rectangle is, and how the red around it varies;
+    the picture handed in stays as it is."""
+    red = torch.tensor([0.5, -0.5, -0.5]).view(3, 1, 1).expand(3, 16, 32).clone()
+    before, holes, colours = red.clone(), [], []
+    for seed in range(400):
+        seen = strong(red, np.random.default_rng(seed))
+        hole = (seen == 0).all(dim=0)
+        heights, widths = hole.any(dim=1).sum().item(), hole.any(dim=0).sum().item()
+        assert hole.sum() == heights * widths, "one full rectangle"
+        holes.append((heights, widths))
+        around = seen[:, ~hole]
+        assert (around == around[:, :1]).all(), "the rest has one colour"
+        colours.append(tuple(around[:, 0].tolist()))
+    assert torch.equal(red, before)
+    sizes = [size for size in holes if size != (0, 0)]
+    assert 160 < len(sizes) < 240
+    assert {height for height, _ in sizes} == set(range(2, 8)) and {width for _, width in sizes} == set(range(4, 16))
+    mixed = [colour for colour in colours if colour != (0.5, -0.5, -0.5)]
+    assert 290 < len(mixed) < 350 and 0.04 < np.std(mixed, axis=0).min() < np.std(mixed, axis=0).max() < 0.1
 
 
 def test_drawing_augmentation_moves_recolours_and_outlines_on_white():

@@ -163,18 +163,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
         raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
-    pictured = {path.with_suffix("") for path in files if path.suffix.lower() in kinds}
-    others = (
-        set() if lists or metadata else set(args.images.glob("[Cc]aption*")) - {args.images / name for name in names}
-    )
-    others |= {path for path in files if path.name.lower() in SOURCES and path not in lists + metadata and not lists}
-    others |= {path for path in files if path.suffix == ".TXT" and path.with_suffix("") in pictured}
-    for path in sorted(path for path in others if path.is_file()):
-        if path.with_suffix("") not in pictured or path.suffix == ".TXT":
-            names_of = (
-                f"{path.stem}.txt" if path.suffix == ".TXT" else "captions.txt or captions.csv, or metadata.jsonl"
-            )
-            raise ValueError(f"{path} is not read: call it {names_of}, or take it away")
+    refuse_unread(args.images, files, [args.images / name for name in names], lists, metadata)
     beside = sum((args.images / name).with_suffix(".txt").is_file() for name in names)
     source = lists[0].name if lists else ", ".join(sorted({path.name for path in metadata}))
     source = source or ("the .txt beside each picture" if beside else "the names of the pictures")
@@ -199,6 +188,20 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
             without.append(name)
     if without:
         left_out[f"pictures without a caption, {without[0]} first (give captions in captions.txt)"] = len(without)
+
+
+def refuse_unread(folder: Path, files: list[Path], pictures: list[Path], lists: list[Path], metadata: list[Path]):
+    """Raise ValueError for a file in the folder that seems to hold captions but is read under another name only."""
+    pictured = {path.with_suffix("") for path in pictures}
+    seem = set() if lists or metadata else set(folder.glob("[Cc]aption*")) - set(pictures)
+    seem |= {path for path in files if path.name.lower() in SOURCES and path not in metadata and not lists}
+    for path in sorted(path for path in seem if path.is_file() and path.with_suffix("") not in pictured):
+        raise ValueError(
+            f"{path} is not read: call it captions.txt or captions.csv, or metadata.jsonl, or take it away"
+        )
+    for path in files:
+        if path.suffix == ".TXT" and path.with_suffix("") in pictured:
+            raise ValueError(f"{path} is not read: call it {path.stem}.txt, or take it away")
 
 
 def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
