@@ -682,6 +682,18 @@ def test_image_size_is_height_and_width():
         assert changed_slots(found[0], found[-1]) == [[1, y // 4 * 6 + x // 4]]
 
 
+def test_position_scale_spreads_the_initial_positions_of_the_patches_only():
+    """Ten times the scale is ten times the code of every patch, and the same weights everywhere else."""
+    made = []
+    for scale in (1, 10):
+        torch.manual_seed(0)
+        made.append(dict(MAMO(tiny_config(position_scale=scale)).student.named_parameters()))
+    once, tenfold = made
+    places = "image.positions"
+    assert torch.allclose(tenfold[places], 10 * once[places]) and tenfold[places][1:].abs().max() > 1
+    assert all(torch.equal(tenfold[name], weight) for name, weight in once.items() if name != places)
+
+
 def test_patches_are_embedded_as_by_a_convolution():
     encoder = tiny_model().student.image
     images = torch.rand(2, 3, 16, 24)

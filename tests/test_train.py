@@ -805,6 +805,7 @@ def test_an_unknown_option_that_resembles_none_is_told(capsys):
         ("--save-every 0", "save_every is 0"),
         ("--seed -1", "seed is -1"),
         ("--dropout 2", "dropout"),
+        ("--position-scale 0", "position_scale is 0.0: it must be above 0, and at most 32768"),
         ("--device abacus", "device abacus is not available here: use auto, or one of"),
         ("--data none.jsonl", "none.jsonl is not a file"),
         ("--val none.jsonl", "none.jsonl is not a file"),
