@@ -295,12 +295,12 @@ class Pictures:
 
     def picture(self, name: str | tuple, source: str | Image.Image | None, rng: np.random.Generator) -> Tensor:
         """One picture or frame -> (3, height, width). name: its key in the cache; source: what to read if not cached"""
-        if self.augment.startswith(("photo", "aerial")):  # cropped before scaled down, so that details stay sharp
+        kind, _, strength = self.augment.partition("-")
+        if kind in ("photo", "aerial"):  # cropped before it is scaled down, so that details stay sharp
             image, side = load_image(source, 2 * max(self.image_size)), 4 * max(self.image_size)
             image.thumbnail((side, side), reducing_gap=2.0)  # large enough for any crop, and cheap
-            image = (photo if self.augment.startswith("photo") else aerial)(image, rng)
-            pixels = centred(to_pixels(image, self.image_size))
-            return strong(pixels, rng) if self.augment.endswith("strong") else pixels
+            pixels = centred(to_pixels((photo if kind == "photo" else aerial)(image, rng), self.image_size))
+            return strong(pixels, rng) if strength else pixels
         pixels = self.kept.get(name)
         if pixels is None:
             pixels = to_pixels(source, self.image_size)

@@ -84,7 +84,7 @@ class TrainConfig:
     weight_decay: float = 0.02  # not on norms, biases, positions and single tokens
     beta2: float = 0.98  # second-moment decay of AdamW
     clip: float = 1.0  # clip the gradient to this norm
-    augment: str = "none"  # none; photo = crops, light; aerial = and turns; *-strong = colours, gaps; drawing; boxes
+    augment: str = "none"  # none, photo, aerial, photo-strong, aerial-strong, drawing or boxes: see docs/running.md
     seed: int = 0  # decides initial weights, order, masks and negatives
     workers: int = 0  # worker processes that load data
     device: str = "auto"  # auto, cuda, mps or cpu

@@ -129,9 +129,10 @@ def check_fields(config_class: type, values: dict, where: str) -> None:
     for name, value in values.items():
         if not is_a(value, hints[name]):
             said = repr(value) if len(repr(value)) < 50 else f"a {type(value).__name__}"
-            kind, inner = typing.get_origin(hints[name]), typing.get_args(hints[name])
-            expected = f"a list of {inner[0].__name__}" if kind in (list, tuple) else f"a value of type {hints[name]}"
-            expected = expected if inner else f"a value of type {hints[name].__name__}"
+            hint, inner = hints[name], typing.get_args(hints[name])
+            expected = f"a value of type {hint if inner else hint.__name__}"
+            if typing.get_origin(hint) in (list, tuple):
+                expected = f"a list of {inner[0].__name__}"
             raise ValueError(f"{name} of {where} is {said}: expected {expected}")
 
 

@@ -579,7 +579,10 @@ REFUSED = [
     ("grounding DATA --freeze", "grounding has no head of its own to train while the encoders stay"),
     ("reasoning --data EMPTY --compile", "batches of reasoning have no one shape to compile a step for"),
     ("singing DATA", "invalid choice: 'singing'"),
-    ("vqa DATA --augment flip", "unknown augment 'flip': use one of none, photo, photo-strong, aerial"),
+    (
+        "vqa DATA --augment flip",
+        "unknown augment 'flip': use one of none, photo, photo-strong, aerial, aerial-strong, drawing, boxes",
+    ),
     ("vqa DATA --lr-haed 1", "unknown option --lr-haed: did you mean --lr-head?"),
 ]
 

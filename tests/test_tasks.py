@@ -734,7 +734,7 @@ def test_a_picture_of_several_rows_is_encoded_once_and_counts_as_often_as_it_is_
         assert_same_loss(ours[name], naive[name].double(), trainable(model))
 
 
-@pytest.mark.parametrize("augment", ["photo", "aerial-strong", "drawing", "boxes"])
+@pytest.mark.parametrize("augment", ["photo", "aerial", "aerial-strong", "drawing", "boxes"])
 @pytest.mark.parametrize("task", EIGHT)
 def test_augmented_pictures_are_no_longer_the_same(pictures, task, augment):
     """Each stands for itself, also where one row shows one file twice."""

@@ -770,7 +770,10 @@ def test_an_unknown_option_that_resembles_none_is_told(capsys):
     [
         ("--preset huge", "unknown preset 'huge': use one of nano, tiny, small, base"),
         ("--objective clip", "unknown objective 'clip': use one of mamo, control"),
-        ("--augment flip", "unknown augment 'flip': use one of none, photo, photo-strong, aerial"),
+        (
+            "--augment flip",
+            "unknown augment 'flip': use one of none, photo, photo-strong, aerial, aerial-strong, drawing, boxes",
+        ),
         ("--check some", "unknown check 'some': use one of none, header, full"),
         ("--batch-size 1", "batch_size is 1: contrast and matching need at least 2 pairs"),
         ("--clip -1", "clip is -1.0: give 1e-12 or more"),

@@ -163,7 +163,7 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
     left_out["pictures in the format of a phone, .heic: save them as .jpg"] += unread
     if not names:
         raise ValueError(f"no picture lies in {args.images}: expected files that end in {', '.join(PICTURES)}")
-    refuse_unread(args.images, files, [args.images / name for name in names], lists, metadata)
+    refuse_unread(args.images, files, names, lists, metadata)
     beside = sum((args.images / name).with_suffix(".txt").is_file() for name in names)
     source = lists[0].name if lists else ", ".join(sorted({path.name for path in metadata}))
     source = source or ("the .txt beside each picture" if beside else "the names of the pictures")
@@ -190,18 +190,26 @@ def folder(args: argparse.Namespace, left_out: Counter) -> Rows:
         left_out[f"pictures without a caption, {without[0]} first (give captions in captions.txt)"] = len(without)
 
 
-def refuse_unread(folder: Path, files: list[Path], pictures: list[Path], lists: list[Path], metadata: list[Path]):
-    """Raise ValueError for a file in the folder that seems to hold captions but is read under another name only."""
+def refuse_unread(images: Path, files: list[Path], names: set[str], lists: list[Path], metadata: list[Path]) -> None:
+    """Raise ValueError for a file that seems to hold captions, but that `folder` would read under another name only.
+
+    Args:    files             all files in the folder `images`
+             names             of its pictures, relative to it
+             lists, metadata   the files of captions that are read
+    """
+    pictures = {images / name for name in names}
     pictured = {path.with_suffix("") for path in pictures}
-    seem = set() if lists or metadata else set(folder.glob("[Cc]aption*")) - set(pictures)
-    seem |= {path for path in files if path.name.lower() in SOURCES and path not in metadata and not lists}
-    for path in sorted(path for path in seem if path.is_file() and path.with_suffix("") not in pictured):
-        raise ValueError(
-            f"{path} is not read: call it captions.txt or captions.csv, or metadata.jsonl, or take it away"
-        )
-    for path in files:
+    seem = set() if lists or metadata else set(images.glob("[Cc]aption*")) - pictures
+    if not lists:
+        seem |= {path for path in files if path.name.lower() in SOURCES} - set(metadata)
+    seem |= {path for path in files if path.suffix == ".TXT" and path.with_suffix("") in pictured}
+    for path in sorted(path for path in seem if path.is_file()):
         if path.suffix == ".TXT" and path.with_suffix("") in pictured:
             raise ValueError(f"{path} is not read: call it {path.stem}.txt, or take it away")
+        if path.with_suffix("") not in pictured:
+            raise ValueError(
+                f"{path} is not read: call it captions.txt or captions.csv, or metadata.jsonl, or take it away"
+            )
 
 
 def msrvtt(args: argparse.Namespace, left_out: Counter) -> Rows:
