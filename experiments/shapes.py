@@ -11,7 +11,6 @@ Nothing but the training rows is read. Reading and answering is first checked ag
 """
 
 import argparse
-import json
 import random
 import sys
 from itertools import permutations, product
@@ -24,7 +23,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runtime
-from data import pictures_of, read_rows
+from data import load_image, pictures_of, read_rows
+from world.scenes import write_rows
 
 COLOURS = ("red", "green", "blue")  # in the order of the channels
 SHAPES = ("triangle", "circle", "square")  # in the order of how much of its bounding box each fills
@@ -72,8 +72,7 @@ def read_pictures(rows: list[dict]) -> list[np.ndarray]:
     """The picture of each row, (30, 30, 3). ValueError if its cells do not give the answer that the row has."""
     pictures = []
     for row in rows:
-        with Image.open(pictures_of(row)[0]) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(load_image(pictures_of(row)[0]))
         if pixels.shape != (30, 30, 3):
             raise ValueError(f"{row['image']} is {pixels.shape}: the pictures of SHAPES are 30 x 30")
         if answer(row["question"], read_cells(pixels)) != bool(row["answers"].get("yes")):
@@ -109,12 +108,11 @@ def main() -> None:
         for place in range(options.questions):
             for _ in range(20):  # no and yes in turn; an empty picture has no question whose answer is yes
                 question = draw.choice(asked)
-                if answer(question, cells) == place % 2:
+                yes = answer(question, cells)
+                if yes == place % 2:
                     break
-            answers = {"yes" if answer(question, cells) else "no": 1.0}
-            written.append({"image": name, "question": question, "answers": answers})
-    text = "".join(json.dumps(row) + "\n" for row in written)
-    (options.out / "vqa_train.jsonl").write_text(text, encoding="utf-8")
+            written.append({"image": name, "question": question, "answers": {"yes" if yes else "no": 1.0}})
+    write_rows(options.out / "vqa_train.jsonl", written)
     different = len({row["question"] for row in rows})
     print(f"{len(written)} rows with {len(asked)} different questions, from {len(rows)} with {different}")
 
