@@ -1,19 +1,21 @@
 """SHAPES (Andreas et al., CVPR 2016): ask more questions about its pictures of 3 x 3 cells.
 
-    python experiments/shapes.py --data shapes/vqa_train.jsonl --out shapes_more --pictures 40000 --questions 8
+    python experiments/shapes.py --data shapes/fit.jsonl --held-out shapes/choose.jsonl shapes/val.jsonl \
+        --out shapes_more
 
 The training set has about two hundred distinct questions, none of which recurs in val or test, and asks only one of
 each picture. A model that learns from these rows memorises them and learns no relation such as "left of". This script
-makes synthetic rows from them. It takes a random training picture, leaves some of its cells empty, and asks questions
-that differ from the training questions only by a symmetry of this world: mirroring or turning the grid and permuting
-the colours. The answers follow from the cells, which are read from the pixels; half of them are yes where possible.
-Nothing but the training rows is read. Reading and answering is first checked against the answer of each row.
+makes synthetic rows from the pictures. It takes a random one, leaves some of its cells empty, and asks random questions
+of the grammar of SHAPES, but none that is in a file of --held-out. The answers follow from the cells, which are read
+from the pixels; half of them are yes where possible. Reading and answering is first checked against each row of --data.
+
+vqa_train.jsonl has all kinds of questions, and vqa_simple.jsonl, to learn from first, those with at most one relation.
 """
 
 import argparse
 import random
 import sys
-from itertools import permutations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +56,23 @@ def answer(question: str, cells: dict[str, np.ndarray]) -> bool:
     return bool((found & cells[first]).any())
 
 
-def variants(question: str) -> set[str]:
-    """The question as it becomes if the grid is turned or mirrored and the colours are permuted."""
-    asked = set()
-    for turns, mirror, order in product(range(4), (False, True), permutations(COLOURS)):
-        names = dict(zip(COLOURS, order, strict=True))
-        for name, (down, right) in STEPS.items():
-            for _ in range(turns):
-                down, right = -right, down
-            names[name] = next(other for other, step in STEPS.items() if step == (down, -right if mirror else right))
-        changed = " ".join(names.get(word, word) for word in question.split() if word != "of")
-        asked.add(changed.replace("left", "left of").replace("right", "right of"))
-    return asked
+def all_questions() -> list[str]:
+    """The 756 questions of the grammar: a colour or shape and another or the same, with up to two relations between."""
+    things = [f"a {colour} shape" for colour in COLOURS] + [f"a {shape}" for shape in SHAPES]
+    steps = ["left of", "right of", "above", "below"]
+    relations = steps + [f"{first} {second}" for first, second in product(steps, steps)]
+    alone = [f"is {thing} {other}" for thing, other in product(things, [*COLOURS, *things[3:]])]
+    return alone + [f"is {thing} {relation} {other}" for thing, relation, other in product(things, relations, things)]
+
+
+def ask(questions: list[str], cells: dict[str, np.ndarray], wanted: bool, draw: random.Random) -> tuple[str, bool]:
+    """A random question and its answer, the wanted one if one of 20 tries has it (an empty picture has no yes)."""
+    for _ in range(20):
+        question = draw.choice(questions)
+        yes = answer(question, cells)
+        if yes == wanted:
+            break
+    return question, yes
 
 
 def read_pictures(rows: list[dict]) -> list[np.ndarray]:
@@ -94,27 +101,28 @@ def main() -> None:
     """Command-line entry point."""
     parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="JSONL files of vqa rows")
-    parser.add_argument("--out", type=Path, required=True, help="output folder for vqa_train.jsonl and its pictures")
+    parser.add_argument("--held-out", nargs="+", required=True, help="JSONL files whose questions are not asked")
+    parser.add_argument("--out", type=Path, required=True, help="output folder for the rows and their pictures")
     parser.add_argument("--pictures", type=int, default=40000, help="pictures to write")
-    parser.add_argument("--questions", type=int, default=8, help="questions about each picture")
+    parser.add_argument("--questions", type=int, default=8, help="questions of each file about each picture")
     options = parser.parse_args()
-    rows, draw, written = read_rows(options.data, "vqa"), random.Random(0), []
-    pictures, asked = read_pictures(rows), sorted(set.union(*(variants(row["question"]) for row in rows)))
+    held_out = {row["question"] for row in read_rows(options.held_out, "vqa")}
+    asked = [question for question in all_questions() if question not in held_out]
+    simple = [question for question in asked if sum(word in STEPS for word in question.split()) < 2]
+    pictures, draw = read_pictures(read_rows(options.data, "vqa")), random.Random(0)
     (options.out / "images").mkdir(parents=True, exist_ok=True)
+    train_rows, simple_rows = [], []
     for number in range(options.pictures):
         pixels, name = kept_cells(draw) * draw.choice(pictures), f"images/{number:06}.png"
         Image.fromarray(pixels).save(options.out / name)
         cells = read_cells(pixels)
-        for place in range(options.questions):
-            for _ in range(20):  # no and yes in turn; an empty picture has no question whose answer is yes
-                question = draw.choice(asked)
-                yes = answer(question, cells)
-                if yes == place % 2:
-                    break
-            written.append({"image": name, "question": question, "answers": {"yes" if yes else "no": 1.0}})
-    write_rows(options.out / "vqa_train.jsonl", written)
-    different = len({row["question"] for row in rows})
-    print(f"{len(written)} rows with {len(asked)} different questions, from {len(rows)} with {different}")
+        for written, questions in ((train_rows, asked), (simple_rows, simple)):
+            for place in range(options.questions):
+                question, yes = ask(questions, cells, bool(place % 2), draw)
+                written.append({"image": name, "question": question, "answers": {"yes" if yes else "no": 1.0}})
+    write_rows(options.out / "vqa_train.jsonl", train_rows)
+    write_rows(options.out / "vqa_simple.jsonl", simple_rows)
+    print(f"{len(train_rows)} rows of {len(asked)} questions, and as many of the {len(simple)} simple ones")
 
 
 if __name__ == "__main__":
