@@ -58,10 +58,11 @@ def answer(question: str, cells: dict[str, np.ndarray]) -> bool:
 
 def all_questions() -> list[str]:
     """The 756 questions of the grammar: a colour or shape and another or the same, with up to two relations between."""
-    things = [f"a {colour} shape" for colour in COLOURS] + [f"a {shape}" for shape in SHAPES]
+    shapes = [f"a {shape}" for shape in SHAPES]
+    things = [f"a {colour} shape" for colour in COLOURS] + shapes
     steps = ["left of", "right of", "above", "below"]
     relations = steps + [f"{first} {second}" for first, second in product(steps, steps)]
-    alone = [f"is {thing} {other}" for thing, other in product(things, [*COLOURS, *things[3:]])]
+    alone = [f"is {thing} {other}" for thing, other in product(things, [*COLOURS, *shapes])]
     return alone + [f"is {thing} {relation} {other}" for thing, relation, other in product(things, relations, things)]
 
 
